@@ -1,0 +1,75 @@
+"""slashpatch: see, explain, edit and measure slash-dominant attention heads on TransformerLens.
+
+Importing this is cheap: torch and TransformerLens load on first use of a name that needs them.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .errors import SlashpatchError
+from .heads import Head, heads
+
+if TYPE_CHECKING:
+    from .edits import AblateHeads, Edit, KeepOnly, KnockOut, ScaleOffsets, parse_edit
+    from .effects.copying import copying_losses
+    from .models import load
+    from .monitor import SlashMonitor
+    from .patching import hooks, patch
+    from .scan import Scan, SlashHead, scan
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "edits": "AblateHeads Edit KeepOnly KnockOut ScaleOffsets parse_edit",
+    "effects.copying": "copying_losses",
+    "models": "load",
+    "monitor": "SlashMonitor",
+    "patching": "hooks patch",
+    "scan": "Scan SlashHead scan",
+}
+_LAZY = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "AblateHeads",
+    "Edit",
+    "Head",
+    "KeepOnly",
+    "KnockOut",
+    "ScaleOffsets",
+    "Scan",
+    "SlashHead",
+    "SlashMonitor",
+    "SlashpatchError",
+    "copying_losses",
+    "heads",
+    "hooks",
+    "load",
+    "parse_edit",
+    "patch",
+    "scan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'slashpatch' has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `slashpatch.scan` the function when the file scan.py is imported after it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

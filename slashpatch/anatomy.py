@@ -1,0 +1,223 @@
+"""Reads a TransformerBridge: which hooks carry scores, pattern and z, and how many heads there are.
+
+Nothing is assumed from a name. Reading a model runs one short forward pass in which every layer's
+scores and pattern are overwritten: the pattern must be the softmax of the scores, and clearing the
+pattern of some heads must clear z of those heads and no others. A model that does not behave so is
+refused, with the layer and the difference.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import ModelError
+from .heads import Head, HeadsLike, heads, require_heads
+from .slash import as_offsets
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_PROBE_TOKENS = 6
+#: Largest difference allowed between two ways to the same number, per dtype: a few hundred
+#: roundings of a value of order 1.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What slashpatch knows of a model. All layers have the same heads."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    n_ctx: int
+    d_vocab: int
+
+    def hook(self, layer: int, site: str) -> str:
+        """Hook point name of `scores`, `pattern` or `z` in `layer`."""
+        point = {"scores": "hook_attn_scores", "pattern": "hook_pattern", "z": "hook_z"}[site]
+        return f"blocks.{layer}.attn.{point}"
+
+    def require(self, wanted: HeadsLike) -> tuple[Head, ...]:
+        """The heads named by `wanted`. Raises HeadError if the model lacks one."""
+        found = heads(wanted)
+        require_heads(found, self.n_layers, self.n_heads)
+        return found
+
+    def require_offsets(self, wanted: Any) -> tuple[int, ...]:
+        """The offsets named by `wanted`. Raises OffsetError if the context cannot hold one."""
+        from .errors import OffsetError
+
+        found = as_offsets(wanted)
+        if found[-1] >= self.n_ctx:
+            raise OffsetError(
+                f"offset {found[-1]} does not fit the model's context of {self.n_ctx} tokens; "
+                f"expected 0 to {self.n_ctx - 1}"
+            )
+        return found
+
+
+_known: weakref.WeakKeyDictionary[Any, tuple[Any, Anatomy]] = weakref.WeakKeyDictionary()
+
+
+def read(model: TransformerBridge) -> Anatomy:
+    """Read and verify a bridge; cheap when it was read before.
+
+    Raises ModelError for anything that is no TransformerBridge, is in training mode, or whose hooks
+    do not mean what slashpatch takes them to mean.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if not isinstance(model, TransformerBridge):
+        raise ModelError(
+            f"expected a TransformerBridge, got {type(model).__module__}.{type(model).__name__}; "
+            "make one with slashpatch.load(...) or TransformerBridge.boot_transformers(...)"
+        )
+    if model.training or model.original_model.training:
+        raise ModelError(
+            "the model is in training mode, where dropout changes the attention from run to run; "
+            "call model.eval() first"
+        )
+    flags = (model.compatibility_mode, model.cfg.use_split_qkv_input, model.cfg.use_attn_in)
+    if model in _known and _known[model][0] == flags:
+        return _known[model][1]
+    anatomy = _read(model)
+    _known[model] = (flags, anatomy)
+    return anatomy
+
+
+def _read(model: TransformerBridge) -> Anatomy:
+    cfg = model.cfg
+    anatomy = Anatomy(
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
+        d_head=cfg.d_head,
+        n_ctx=cfg.n_ctx,
+        d_vocab=cfg.d_vocab,
+    )
+    available = model.hook_dict
+    missing = [
+        name
+        for layer in range(anatomy.n_layers)
+        for name in (anatomy.hook(layer, site) for site in ("scores", "pattern", "z"))
+        if name not in available
+    ]
+    if missing:
+        raise ModelError(
+            f"{cfg.architecture} has no hook {missing[0]}"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+            + "; slashpatch needs scores, pattern and z of every layer"
+        )
+    _verify(model, anatomy)
+    return anatomy
+
+
+@contextmanager
+def suspended(model: TransformerBridge) -> Iterator[None]:
+    """Run the model without the hooks that others have attached to its hook points."""
+    saved = [(point, point._forward_hooks) for point in set(model.hook_points())]
+    for point, _ in saved:
+        point._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for point, hooks in saved:
+            point._forward_hooks = hooks
+
+
+class _Probe:
+    """Overwrites one layer's scores and pattern, and keeps what came of it."""
+
+    def __init__(self, layer: int, anatomy: Anatomy) -> None:
+        self.layer = layer
+        self.anatomy = anatomy
+        self.scores: Tensor | None = None
+        self.pattern: Tensor | None = None
+        self.z: Tensor | None = None
+
+    def on_scores(self, scores: Tensor, hook: Any) -> Tensor:
+        noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(self.layer))
+        self.scores = scores + noise.to(scores)
+        return self.scores
+
+    def on_pattern(self, pattern: Tensor, hook: Any) -> Tensor:
+        self.pattern = pattern
+        cleared = pattern.clone()
+        cleared[:, ::2] = 0
+        return cleared
+
+    def on_z(self, z: Tensor, hook: Any) -> None:
+        self.z = z
+
+    def hooks(self) -> list[tuple[str, Any]]:
+        functions = {"scores": self.on_scores, "pattern": self.on_pattern, "z": self.on_z}
+        return [(self.anatomy.hook(self.layer, site), fn) for site, fn in functions.items()]
+
+    def check(self, tolerance: float) -> None:
+        scores, pattern, z = self.scores, self.pattern, self.z
+        if scores is None or pattern is None or z is None:
+            site = "scores" if scores is None else "pattern" if pattern is None else "z"
+            raise self._refusal(f"the hook {self.anatomy.hook(self.layer, site)} never fired")
+        self._check_shapes(scores, pattern, z)
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if float(pattern.masked_fill(visible, 0).abs().max()) > 0:
+            raise self._refusal("its attention looks at later tokens; expected causal attention")
+        if float(scores.masked_fill(visible, -torch.inf).max()) > torch.finfo(scores.dtype).min / 2:
+            raise self._refusal("its scores hook fires before the causal mask is applied")
+        total = pattern.float().sum(-1, keepdim=True)
+        expected = scores.float().masked_fill(~visible, -torch.inf).softmax(-1)
+        off = float((pattern.float() / total - expected).abs().max())
+        if not off <= tolerance or float(total.max()) > 1 + tolerance:
+            raise self._refusal(
+                f"its pattern is not the softmax of its scores (largest difference {off:.2g}); "
+                "the scores hook is read-only there, or fires elsewhere"
+            )
+        self._check_z(z)
+
+    def _check_shapes(self, scores: Tensor, pattern: Tensor, z: Tensor) -> None:
+        a = self.anatomy
+        square = [1, a.n_heads, _PROBE_TOKENS, _PROBE_TOKENS]
+        for name, tensor, shape in (
+            ("scores", scores, square),
+            ("pattern", pattern, square),
+            ("z", z, [1, _PROBE_TOKENS, a.n_heads, a.d_head]),
+        ):
+            if list(tensor.shape) != shape:
+                raise self._refusal(f"its {name} have shape {list(tensor.shape)}, not {shape}")
+
+    def _check_z(self, z: Float[Tensor, "batch pos head d_head"]) -> None:
+        size = z.abs().amax((0, 1, 3))
+        if float(size[::2].max()) > 0 or not bool((size[1::2] > 0).all()):
+            raise self._refusal(
+                "clearing the pattern of its even heads did not clear z of just those heads; "
+                "the pattern hook is read-only there, or heads are laid out otherwise"
+            )
+
+    def _refusal(self, what: str) -> ModelError:
+        return ModelError(f"slashpatch refuses this model at layer {self.layer}: {what}")
+
+
+def probe_tokens(d_vocab: int) -> Int[Tensor, "batch pos"]:
+    """A few distinct tokens, the same ones each time."""
+    return (torch.arange(_PROBE_TOKENS)[None] * 7 + 3) % d_vocab
+
+
+def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
+    probes = [_Probe(layer, anatomy) for layer in range(anatomy.n_layers)]
+    tokens = probe_tokens(anatomy.d_vocab).to(model.cfg.device)
+    with torch.no_grad(), suspended(model):
+        model.run_with_hooks(tokens, fwd_hooks=[pair for probe in probes for pair in probe.hooks()])
+    dtype = next(model.original_model.parameters()).dtype
+    for probe in probes:
+        probe.check(_TOLERANCE.get(dtype, 1e-4))

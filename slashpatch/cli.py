@@ -1,0 +1,367 @@
+"""The `slashpatch` command. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import EditError, OutputError, SlashpatchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformer_lens.model_bridge import TransformerBridge
+
+app = typer.Typer(
+    name="slashpatch",
+    help="See, edit and measure slash-dominant attention heads: token i reads token i-Δ.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Device(str, Enum):
+    """Where the model runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Dtype(str, Enum):
+    """Precision of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+SeedOption = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+DeviceOption = Annotated[Device | None, typer.Option(help="Default: CUDA, then MPS, then CPU.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights.")]
+KappaOption = Annotated[float, typer.Option(help="Score from which a head is a slash head.")]
+OffsetsOption = Annotated[str, typer.Option(help="Offsets Δ, such as 0-15 or 1,2,8.")]
+EditOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edit", "-e", metavar="EDIT", help="Such as 'KnockOut(L16H0, 1)'; may be repeated."
+    ),
+]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"slashpatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def scan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Scan this text instead of the built-in.")
+    ] = None,
+    random_tokens: Annotated[
+        bool, typer.Option("--random-tokens", help="Scan random tokens only.")
+    ] = False,
+    offsets: OffsetsOption = "0-15",
+    kappa: KappaOption = 0.1,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 512,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
+    edit: EditOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save as .safetensors, .parquet, .csv or .json."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the heads as .png, .svg or .pdf.")
+    ] = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Find the slash heads of a model, on natural text and on random tokens."""
+    from .files import TABLE_SUFFIXES, require_writable, write_table
+    from .patching import patch
+    from .scan import require_kappa
+    from .scan import scan as run_scan
+    from .slash import as_offsets
+
+    wanted = as_offsets(offsets)
+    require_kappa(kappa)
+    if text is not None and random_tokens:
+        raise EditError("give --text or --random-tokens, not both")
+    _require_suffix(out, (".safetensors", *TABLE_SUFFIXES))
+    _require_suffix(plot, (".png", ".svg", ".pdf"))
+    for path in (out, plot):
+        if path is not None:
+            require_writable(path)
+    bridge = _load(model, device, dtype)
+    common = {
+        "offsets": wanted,
+        "n_prompts": prompts,
+        "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
+        "seed": seed,
+    }
+    with patch(bridge, *(edit or ())):
+        if random_tokens:
+            found, control = run_scan(bridge, random_tokens=True, **common), None
+        else:
+            found = run_scan(bridge, text, **common)
+            control = run_scan(bridge, random_tokens=True, **common)
+    if out is not None and out.suffix == ".safetensors":
+        found.save(out)
+    elif out is not None:
+        frame = found.to_dataframe()
+        if control is not None:
+            frame["random_tokens"] = control.scores.flatten().numpy()
+        write_table(frame, out)
+    if plot is not None:
+        from .report.figures import save_figure, scan_figure
+
+        save_figure(scan_figure(found, control, kappa), plot)
+    if as_json:
+        _print_json(_scan_record(found, control, kappa))
+        return
+    from .report.tables import heatmap, scan_table, side_by_side
+
+    console = _console()
+    left = heatmap(found.scores.nan_to_num(0).amax(-1), _title(found))
+    if control is None:
+        console.print(left)
+    else:
+        right = heatmap(control.scores.nan_to_num(0).amax(-1), _title(control))
+        console.print(side_by_side(left, right, console.width))
+    console.print()
+    console.print(scan_table(found, kappa, top, control))
+    for path in (out, plot):
+        if path is not None:
+            console.print(f"wrote {path}")
+
+
+def _title(found: Any) -> str:
+    first, last = found.offsets[0], found.offsets[-1]
+    source = found.provenance["prompts"][0]["source"].partition(",")[0]
+    return f"{source}: highest score over Δ {first} to {last}"
+
+
+def _scan_record(found: Any, control: Any, kappa: float) -> dict[str, Any]:
+    rows = []
+    for entry in found.slash_heads(kappa):
+        low, high = entry.interval
+        row = {
+            "head": str(entry.head),
+            "offset": entry.offset,
+            "score": entry.score,
+            "low": low,
+            "high": high,
+        }
+        if control is not None:
+            at = (entry.head.layer, entry.head.head, control.offsets.index(entry.offset))
+            row["random_tokens"] = float(control.scores[at])
+        rows.append(row)
+    return {
+        "kappa": kappa,
+        "offsets": list(found.offsets),
+        "n_tokens": found.n_tokens,
+        "slash_heads": rows,
+        "provenance": found.provenance,
+        "control": None if control is None else control.provenance,
+    }
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the model continues.")],
+    edit: EditOption = None,
+    model: ModelOption = None,
+    max_new_tokens: TokensOption = 40,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample by --seed instead of taking the likeliest.")
+    ] = False,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Continue a prompt with and without edits, differing words marked."""
+    from .edits import parse_edit
+    from .generation import continuation
+    from .patching import patch
+
+    if not edit:
+        raise EditError("give at least one --edit, such as --edit 'KnockOut(L16H0, 1)'")
+    edits = [parse_edit(typed) for typed in edit]
+    bridge = _load(model, device, dtype)
+    with patch(bridge, *edits):
+        edited = continuation(bridge, prompt, max_new_tokens, sample, seed)
+    plain = continuation(bridge, prompt, max_new_tokens, sample, seed)
+    if as_json:
+        record = {"prompt": prompt, "edits": [str(one) for one in edits]}
+        _print_json({**record, "plain": plain, "edited": edited})
+        return
+    from .report.words import marked_pair
+
+    top, bottom = marked_pair(plain, edited, _console().is_terminal)
+    console = _console()
+    console.print("intact", style="bold")
+    console.print(top)
+    console.print()
+    console.print(" then ".join(map(str, edits)), style="bold", highlight=False)
+    console.print(bottom)
+
+
+@app.command()
+def watch(
+    prompt: Annotated[str, typer.Argument(help="What the model continues.")],
+    edit: EditOption = None,
+    model: ModelOption = None,
+    max_new_tokens: TokensOption = 40,
+    offsets: OffsetsOption = "1-15",
+    kappa: KappaOption = 0.1,
+    top: Annotated[int, typer.Option(min=1, help="Heads to show at a time.")] = 8,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Watch heads light up while the model writes: which head, which offset, which token it reads.
+
+    Scores are of the newest token alone, and the mean over all tokens so far. Δ=0 (a head that
+    attends to its own token) is left out unless --offsets asks for it.
+    """
+    from .edits import parse_edit
+    from .generation import watched
+    from .scan import require_kappa
+    from .slash import as_offsets
+
+    require_kappa(kappa)
+    wanted = as_offsets(offsets)
+    edits = [parse_edit(typed) for typed in edit or ()]
+    bridge = _load(model, device, dtype)
+    steps = watched(bridge, prompt, edits, wanted, kappa, max_new_tokens, top, seed)
+    if as_json:
+        _print_json({"prompt": prompt, "edits": [str(one) for one in edits], "steps": list(steps)})
+        return
+    from .report.live import show_live
+
+    show_live(prompt, steps, _console())
+
+
+@app.command()
+def demo(
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """The story in about a minute: find a slash head, remove its diagonal, see what it carried."""
+    from .demo import tell
+
+    console = None if as_json else _console()
+    record = tell(_load(model, device, dtype), console, seed)
+    if as_json:
+        _print_json(record)
+
+
+def _load(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:
+    from .models import load
+
+    return load(model, device.value if device else None, dtype.value)
+
+
+def _require_suffix(path: Path | None, suffixes: tuple[str, ...]) -> None:
+    if path is not None and path.suffix not in suffixes:
+        raise OutputError(
+            f"cannot write {str(path)!r}: expected a name that ends in {', '.join(suffixes)}"
+        )
+
+
+def _console() -> Console:
+    """Stdout; plain text, wide enough for the tables, where it is no terminal."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120, no_color=True)
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    """One JSON document; NaN, which JSON lacks, is null."""
+    print(json.dumps(_without_nan(record), ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for bad input, one line for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode still gets text
+    try:
+        code = app(standalone_mode=False)
+    except SlashpatchError as error:
+        code = _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 141
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(f"{error.format_message()} (see slashpatch --help)", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"slashpatch: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

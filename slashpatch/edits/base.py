@@ -1,0 +1,119 @@
+"""What an edit is: a small frozen dataclass that overrides the hooks it touches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..calls import Call
+from ..errors import EditError, HeadError
+from ..heads import Head, HeadsLike, heads
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from ..anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an edit acts during one forward pass: one layer, and the edit's heads in it.
+
+    Tensors that an edit gets and returns hold these heads only, in this order, so an edit cannot
+    reach another head. `memory` lasts from one hook of the pass to the next; `state` is what the
+    edit's `prepare` returned for this layer.
+    """
+
+    layer: int
+    heads: list[int]
+    call: Call
+    state: Any = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An intervention on some heads. Prints as it is typed: `parse_edit(str(edit)) == edit`.
+
+    Attributes:
+        heads: Query heads; given as anything that `slashpatch.heads` reads, kept as a sorted tuple.
+    """
+
+    heads: HeadsLike
+
+    def __post_init__(self) -> None:
+        try:
+            found = tuple(sorted(heads(self.heads)))
+        except HeadError as error:
+            raise HeadError(f"{type(self).__name__}: {error}") from None
+        if not found:
+            raise EditError(f"{type(self).__name__} needs at least one head, got {self.heads!r}")
+        object.__setattr__(self, "heads", found)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have heads of this edit, ascending."""
+        return tuple(sorted({head.layer for head in cast("tuple[Head, ...]", self.heads)}))
+
+    def heads_in(self, layer: int) -> list[int]:
+        """The edit's head indices in `layer`, ascending."""
+        return [head.head for head in cast("tuple[Head, ...]", self.heads) if head.layer == layer]
+
+    def validate(self, anatomy: Anatomy) -> None:
+        """Raise if the model cannot take this edit. Called before anything is attached."""
+        anatomy.require(self.heads)
+
+    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
+        """State per layer, computed once when the edit is attached."""
+        return {}
+
+    def on_scores(
+        self, site: Site, scores: Float[Tensor, "batch head query key"]
+    ) -> Float[Tensor, "batch head query key"]:
+        """Edit the masked logits before the softmax."""
+        return scores
+
+    def on_pattern(
+        self, site: Site, pattern: Float[Tensor, "batch head query key"]
+    ) -> Float[Tensor, "batch head query key"]:
+        """Edit the attention after the softmax."""
+        return pattern
+
+    def on_z(
+        self, site: Site, z: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Edit the head outputs, before the output projection."""
+        return z
+
+    def stages(self) -> dict[str, Callable[[Site, Tensor], Tensor]]:
+        """The hooks that this edit overrides, in the order in which they fire."""
+        return {
+            stage: getattr(self, f"on_{stage}")
+            for stage in ("scores", "pattern", "z")
+            if getattr(type(self), f"on_{stage}") is not getattr(Edit, f"on_{stage}")
+        }
+
+    def __str__(self) -> str:
+        first, *others = dataclasses.fields(self)
+        parts = [_written(getattr(self, first.name))]
+        for other in others:
+            value = getattr(self, other.name)
+            if other.default is dataclasses.MISSING or value != other.default:
+                parts.append(f"{other.name}={_written(value)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    __repr__ = __str__
+
+
+def _written(value: Any) -> str:
+    """A value as `parse_edit` reads it; a tuple of one is written as its only member."""
+    if isinstance(value, tuple):
+        if len(value) == 1:
+            return _written(value[0])
+        return f"({', '.join(_written(member) for member in value)})"
+    return repr(value)

@@ -1,0 +1,69 @@
+"""Read an edit from the text that it prints as: a handful of nodes of Python's grammar, no eval."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from typing import Any
+
+from ..errors import EditError, SlashpatchError
+from ..heads import Head
+from .ablate import AblateHeads
+from .base import Edit
+from .offsets import KeepOnly, KnockOut, ScaleOffsets
+
+EDITS: dict[str, type[Edit]] = {
+    edit.__name__: edit for edit in (AblateHeads, ScaleOffsets, KnockOut, KeepOnly)
+}
+_LONGEST = 10_000
+
+
+def parse_edit(text: str) -> Edit:
+    """Read an edit such as `KnockOut(L16H0, 1)` or `AblateHeads([L16H0, L11H1], mode=mean)`.
+
+    Heads and words need no quotes; lists, tuples and range(a, b) may be used. Inverse of `str`.
+    Raises EditError, HeadError or OffsetError.
+    """
+    if not isinstance(text, str):
+        raise EditError(f"expected the text of an edit, got {type(text).__name__}")
+    if len(text) > _LONGEST:
+        raise EditError(f"an edit's text has at most {_LONGEST} characters, got {len(text)}")
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        node = None
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise EditError(f"expected an edit such as KnockOut(L16H0, 1), got {text!r}")
+    name = node.func.id
+    if name not in EDITS:
+        close = difflib.get_close_matches(name, EDITS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise EditError(f"unknown edit {name!r}{hint} Edits are {', '.join(sorted(EDITS))}")
+    try:
+        args = [_value(argument) for argument in node.args]
+        kwargs = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
+        return EDITS[name](*args, **kwargs)
+    except SlashpatchError:
+        raise
+    except (TypeError, ValueError) as error:
+        problem = str(error).replace("__init__()", name).replace(f"{name}.{name}", name)
+        raise EditError(f"cannot read {text!r}: {problem}") from None
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool)):
+        return node.value
+    if isinstance(node, ast.Name):
+        try:
+            return Head.parse(node.id)
+        except SlashpatchError:
+            return node.id
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_value(member) for member in node.elts)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        return range(*(_value(argument) for argument in node.args))
+    raise ValueError(
+        f"expected heads, numbers, words, lists or range(a, b), got {ast.unparse(node)!r}"
+    )

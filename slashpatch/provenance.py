@@ -1,0 +1,59 @@
+"""Where a result comes from: model, revision, dtype, edits, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_SAMPLES = 64
+
+
+def fingerprint(model: TransformerBridge) -> str:
+    """SHA-256 over names, shapes and evenly spaced values of all weights, first 16 hex digits.
+
+    Tells two models of the same shape apart without reading every weight.
+    """
+    sha = hashlib.sha256()
+    for name, weight in sorted(model.original_model.state_dict().items()):
+        sha.update(f"{name}{list(weight.shape)}{weight.dtype}".encode())
+        flat = weight.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
+        if picked.device.type != "meta":
+            sha.update(picked.cpu().double().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _name(model: TransformerBridge) -> str:
+    """The hub id, or the last part of a path."""
+    name = str(model.cfg.model_name)
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
+    """What a result must carry to be repeated, as plain JSON values."""
+    from .patching import active_edits
+
+    versions = {"python": platform.python_version()}
+    for package in ("slashpatch", "torch", "transformers", "transformer-lens"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "model": _name(model),
+        "fingerprint": fingerprint(model),
+        "architecture": str(model.cfg.architecture),
+        "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),
+        "device": torch.device(model.cfg.device).type,
+        "edits": [str(edit) for edit in active_edits(model)],
+        "versions": versions,
+        **details,
+    }

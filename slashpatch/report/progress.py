@@ -1,0 +1,77 @@
+"""Progress bars on stderr, on terminals only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def progress_over(
+    items: Sequence[T], what: str, show: bool | None = None, n: Sequence[int] | None = None
+) -> Iterator[T]:
+    """Yield the items under a bar with the time left; `n` is how much each item counts.
+
+    Shown when `show`, or when it is None and stderr is a terminal. Leaves nothing behind.
+    """
+    if not (sys.stderr.isatty() if show is None else show):
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    weights = [1] * len(items) if n is None else list(n)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=sum(weights))
+        for item, weight in zip(items, weights, strict=True):
+            yield item
+            bar.advance(task, weight)
+
+
+class Stages:
+    """Which stage of a long job is under way: a spinner on terminals, elsewhere a line each."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def __enter__(self) -> Stages:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._console = Console(
+            file=sys.stderr
+        )  # this very stream, also while stderr is redirected
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self.title)
+        return self
+
+    def next(self, stage: str) -> None:
+        """Enter the next stage."""
+        self._bar.update(self._task, description=f"{self.title}: {stage}")
+        if not self._console.is_terminal:
+            print(f"{self.title}: {stage}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,114 @@
+"""Tables and heatmaps as rich renderables; plain text where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from ..heads import Head
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..scan import Scan
+
+_SHADES = " ░▒▓█"
+_WIDTH = 100
+_WIDE_HEADS = 12
+
+
+def plain(*renderables: RenderableType) -> str:
+    """What `renderables` look like without colour, for pipes and `print`."""
+    console = Console(file=io.StringIO(), width=_WIDTH, no_color=True, force_terminal=False)
+    console.print(*renderables)
+    return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+
+
+def number(value: float) -> str:
+    """Three decimals, or a dash where there is no number."""
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def interval(low: float, high: float) -> str:
+    """An interval, or a dash where there is none (a single prompt)."""
+    return "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+
+
+def scan_table(
+    scan: Scan, kappa: float = 0.1, top: int | None = 20, control: Scan | None = None
+) -> Table:
+    """Slash heads, best first, with intervals over prompts; `control` adds its score beside."""
+    found = scan.slash_heads(kappa)
+    shown = found if top is None else found[:top]
+    source = ", ".join(part["source"] for part in scan.provenance["prompts"])
+    table = Table(
+        title=f"{len(found)} pairs of head and Δ in {len({one.head for one in found})} heads "
+        f"score at least {kappa:g} ({source})",
+        title_justify="left",
+    )
+    for column in ("head", "Δ", "score", "95 % interval"):
+        table.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
+    if control is not None:
+        table.add_column("random tokens", justify="right", no_wrap=True)
+    for entry in shown:
+        row = [str(entry.head), str(entry.offset), number(entry.score), interval(*entry.interval)]
+        if control is not None:
+            at = (entry.head.layer, entry.head.head, control.offsets.index(entry.offset))
+            row.append(number(float(control.scores[at])))
+        table.add_row(*row)
+    if len(shown) < len(found):
+        table.caption = f"and {len(found) - len(shown)} more"
+    return table
+
+
+def heatmap(scores: Tensor, title: str) -> Text:
+    """Layers down, heads across: `scores` [layer, head] in [0, 1] as shades and colours."""
+    n_layers, n_heads = scores.shape
+    cell = 3 if n_heads <= _WIDE_HEADS else 1
+    gap = " " if n_heads <= _WIDE_HEADS else ""
+    text = Text(f"{title}\n")
+    names = [f"H{head}" if cell == 3 else str(head % 10) for head in range(n_heads)]
+    text.append("      " + "".join(f"{name:<{cell}}{gap}" for name in names) + "\n", style="dim")
+    for layer in range(n_layers):
+        text.append(f" L{layer:<3} ", style="dim")
+        for head in range(n_heads):
+            score = min(max(float(scores[layer, head]), 0.0), 1.0)
+            shade = _SHADES[min(int(score * len(_SHADES)), len(_SHADES) - 1)]
+            text.append(shade * cell + gap, style=_colour(score))
+        text.append("\n")
+    text.append("      " + "  ".join(f"{_SHADES[i] * 2} {i / 5:.1f}+" for i in range(1, 5)))
+    return text
+
+
+def _colour(score: float) -> str:
+    """From grey to yellow."""
+    return "grey50" if score < 0.1 else "cyan" if score < 0.4 else "yellow"
+
+
+def side_by_side(left: RenderableType, right: RenderableType, width: int) -> RenderableType:
+    """Two renderables beside each other, or below where `width` columns do not hold them."""
+    measured = [
+        Measurement.get(Console(width=10_000), Console(width=10_000).options, item).maximum
+        for item in (left, right)
+    ]
+    if sum(measured) + 3 > width:
+        return Group(left, Text(), right)
+    grid = Table.grid(padding=(0, 3))
+    grid.add_row(left, right)
+    return grid
+
+
+def strongest(scan: Scan, min_offset: int = 0) -> tuple[Head, int, float]:
+    """The head and offset with the highest score at an offset of at least `min_offset`."""
+    columns = [i for i, offset in enumerate(scan.offsets) if offset >= min_offset]
+    scores = scan.scores[:, :, columns].nan_to_num(-1)
+    index = int(scores.argmax())
+    layer, rest = divmod(index, scores.shape[1] * scores.shape[2])
+    head, column = divmod(rest, scores.shape[2])
+    return Head(layer, head), scan.offsets[columns[column]], float(scores[layer, head, column])

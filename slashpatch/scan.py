@@ -1,0 +1,361 @@
+"""Scan: slash scores of every head over some prompts, as sums that can be saved and added."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import anatomy as anatomies
+from .errors import ModelError, OffsetError, ScanError
+from .files import written_whole
+from .heads import Head
+from .prompts import PromptSet, prompt_set
+from .provenance import provenance
+from .report.progress import progress_over
+from .slash import as_offsets, real_rows, slash_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+_ENGINES = ("auto", "bridge")
+_FORMAT = "slashpatch-scan-1"
+#: Bytes that one layer's attention of one batch may take; bounds the batch size.
+_PATTERN_BYTES = 256 * 2**20
+
+
+class SlashHead(NamedTuple):
+    """A (κ, Δ)-slash-dominant head: its score at the offset, and an interval over prompts."""
+
+    head: Head
+    offset: int
+    score: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Slash scores of all heads. Scans of the same model and offsets add up exactly.
+
+    Attributes:
+        offsets: The offsets Δ, ascending.
+        sums: Σ over prompts of each prompt's score, float64.
+        squares: Σ over prompts of its square, float64.
+        counts: Prompts longer than each offset.
+        n_tokens: Tokens of all prompts.
+        provenance: Model, dtype, edits, prompts, versions.
+    """
+
+    offsets: tuple[int, ...]
+    sums: Float[Tensor, "layer head offset"]
+    squares: Float[Tensor, "layer head offset"]
+    counts: Int[Tensor, "offset"]
+    n_tokens: int
+    provenance: dict[str, Any]
+
+    @property
+    def scores(self) -> Float[Tensor, "layer head offset"]:
+        """Mean attention i → i−Δ: the mean over prompts of each prompt's mean, in [0, 1]."""
+        return self.sums / self.counts
+
+    def intervals(
+        self, confidence: float = 0.95
+    ) -> tuple[Float[Tensor, "layer head offset"], Float[Tensor, "layer head offset"]]:
+        """Student-t interval over prompts for each score; NaN where there is but one prompt.
+
+        Prompts are the unit: tokens of one prompt are not independent. Not cut to [0, 1]. *Ours*.
+        """
+        from scipy.stats import t
+
+        n = self.counts.double()
+        variance = (self.squares - self.sums**2 / n).clamp(min=0) / (n - 1)
+        width = torch.as_tensor(t.ppf((1 + confidence) / 2, (n - 1).numpy()))
+        half = torch.where(n > 1, width * (variance / n).sqrt(), torch.nan)
+        return self.scores - half, self.scores + half
+
+    def slash_heads(self, kappa: float = 0.1, min_offset: int = 0) -> list[SlashHead]:
+        """Every head and offset with a score of at least `kappa`, best first.
+
+        A head that passes at two offsets is listed twice. κ=0.1 is *ours*. Raises ScanError for a
+        κ outside [0, 1].
+        """
+        require_kappa(kappa)
+        scores = self.scores
+        low, high = self.intervals()
+        found = [
+            SlashHead(
+                Head(layer, head),
+                self.offsets[column],
+                float(scores[layer, head, column]),
+                (float(low[layer, head, column]), float(high[layer, head, column])),
+            )
+            for layer, head, column in (scores >= kappa).nonzero().tolist()
+            if self.offsets[column] >= min_offset
+        ]
+        return sorted(found, key=lambda entry: (-entry.score, entry.head, entry.offset))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per head and offset: layer, head, name, offset, score, low, high, n_prompts."""
+        import pandas as pd
+
+        n_layers, n_heads, n_offsets = self.sums.shape
+        layer, head, column = torch.meshgrid(
+            *(torch.arange(n) for n in (n_layers, n_heads, n_offsets)), indexing="ij"
+        )
+        low, high = self.intervals()
+        flat = {
+            "layer": layer,
+            "head": head,
+            "offset": torch.tensor(self.offsets)[column],
+            "score": self.scores,
+            "low": low,
+            "high": high,
+            "n_prompts": self.counts.expand_as(self.sums),
+        }
+        frame = pd.DataFrame({name: values.flatten().numpy() for name, values in flat.items()})
+        names = [f"L{row.layer}H{row.head}" for row in frame.itertuples()]
+        frame.insert(2, "name", names)
+        return frame
+
+    def table(self, kappa: float = 0.1, top: int | None = 20) -> str:
+        """The slash heads as plain text, best first."""
+        from .report.tables import plain, scan_table
+
+        return plain(scan_table(self, kappa=kappa, top=top))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        n_layers, n_heads, _ = self.sums.shape
+        return (
+            f"<Scan of {self.provenance['model']}: {n_layers} × {n_heads} heads, "
+            f"{len(self.offsets)} offsets, {int(self.counts.max())} prompts>"
+        )
+
+    def __add__(self, other: Scan) -> Scan:
+        """The scan of both sets of prompts. Raises ScanError if they cannot be compared."""
+        if not isinstance(other, Scan):
+            return NotImplemented
+        if self.offsets != other.offsets:
+            raise ScanError(f"scans of different offsets: {self.offsets} and {other.offsets}")
+        for key in ("fingerprint", "dtype", "edits"):
+            mine, theirs = self.provenance.get(key), other.provenance.get(key)
+            if mine != theirs:
+                raise ScanError(f"scans of different {key}: {mine!r} and {theirs!r}")
+        return Scan(
+            self.offsets,
+            self.sums + other.sums,
+            self.squares + other.squares,
+            self.counts + other.counts,
+            self.n_tokens + other.n_tokens,
+            {
+                **self.provenance,
+                "prompts": self.provenance["prompts"] + other.provenance["prompts"],
+            },
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a .safetensors file, whole or not at all. Raises OutputError or ScanError."""
+        from safetensors.torch import save_file
+
+        if Path(path).suffix != ".safetensors":
+            raise ScanError(f"a scan is saved as .safetensors; got {str(path)!r}")
+        header = {
+            "format": _FORMAT,
+            "offsets": list(self.offsets),
+            "n_tokens": self.n_tokens,
+            "provenance": self.provenance,
+        }
+        tensors = {"sums": self.sums, "squares": self.squares, "counts": self.counts}
+        with written_whole(path) as file:
+            save_file(tensors, file, metadata={"slashpatch": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scan:
+        """Read what `save` wrote. Raises ScanError for anything else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("slashpatch", "{}"))
+                if header.get("format") != _FORMAT:
+                    raise ScanError(f"{str(path)!r} holds no scan of the format {_FORMAT}")
+                sums, squares, counts = (
+                    file.get_tensor(name) for name in ("sums", "squares", "counts")
+                )
+        except FileNotFoundError:
+            raise ScanError(f"no file {str(path)!r}; expected one that Scan.save wrote") from None
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise ScanError(f"{str(path)!r} is no file that Scan.save wrote: {error}") from None
+        return cls(
+            tuple(header["offsets"]),
+            sums,
+            squares,
+            counts,
+            header["n_tokens"],
+            header["provenance"],
+        )
+
+
+def require_kappa(kappa: float) -> None:
+    """Raise ScanError unless κ lies in [0, 1]."""
+    if not 0 <= kappa <= 1:
+        raise ScanError(f"kappa is a score from 0 to 1; got {kappa!r}")
+
+
+def scan(
+    model: TransformerBridge,
+    prompts: Any = None,
+    offsets: Any = range(16),
+    engine: str = "auto",
+    *,
+    random_tokens: bool = False,
+    n_prompts: int = 8,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Scan:
+    """Slash scores of every head, averaged over prompts; the model as it is, patches included.
+
+    Args:
+        model: A TransformerBridge in evaluation mode.
+        prompts: None for natural text, or a text, texts, a file, or token ids [batch, pos].
+        offsets: Δ ≥ 0: an int, ints, a range, or text such as "0-15".
+        engine: "bridge" reads TransformerLens' own attention pattern; "auto" picks for you.
+        random_tokens: Uniform random tokens instead of natural text: out of distribution.
+        n_prompts: How many natural or random prompts; at most so many pieces of a file.
+        max_tokens: Their length; 512 when None, for texts no limit.
+        batch_size: Prompts per forward pass; picked by memory when None. Does not change scores.
+        seed: Of the natural and random prompts.
+        progress: Whether to show a bar; when None, on a terminal only.
+
+    Returns:
+        A Scan; offsets longer than a prompt leave that prompt out of their mean.
+
+    Raises:
+        ModelError, PromptError, OffsetError, or ScanError for a pattern with NaN.
+    """
+    anatomy = anatomies.read(model)
+    wanted = as_offsets(offsets)
+    if engine not in _ENGINES:
+        raise ScanError(f"engine is one of {', '.join(_ENGINES)}; got {engine!r}")
+    found = prompt_set(
+        model,
+        prompts,
+        random_tokens=random_tokens,
+        n_prompts=n_prompts,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    longest = max(len(tokens) for tokens in found.tokens)
+    if wanted[-1] >= longest:
+        raise OffsetError(
+            f"offset {wanted[-1]} needs a prompt of at least {wanted[-1] + 1} tokens; "
+            f"the longest has {longest}"
+        )
+    shape = (anatomy.n_layers, anatomy.n_heads, len(wanted))
+    sums, squares = torch.zeros(2, *shape, dtype=torch.float64)
+    counts = torch.zeros(len(wanted), dtype=torch.int64)
+    batches = list(_batches(found, batch_size, anatomy.n_heads))
+    for indices in progress_over(batches, "scanning", show=progress, n=[len(b) for b in batches]):
+        means, counted = _scan_batch(model, anatomy, [found.tokens[i] for i in indices], wanted)
+        sums += means.sum(0)
+        squares += means.square().sum(0)
+        counts += counted
+    details = {
+        "engine": "bridge",
+        "prompts": [{"source": found.source, "n": len(found.tokens), "digest": found.digest}],
+        "seed": seed,
+    }
+    return Scan(wanted, sums, squares, counts, found.n_tokens, provenance(model, **details))
+
+
+def _batches(found: PromptSet, batch_size: int | None, n_heads: int) -> Iterator[list[int]]:
+    """Prompt indices of each batch: neighbours in length, so that little is padded."""
+    if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+        raise ScanError(f"batch_size is an integer from 1; got {batch_size!r}")
+    order = sorted(range(len(found.tokens)), key=lambda index: len(found.tokens[index]))
+    batch: list[int] = []
+    for index in order:
+        per_prompt = 4 * n_heads * len(found.tokens[index]) ** 2
+        limit = batch_size or max(1, _PATTERN_BYTES // per_prompt)
+        if len(batch) >= limit:
+            yield batch
+            batch = []
+        batch.append(index)
+    yield batch
+
+
+def _scan_batch(
+    model: TransformerBridge,
+    anatomy: anatomies.Anatomy,
+    prompts: list[Tensor],
+    offsets: tuple[int, ...],
+) -> tuple[Float[Tensor, "batch layer head offset"], Int[Tensor, "offset"]]:
+    """Each prompt's scores (0 where it is too short), and how many prompts each offset counts."""
+    device = torch.device(model.cfg.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    n_pos = int(lengths.max())
+    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
+    real = torch.arange(n_pos) < lengths[:, None]
+    wanted = torch.tensor(offsets)
+    rows = real_rows(real, n_pos, wanted)
+    per_layer: list[Tensor | None] = [None] * anatomy.n_layers
+
+    def accumulate(pattern: Tensor, hook: Any) -> None:
+        taken = slash_rows(pattern, wanted.to(pattern.device))
+        # Padding may hold anything, NaN included: it is left out, not multiplied by zero.
+        kept = taken.masked_fill(~rows.to(pattern.device)[:, None], 0)
+        per_layer[hook.layer()] = sum_rows(kept)
+
+    hooks = [(anatomy.hook(layer, "pattern"), accumulate) for layer in range(anatomy.n_layers)]
+    with torch.no_grad():
+        run_for_attention(model, tokens, None if bool(real.all()) else real.long(), hooks)
+    missing = [layer for layer, taken in enumerate(per_layer) if taken is None]
+    if missing:
+        raise ModelError(f"the pattern hook of layer {missing[0]} did not fire")
+    totals = torch.stack([taken for taken in per_layer if taken is not None], dim=1)
+    if not bool(totals.isfinite().all()):
+        _, layer, head, _ = (~totals.isfinite()).nonzero()[0].tolist()
+        raise ScanError(
+            f"the attention pattern of {Head(layer, head)} has NaN or infinite entries; "
+            "check the model's weights and dtype (fp16 overflows easily; try bfloat16 or float32)"
+        )
+    n_rows = rows.sum(1)
+    means = totals / n_rows.clamp(min=1)[:, None, None, :]
+    return means, (n_rows > 0).sum(0)
+
+
+def sum_rows(
+    rows: Float[Tensor, "batch head query offset"],
+) -> Float[Tensor, "batch head offset"]:
+    """Sum over queries in float64, on the CPU (MPS has no float64: there the sum is float32)."""
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    return rows.sum(-2, dtype=wide).cpu().double()
+
+
+def run_for_attention(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Tensor | None,
+    hooks: Iterable[tuple[str, Any]],
+) -> None:
+    """One forward pass for the sake of its hooks: logits of the last token only, where possible."""
+    import inspect
+
+    kwargs: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
+        kwargs["logits_to_keep"] = 1
+    if attention_mask is not None:
+        kwargs["attention_mask"] = attention_mask.to(tokens.device)
+    model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type=None, **kwargs)

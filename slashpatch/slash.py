@@ -1,0 +1,143 @@
+"""Slash scores: the mean attention that a head pays from token i to token i−Δ.
+
+Definition (arXiv 2601.08297, as described in its abstract and authors' page): for one prompt of N
+tokens, score(Δ) = 1/(N−Δ) · Σ_{i≥Δ} S[i, i−Δ], with S the causal attention after the softmax.
+
+`slash_scores` is the readable reference. `slash_rows` serves the hot path: no copy of a T×T matrix,
+queries that sit at the end of a longer key axis (KV cache). `slash_scores_blocked` starts from
+rotated queries and keys and never holds more than a block of rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from .errors import OffsetError
+
+#: Beyond any model's context; stops a mistyped range from filling the memory.
+_MOST_OFFSETS = 2**21
+
+
+def as_offsets(spec: Any) -> tuple[int, ...]:
+    """Read offsets from an int, ints, a range, or text such as `"0-15"` or `"1,2,8-10"`.
+
+    Returns the sorted, distinct offsets. Raises OffsetError for anything empty, negative or not an
+    integer.
+    """
+    if isinstance(spec, str):
+        values: list[Any] = []
+        for part in spec.split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if match is None:
+                raise OffsetError(f"expected offsets such as 1, 0-15 or 1,2,8-10; got {spec!r}")
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise OffsetError(f"offset range {part.strip()!r} runs backwards")
+            values += range(first, min(last, first + _MOST_OFFSETS) + 1)
+    elif isinstance(spec, Iterable):
+        values = list(itertools.islice(spec, _MOST_OFFSETS + 1))
+    else:
+        values = [spec]
+    if not values:
+        raise OffsetError("no offsets were given; expected at least one, such as 1 or range(16)")
+    if len(values) > _MOST_OFFSETS:
+        raise OffsetError(f"at most {_MOST_OFFSETS:,} offsets can be asked for; got more")
+    offsets = set()
+    for value in values:
+        try:
+            offset = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            offset = -1
+        if offset < 0:
+            raise OffsetError(
+                f"an offset is an integer from 0 (token i reads token i−offset); got {value!r}"
+            )
+        offsets.add(offset)
+    return tuple(sorted(offsets))
+
+
+def slash_scores(
+    pattern: Float[Tensor, "batch head pos pos"], offsets: Sequence[int]
+) -> Float[Tensor, "batch head offset"]:
+    """Mean attention along each sub-diagonal: the dense reference, written for reading.
+
+    `pattern` is the attention after the softmax, of unpadded prompts. Scores lie in [0, 1], in
+    float64. An offset that the prompt cannot hold gives NaN. Source: arXiv 2601.08297, definition.
+    """
+    return torch.stack(
+        [pattern.double().diagonal(-offset, -2, -1).mean(-1) for offset in offsets], dim=-1
+    )
+
+
+def slash_rows(
+    pattern: Float[Tensor, "batch head query key"], offsets: Tensor
+) -> Float[Tensor, "batch head query offset"]:
+    """Attention of each query to the key `offset` tokens before it; 0 where there is no such key.
+
+    Queries are the last rows of the key axis, as in cached decoding. `offsets` is an integer tensor
+    [offset] on the pattern's device. One gather of query × offset entries; nothing T×T is copied.
+    """
+    batch, head, n_queries, n_keys = pattern.shape
+    index, valid = _diagonal_index(n_queries, n_keys, offsets)
+    rows = pattern.gather(-1, index.expand(batch, head, -1, -1))
+    return rows.masked_fill(~valid, 0.0)
+
+
+def real_rows(
+    real: Bool[Tensor, "batch key"], n_queries: int, offsets: Tensor
+) -> Bool[Tensor, "batch query offset"]:
+    """Which rows count for which offset: query i and key i−offset exist and are no padding."""
+    index, valid = _diagonal_index(n_queries, real.shape[1], offsets)
+    keys = real[:, index]
+    queries = real[:, -n_queries:, None]
+    return keys & queries & valid
+
+
+def _diagonal_index(
+    n_queries: int, n_keys: int, offsets: Tensor
+) -> tuple[Shaped[Tensor, "query offset"], Bool[Tensor, "query offset"]]:
+    """Key index of (query, offset), and whether that key exists."""
+    query = torch.arange(n_keys - n_queries, n_keys, device=offsets.device)
+    index = query[:, None] - offsets
+    return index.clamp(min=0), index >= 0
+
+
+def slash_scores_blocked(
+    q: Float[Tensor, "batch pos head d_head"],
+    k: Float[Tensor, "batch pos kv_head d_head"],
+    offsets: Sequence[int],
+    scale: float | None = None,
+    block: int = 256,
+) -> Float[Tensor, "batch head offset"]:
+    """Slash scores from *rotated* queries and keys, `block` rows at a time.
+
+    Equals `slash_scores(softmax(scale · q kᵀ))` under a causal mask, without ever holding more than
+    `block` rows of it. `scale` defaults to 1/√d_head. Query head h reads the keys of kv_head
+    h // (head / kv_head). Scores are float64. Source: ours (definition of arXiv 2601.08297).
+    """
+    batch, n_pos, n_heads, d_head = q.shape
+    n_kv_heads = k.shape[2]
+    scale = 1 / math.sqrt(d_head) if scale is None else scale
+    grouped = q.unflatten(2, (n_kv_heads, n_heads // n_kv_heads))
+    wanted = torch.tensor(offsets, device=q.device)
+    sums = torch.zeros(batch, n_heads, len(offsets), dtype=torch.float64, device=q.device)
+    for start in range(0, n_pos, block):
+        stop = min(start + block, n_pos)
+        # Keys after the block's last row are masked for every row of it: leave them out.
+        logits = scale * torch.einsum(
+            "bqgrd,bkgd->bgrqk", grouped[:, start:stop], k[:, :stop]
+        ).flatten(1, 2)
+        future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
+        pattern = logits.masked_fill(future, -math.inf).softmax(-1)
+        sums += slash_rows(pattern, wanted).sum(-2, dtype=torch.float64)
+    rows = torch.tensor([max(n_pos - offset, 0) for offset in offsets], device=q.device)
+    return sums / rows  # 0/0 = NaN where the prompt is too short, as in the reference

@@ -1,0 +1,42 @@
+"""Fixtures. Shapes and types are checked at run time: see addopts in pyproject.toml."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import slashpatch
+
+settings.register_profile(
+    "slashpatch",
+    deadline=None,
+    max_examples=15,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("slashpatch")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A tiny Llama with grouped-query attention: 2 layers, 4 heads on 2 kv heads."""
+    from .tiny import tiny_model
+
+    return tiny_model(seed=0)
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The default model."""
+    return slashpatch.load(device="cpu")
+
+
+@pytest.fixture
+def unchecked():
+    """Without run-time type checks: the user's view of a wrong type, which is our own message."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -1,0 +1,143 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slashpatch as sp
+from slashpatch.edits.offsets import add_to_diagonals, has_keys, keep_diagonals, scale_diagonals
+from slashpatch.errors import EditError, HeadError, OffsetError
+
+some_heads = st.lists(
+    st.builds(sp.Head, st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4
+)
+some_offsets = st.lists(st.integers(0, 100), min_size=1, max_size=4)
+factors = st.floats(0, 1e6, allow_nan=False)
+text = st.text(min_size=1, max_size=20)
+any_edit = st.one_of(
+    st.builds(
+        sp.AblateHeads,
+        some_heads,
+        mode=st.sampled_from(["zero", "mean", "resample"]),
+        reference=st.one_of(
+            st.sampled_from(["natural", "random"]), text, st.lists(text, min_size=1, max_size=3)
+        ),
+        seed=st.integers(-5, 2**40),
+    ),
+    st.builds(sp.ScaleOffsets, some_heads, some_offsets, factors, st.booleans()),
+    st.builds(sp.KnockOut, some_heads, some_offsets, st.booleans()),
+    st.builds(sp.KeepOnly, some_heads, some_offsets, st.booleans()),
+)
+
+
+@given(any_edit)
+def test_an_edit_reads_back_what_it_prints(edit):
+    again = sp.parse_edit(str(edit))
+    assert again == edit
+    assert hash(again) == hash(edit)
+
+
+@given(any_edit)
+def test_edits_are_frozen(edit):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        edit.heads = ()
+
+
+@pytest.mark.parametrize(
+    ("typed", "printed"),
+    [
+        ("KnockOut(L16H0, 1)", "KnockOut(L16H0, offsets=1)"),
+        ("KnockOut('l16h0', [1, 2])", "KnockOut(L16H0, offsets=(1, 2))"),
+        ("KnockOut([L16H0, L2H1], range(3))", "KnockOut((L2H1, L16H0), offsets=(0, 1, 2))"),
+        ("KnockOut(L16H0, '0-2', renormalize=False)",
+         "KnockOut(L16H0, offsets=(0, 1, 2), renormalize=False)"),
+        ("AblateHeads(L16H0)", "AblateHeads(L16H0)"),
+        (" AblateHeads(heads=L1H1, mode=mean)", "AblateHeads(L1H1, mode='mean')"),
+        ("ScaleOffsets(L1H1, 1, 0.5)", "ScaleOffsets(L1H1, offsets=1, factor=0.5)"),
+    ],
+)  # fmt: skip
+def test_what_can_be_typed(typed, printed):
+    assert str(sp.parse_edit(typed)) == printed
+
+
+@pytest.mark.parametrize(
+    ("typed", "error", "message"),
+    [
+        ("Knockout(L16H0, 1)", EditError, "did you mean KnockOut"),
+        ("Zap(L16H0)", EditError, "unknown edit 'Zap'.*AblateHeads, KeepOnly, KnockOut"),
+        ("KnockOut(L16H0", EditError, "expected an edit such as"),
+        ("", EditError, "expected an edit such as"),
+        ("L16H0", EditError, "expected an edit such as"),
+        ("__import__('os').system('true')", EditError, "expected an edit such as"),
+        ("KnockOut(__import__('os'), 1)", EditError, "expected heads, numbers, words"),
+        ("KnockOut(L16H0, (lambda: 1)())", EditError, "expected heads, numbers, words"),
+        ("KnockOut(L16H0, 2**99999)", EditError, "expected heads, numbers, words"),
+        ("KnockOut(" + "(" * 300 + ")" * 300, EditError, "expected an edit"),
+        ("KnockOut" + "(" * 20000, EditError, "at most"),
+        ("KnockOut(L16H0)", EditError, "missing.*offsets"),
+        ("KnockOut(L16H0, 1, nope=2)", EditError, "nope"),
+        ("KnockOut(L16H0, heads=L1H1, offsets=1)", EditError, "multiple values.*heads"),
+        ("KnockOut(16., 1)", HeadError, "KnockOut: expected a head"),
+        ("KnockOut([], 1)", EditError, "at least one head"),
+        ("KnockOut(L16H0, -1)", OffsetError, "KnockOut: an offset is an integer from 0"),
+        ("KnockOut(L16H0, 1.5)", OffsetError, "1.5"),
+        ("KnockOut(L16H0, [])", OffsetError, "no offsets were given"),
+        ("KnockOut(L16H0, 1, renormalize=2)", EditError, "True or False"),
+        ("ScaleOffsets(L16H0, 1, -1)", EditError, "finite number from 0"),
+        ("ScaleOffsets(L16H0, 1, 1e999)", EditError, "finite number from 0"),
+        ("ScaleOffsets(L16H0, 1, half)", EditError, "finite number from 0"),
+        ("AblateHeads(L16H0, mode=gone)", EditError, "zero, mean, resample; got 'gone'"),
+        ("AblateHeads(L16H0, mode=mean, reference=7)", EditError, "reference"),
+        ("AblateHeads(L16H0, mode=mean, seed=1.5)", EditError, "seed"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot(typed, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        sp.parse_edit(typed)
+
+
+def entry_by_entry(matrix, offsets, past, change):
+    """The diagonals by their definition: query row r is token past + r."""
+    out = matrix.clone()
+    for row in range(matrix.shape[-2]):
+        for column in range(matrix.shape[-1]):
+            on = past + row - column in offsets
+            out[..., row, column] = change(matrix[..., row, column], on)
+    return out
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 6),
+    st.integers(0, 5),
+    st.lists(st.integers(0, 12), min_size=1, max_size=4, unique=True),
+)
+def test_diagonals(seed, n_queries, past, offsets):
+    matrix = torch.rand(
+        2, n_queries, n_queries + past, generator=torch.Generator().manual_seed(seed)
+    )
+    for made, change in (
+        (scale_diagonals(matrix, offsets, past, 0.5), lambda x, on: 0.5 * x if on else x),
+        (add_to_diagonals(matrix, offsets, past, 2.0), lambda x, on: x + 2 if on else x),
+        (keep_diagonals(matrix, offsets, past, -1.0), lambda x, on: x if on else 0 * x - 1),
+    ):
+        assert torch.equal(made, entry_by_entry(matrix, offsets, past, change))
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -torch.inf])
+def test_rows_without_keys_are_found(low):
+    scores = torch.zeros(3, 4).tril(1)  # past = 1
+    masked = scores.masked_fill(torch.ones(3, 4, dtype=torch.bool).triu(2), low)
+    assert has_keys(masked, 1).tolist() == [True, True, True]
+    masked[1, :3] = low
+    assert has_keys(masked, 1).tolist() == [True, False, True]
+    # A finite score in the future is no key.
+    masked[1, 3] = 5.0
+    assert has_keys(masked, 1).tolist() == [True, False, True]
+
+
+def test_an_edit_needs_a_head():
+    with pytest.raises(EditError, match="at least one head"):
+        sp.KnockOut([], 1)

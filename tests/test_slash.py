@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slashpatch.errors import OffsetError
+from slashpatch.slash import (
+    as_offsets,
+    real_rows,
+    slash_rows,
+    slash_scores,
+    slash_scores_blocked,
+)
+
+sizes = st.integers(1, 20)
+seeds = st.integers(0, 2**31)
+some_offsets = st.lists(st.integers(0, 24), min_size=1, max_size=5, unique=True)
+
+
+def causal_pattern(seed, batch, heads, pos):
+    generator = torch.Generator().manual_seed(seed)
+    scores = 3 * torch.randn(batch, heads, pos, pos, generator=generator, dtype=torch.float64)
+    future = torch.ones(pos, pos, dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+def by_hand(pattern, offset):
+    """The definition, entry by entry."""
+    n = pattern.shape[-1]
+    entries = [pattern[..., i, i - offset] for i in range(offset, n)]
+    return sum(entries) / (n - offset) if entries else torch.full(pattern.shape[:2], torch.nan)
+
+
+@given(seeds, sizes, some_offsets)
+def test_reference_is_the_definition(seed, pos, offsets):
+    pattern = causal_pattern(seed, 2, 3, pos)
+    expected = torch.stack([by_hand(pattern, offset).double() for offset in offsets], -1)
+    torch.testing.assert_close(slash_scores(pattern, offsets), expected, equal_nan=True)
+
+
+@given(seeds, sizes, some_offsets)
+def test_rows_sum_to_the_reference(seed, pos, offsets):
+    pattern = causal_pattern(seed, 2, 3, pos)
+    rows = slash_rows(pattern, torch.tensor(offsets))
+    n_rows = real_rows(torch.ones(2, pos, dtype=torch.bool), pos, torch.tensor(offsets)).sum(1)
+    scores = rows.sum(-2) / n_rows[:, None]
+    torch.testing.assert_close(scores, slash_scores(pattern, offsets), equal_nan=True)
+
+
+@given(seeds, st.integers(2, 20), some_offsets, st.data())
+def test_rows_of_a_cached_step_are_the_last_rows(seed, pos, offsets, data):
+    pattern = causal_pattern(seed, 1, 2, pos)
+    last = data.draw(st.integers(1, pos))
+    whole = slash_rows(pattern, torch.tensor(offsets))
+    step = slash_rows(pattern[:, :, -last:], torch.tensor(offsets))
+    assert torch.equal(step, whole[:, :, -last:])
+
+
+@given(seeds, sizes, some_offsets, st.integers(1, 7), st.sampled_from([(4, 4), (4, 2), (6, 1)]))
+def test_blocked_equals_dense(seed, pos, offsets, block, heads):
+    n_heads, n_kv_heads = heads
+    generator = torch.Generator().manual_seed(seed)
+    q = 2 * torch.randn(2, pos, n_heads, 8, generator=generator, dtype=torch.float64)
+    k = torch.randn(2, pos, n_kv_heads, 8, generator=generator, dtype=torch.float64)
+    keys = k.repeat_interleave(n_heads // n_kv_heads, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
+    future = torch.ones(pos, pos, dtype=torch.bool).triu(1)
+    dense = slash_scores(scores.masked_fill(future, -math.inf).softmax(-1), offsets)
+    blocked = slash_scores_blocked(q, k, offsets, block=block)
+    torch.testing.assert_close(blocked, dense, equal_nan=True)
+
+
+def test_blocked_never_holds_more_than_a_block_of_rows(monkeypatch):
+    largest = 0
+    einsum = torch.einsum
+
+    def spy(*args):
+        nonlocal largest
+        out = einsum(*args)
+        largest = max(largest, out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "einsum", spy)
+    q = torch.randn(1, 100, 2, 4)
+    slash_scores_blocked(q, q, [0, 1], block=10)
+    assert largest <= 2 * 10 * 100
+
+
+def test_padding_on_either_side_leaves_the_same_rows():
+    real = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    rows = real_rows(real, 5, torch.tensor([0, 1, 2, 3])).sum(1)
+    assert rows.tolist() == [[3, 2, 1, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (3, (3,)),
+        (range(3), (0, 1, 2)),
+        ("0-2", (0, 1, 2)),
+        ("1, 4-5", (1, 4, 5)),
+        ([2, 0, 2], (0, 2)),
+        (torch.tensor([1, 2]), (1, 2)),
+    ],
+)
+def test_offsets_are_read(given, expected):
+    assert as_offsets(given) == expected
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, True, "a", "3-1", "-2", None, [0, -3], ["x"]])
+def test_bad_offsets_are_refused(bad):
+    with pytest.raises(OffsetError, match="offset"):
+        as_offsets(bad)
+
+
+def test_no_offsets_and_too_many():
+    with pytest.raises(OffsetError, match="no offsets were given"):
+        as_offsets([])
+    with pytest.raises(OffsetError, match="at most"):
+        as_offsets(range(10**12))
+    with pytest.raises(OffsetError, match="at most"):
+        as_offsets("0-999999999999")
