@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 
 
+_INTERRUPTED = 130
+
+
 class Device(str, Enum):
     """Where the model runs."""
 
@@ -68,7 +71,7 @@ EditOption = Annotated[
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool | None) -> None:
     if asked:
         print(f"slashpatch {__version__}")
         raise typer.Exit
@@ -77,9 +80,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
+    ] = None,
 ) -> None:
     pass
 
@@ -344,10 +347,12 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without Unicode still gets text
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # newer typers turn Ctrl-C into an exit code of their own
+            raise KeyboardInterrupt
     except SlashpatchError as error:
         code = _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", 130)
+        code = _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         code = 141

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from ..scan import Scan
 
-_SHADES = " ░▒▓█"
+#: Lowest score of each shade.
+_SHADES = {0.1: "·", 0.2: "░", 0.4: "▒", 0.6: "▓", 0.8: "█"}
 _WIDTH = 100
 _WIDE_HEADS = 12
 
@@ -42,16 +43,15 @@ def interval(low: float, high: float) -> str:
 
 def scan_table(
     scan: Scan, kappa: float = 0.1, top: int | None = 20, control: Scan | None = None
-) -> Table:
+) -> Group:
     """Slash heads, best first, with intervals over prompts; `control` adds its score beside."""
     found = scan.slash_heads(kappa)
     shown = found if top is None else found[:top]
     source = ", ".join(part["source"] for part in scan.provenance["prompts"])
-    table = Table(
-        title=f"{len(found)} pairs of head and Δ in {len({one.head for one in found})} heads "
-        f"score at least {kappa:g} ({source})",
-        title_justify="left",
+    title = Text(
+        f"{len({one.head for one in found})} slash heads (κ = {kappa:g}, {source})", style="bold"
     )
+    table = Table()
     for column in ("head", "Δ", "score", "95 % interval"):
         table.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
     if control is not None:
@@ -63,8 +63,8 @@ def scan_table(
             row.append(number(float(control.scores[at])))
         table.add_row(*row)
     if len(shown) < len(found):
-        table.caption = f"and {len(found) - len(shown)} more"
-    return table
+        return Group(title, table, Text(f"and {len(found) - len(shown)} more heads and offsets"))
+    return Group(title, table)
 
 
 def heatmap(scores: Tensor, title: str) -> Text:
@@ -78,17 +78,19 @@ def heatmap(scores: Tensor, title: str) -> Text:
     for layer in range(n_layers):
         text.append(f" L{layer:<3} ", style="dim")
         for head in range(n_heads):
-            score = min(max(float(scores[layer, head]), 0.0), 1.0)
-            shade = _SHADES[min(int(score * len(_SHADES)), len(_SHADES) - 1)]
-            text.append(shade * cell + gap, style=_colour(score))
+            shade, colour = _shade(float(scores[layer, head]))
+            text.append(shade * cell + gap, style=colour)
         text.append("\n")
-    text.append("      " + "  ".join(f"{_SHADES[i] * 2} {i / 5:.1f}+" for i in range(1, 5)))
+    text.append("      " + "  ".join(f"{_SHADES[low] * 2} {low}+" for low in _SHADES))
     return text
 
 
-def _colour(score: float) -> str:
-    """From grey to yellow."""
-    return "grey50" if score < 0.1 else "cyan" if score < 0.4 else "yellow"
+def _shade(score: float) -> tuple[str, str]:
+    """Character and colour of a score."""
+    shade = " "
+    for low, character in _SHADES.items():
+        shade = character if score >= low else shade
+    return shade, "cyan" if score < 0.4 else "yellow"
 
 
 def side_by_side(left: RenderableType, right: RenderableType, width: int) -> RenderableType:

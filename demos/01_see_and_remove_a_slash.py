@@ -1,0 +1,113 @@
+# %% [markdown]
+# # See a slash head, and remove it
+#
+# A *slash-dominant head* attends along the Δ-th sub-diagonal: token i reads token i−Δ. Here we find
+# such heads in a real language model, watch them during generation, and remove one diagonal of one
+# head to see what it carried.
+#
+# Opens as a notebook (jupytext, VS Code, Spyder) and runs as a script:
+# `python demos/01_see_and_remove_a_slash.py [--figures]`. With `--figures`, pictures are saved
+# beside it. `SLASHPATCH_DEMO=small` makes everything small, for a quick look.
+
+# %%
+import os
+import sys
+from pathlib import Path
+
+import slashpatch as sp
+
+SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
+FIGURES = "--figures" in sys.argv
+HERE = Path(__file__).parent
+
+model = sp.load()
+
+# %% [markdown]
+# ## 1. Which heads attend along a diagonal?
+#
+# `sp.scan` averages each head's attention i → i−Δ over natural text. Random tokens are the control:
+# a head that keeps its slash there does not depend on what the text says.
+
+# %%
+size = {"n_prompts": 2, "max_tokens": 64} if SMALL else {"n_prompts": 8, "max_tokens": 512}
+natural = sp.scan(model, **size)
+random = sp.scan(model, random_tokens=True, **size)
+print(natural.table(top=10))
+
+# %%
+scores = natural.to_dataframe().assign(random=random.scores.flatten().numpy())
+previous = scores[scores.offset == 1].sort_values("score", ascending=False)
+print(previous.head(8).to_string(index=False))
+print(
+    "correlation of natural and random over heads:", round(previous.score.corr(previous.random), 2)
+)
+
+# %%
+if FIGURES:
+    from slashpatch.report.figures import losses_figure, save_figure, scan_figure
+
+    save_figure(scan_figure(natural, random), HERE / "01_scan.png")
+
+# %% [markdown]
+# ## 2. Live, while the model writes
+#
+# `SlashMonitor` adds up the same scores through the KV cache, one row a token, and says so once it
+# is sure of a head. The model's output stays what it was, bit for bit.
+
+# %%
+prompt = "The secret code is blue-tiger-seven. I repeat, the secret code is"
+
+
+def report(head, offset, score, n_rows):
+    """Called once for each head that is surely above κ."""
+    print(f"{head} attends {offset} back with {score:.2f} after {n_rows} rows")
+
+
+with sp.SlashMonitor(model, offsets=range(1, 16), kappa=0.3, on_detect=report):
+    print(model.generate(prompt, max_new_tokens=16, do_sample=False, verbose=False))
+
+# %% [markdown]
+# ## 3. Remove one diagonal of one head
+#
+# `KnockOut` removes the attention i → i−Δ of that head; the rest of each row grows to fill the gap.
+# We compare it with ablating the whole head, and, as the control, with ablating random other heads.
+
+# %%
+slash = natural.slash_heads(min_offset=1)[0]
+print(f"the strongest head that looks back: {slash.head} at Δ={slash.offset}")
+
+edits = {
+    "intact": [],
+    f"{slash.head} ablated": [sp.AblateHeads(slash.head)],
+    f"{slash.head} without its diagonal": [sp.KnockOut(slash.head, slash.offset)],
+}
+for other in ("L3H4", "L14H2", "L20H1", "L25H5"):
+    edits[f"control: {other} ablated"] = [sp.AblateHeads(other)]
+
+copying = {"n_prompts": 2, "n_tokens": 30} if SMALL else {"n_prompts": 8, "n_tokens": 100}
+losses = {}
+for name, patches in edits.items():
+    with sp.patch(model, *patches):
+        losses[name] = sp.copying_losses(model, **copying)
+    print(f"{name:32} {losses[name].mean():6.2f} nats on the second run of random tokens")
+
+# %%
+if FIGURES:
+    figure = losses_figure(
+        {name: loss.tolist() for name, loss in losses.items()},
+        "Copying random tokens: loss on the second run (a dot a prompt)",
+    )
+    save_figure(figure, HERE / "01_copying.png")
+
+# %% [markdown]
+# ## 4. In a sentence
+#
+# The same hooks serve TransformerLens' own calls: `sp.hooks` gives `(name, function)` pairs.
+
+# %%
+knock_out = sp.KnockOut(slash.head, slash.offset)
+with sp.patch(model, knock_out):
+    print("edited:", model.generate(prompt, max_new_tokens=16, do_sample=False, verbose=False))
+
+logits = model.run_with_hooks(prompt, fwd_hooks=sp.hooks(model, knock_out))
+print("next token:", repr(model.tokenizer.decode(logits[0, -1].argmax())))

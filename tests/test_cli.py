@@ -1,0 +1,255 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+import slashpatch as sp
+from slashpatch import cli
+
+from .tiny import N_CTX, llama, tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model directory, as a user would name it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    llama(seed=0).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["slashpatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return run
+
+
+SMALL = ("--prompts", 2, "--max-tokens", 24, "--offsets", "0-3", "--device", "cpu")
+
+
+def test_scan_prints_heatmaps_and_the_table(call, model):
+    code, out, _ = call("scan", model, *SMALL)
+    assert code == 0
+    assert "natural text: highest score over Δ 0 to 3" in out
+    assert "random tokens: highest score" in out
+    assert "slash heads (κ = 0.1, natural text, seed 0)" in out
+    assert "random tokens" in out
+    assert "\x1b" not in out
+
+
+def test_scan_as_json_equals_the_library(call, model):
+    code, out, err = call("scan", model, *SMALL, "--json", "--kappa", 0.2, "--seed", 3)
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    loaded = sp.load(model, device="cpu")
+    expected = sp.scan(loaded, offsets=range(4), n_prompts=2, max_tokens=24, seed=3)
+    assert [(row["head"], row["offset"]) for row in record["slash_heads"]] == [
+        (str(entry.head), entry.offset) for entry in expected.slash_heads(0.2)
+    ]
+    assert record["slash_heads"][0]["score"] == pytest.approx(expected.slash_heads()[0].score)
+    assert record["provenance"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_scan_writes_tables(call, model, tmp_path, suffix):
+    out = tmp_path / f"scan{suffix}"
+    assert call("scan", model, *SMALL, "--out", out)[0] == 0
+    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}[suffix]
+    frame = read(out)
+    assert len(frame) == 2 * 4 * 4
+    assert {"name", "offset", "score", "low", "high", "random_tokens"} <= set(frame.columns)
+
+
+def test_scan_saves_a_scan_and_a_picture(call, model, tmp_path):
+    out, plot = tmp_path / "scan.safetensors", tmp_path / "scan.svg"
+    assert call("scan", model, *SMALL, "--out", out, "--plot", plot)[0] == 0
+    assert sp.Scan.load(out).offsets == (0, 1, 2, 3)
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_scan_of_a_file_of_random_tokens_and_under_an_edit(call, model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the of a and is to in if " * 30)
+    _, out, _ = call("scan", model, *SMALL, "--text", text, "--json")
+    assert json.loads(out)["provenance"]["prompts"][0]["source"] == "file text.txt"
+    _, out, _ = call("scan", model, *SMALL, "--random-tokens", "--json")
+    record = json.loads(out)
+    assert record["provenance"]["prompts"][0]["source"] == "random tokens, seed 0"
+    assert record["control"] is None
+    _, out, _ = call("scan", model, *SMALL, "--edit", "KeepOnly(L1H1, 2)", "--json")
+    record = json.loads(out)
+    assert record["provenance"]["edits"] == ["KeepOnly(L1H1, offsets=2)"]
+    best = record["slash_heads"][0]
+    assert (best["head"], best["offset"], best["score"]) == ("L1H1", 2, pytest.approx(1))
+
+
+def test_a_single_prompt_has_null_intervals(call, model):
+    _, out, _ = call("scan", model, *SMALL, "--prompts", 1, "--json")
+    assert json.loads(out)["slash_heads"][0]["low"] is None
+
+
+def test_generate(call, model):
+    arguments = ("generate", "the of a and", "--model", model, "--max-new-tokens", 6)
+    code, out, _ = call(*arguments, "--edit", "KeepOnly([L0H0, L0H1, L1H1], 1)", "--device", "cpu")
+    assert code == 0
+    assert out.startswith("intact\n")
+    assert "KeepOnly((L0H0, L0H1, L1H1), offsets=1)\n" in out
+    _, out, _ = call(*arguments, "-e", "KnockOut(L0H0, 1)", "-e", "AblateHeads(L1H1)", "--json")
+    record = json.loads(out)
+    assert record["edits"] == ["KnockOut(L0H0, offsets=1)", "AblateHeads(L1H1)"]
+    assert {"plain", "edited", "prompt"} <= set(record)
+
+
+def test_sampling_follows_the_seed(call, model):
+    def text(seed):
+        arguments = ("generate", "the of", "-m", model, "-e", "KnockOut(L0H0, 1)", "--sample")
+        return json.loads(call(*arguments, "--json", "--seed", seed)[1])["plain"]
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_watch(call, model):
+    arguments = ("watch", "the of a and", "--model", model, "--max-new-tokens", 5)
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert len(out.splitlines()) == 5
+    _, out, _ = call(*arguments, "--edit", "KeepOnly(L1H1, 1)", "--json")
+    steps = json.loads(out)["steps"]
+    assert [step["position"] for step in steps] == [4, 5, 6, 7, 8]
+    for step in steps:
+        best = step["heads"][0]
+        assert (best["head"], best["offset"]) == ("L1H1", 1)
+        assert best["weight"] == pytest.approx(1)
+        assert best["score"] == pytest.approx(1)
+    assert steps[0]["heads"][0]["reads"] == "a"
+    assert steps[1]["heads"][0]["reads"] == "and"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("scan", "absent.gguf"), "no file 'absent.gguf'"),
+        (("scan", "MODEL", "--offsets", "-1"), "offsets such as"),
+        (("scan", "MODEL", "--offsets", ""), "offsets such as"),
+        (("scan", "MODEL", "--offsets", "30", "--max-tokens", "20"), "needs a prompt of at least"),
+        (("scan", "MODEL", "--kappa", "1.5"), "kappa is a score from 0 to 1"),
+        (("scan", "MODEL", "--text", "absent.txt"), "no file 'absent.txt'"),
+        (("scan", "MODEL", "--text", "absent.txt", "--random-tokens"), "not both"),
+        (("scan", "MODEL", "--out", "/absent/scan.csv"), "there is no directory"),
+        (("scan", "MODEL", "--out", "scan.pt"), "expected a name that ends in .safetensors"),
+        (("scan", "MODEL", "--plot", "scan.bmp"), "expected a name that ends in .png"),
+        (("scan", "MODEL", "--edit", "Knockout(L0H0, 1)"), "did you mean KnockOut"),
+        (("scan", "MODEL", "--edit", "KnockOut(L99H0, 1)"), "L99H0 does not exist"),
+        (("scan", "MODEL", "--prompts", "0"), "--prompts"),
+        (("scan", "MODEL", "--device", "tpu"), "tpu"),
+        (("scan", "MODEL", "--nonsense"), "nonsense"),
+        (("nonsense",), "nonsense"),
+        (("generate", "the", "-m", "MODEL"), "give at least one --edit"),
+        (("generate", "", "-m", "MODEL", "-e", "KnockOut(L0H0, 1)"), "empty"),
+        (("generate", "the", "-m", "MODEL", "-e", "KnockOut(L0H0, 1)", "--max-new-tokens",
+          str(N_CTX)), "exceed the model's context"),
+        (("watch", "the", "-m", "MODEL", "--kappa", "-1"), "kappa"),
+        (("watch", "", "-m", "MODEL"), "empty"),
+        (("demo", "-m", "/absent/model"), "no such file or directory"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message):
+    code, out, err = call(*(model if word == "MODEL" else word for word in arguments))
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("slashpatch: ")
+    assert message in err
+
+
+def test_nothing_is_written_when_the_scan_fails(call, model, tmp_path):
+    out = tmp_path / "scan.csv"
+    assert call("scan", model, "--offsets", "60", "--max-tokens", 20, "--out", out)[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def started(*arguments, **kwargs):
+    command = [sys.executable, "-m", "slashpatch.cli", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def test_help_and_version_load_nothing_heavy():
+    code = """if True:
+        import sys
+        sys.argv = ["slashpatch", sys.argv[1]]
+        from slashpatch import cli
+        try:
+            cli.main()
+        finally:
+            print([name for name in ("torch", "transformers", "pandas") if name in sys.modules])
+    """
+    for option, expected in (("--help", "demo"), ("--version", sp.__version__)):
+        out = subprocess.run(
+            [sys.executable, "-c", code, option], capture_output=True, text=True, check=True
+        ).stdout
+        assert expected in out
+        assert out.strip().endswith("[]")
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import slashpatch, sys; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("module", ["scan", "heads"])
+def test_public_functions_win_over_files_of_the_same_name(module):
+    code = f"""if True:
+        import slashpatch
+        from slashpatch.monitor import SlashMonitor
+        import slashpatch.{module}
+        assert callable(slashpatch.{module}), slashpatch.{module}
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_resolves():
+    for name in sp.__all__:
+        assert getattr(sp, name) is not None
+    assert set(sp.__all__) <= set(dir(sp))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        sp.nonsense  # noqa: B018
+
+
+def test_ctrl_c_ends_with_one_line(model):
+    process = started(
+        "watch", "the of a", "-m", model, "--max-new-tokens", "50",
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    time.sleep(2.0)  # in the imports, or in the generation: the answer is the same
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    if process.returncode != 0:  # it may have been done before
+        assert process.returncode == 130
+        assert err == "slashpatch: interrupted\n"
+
+
+def test_a_closed_pipe_is_no_error(model):
+    process = started("watch", "the of a", "-m", model, "--max-new-tokens", "50")
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait()
+    assert "Traceback" not in process.stderr.read()

@@ -1,0 +1,127 @@
+"""The product on the default model: what the issue says must be seen."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import slashpatch as sp
+from slashpatch.slash import slash_scores
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """What `slashpatch demo --json` prints."""
+    command = [sys.executable, "-m", "slashpatch.cli", "demo", "--json", "--device", "cpu"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_demo_finds_the_previous_token_head(demo):
+    top = {(row["head"], row["offset"]): row["score"] for row in demo["slash_heads"][:3]}
+    assert 0.6 <= top["L16H0", 1] <= 0.95
+    assert (demo["strongest"]["head"], demo["strongest"]["offset"]) == ("L16H0", 1)
+
+
+def test_demo_copying(demo):
+    losses = demo["copying"]
+    control = losses.pop("random heads ablated, one at a time")
+    intact, ablated, removed = losses.values()
+    assert intact["loss"] < 3.5
+    assert removed["loss"] > 8
+    assert ablated["loss"] > 8
+    assert control["highest"] < 5
+    assert intact["low"] < intact["loss"] < intact["high"] < removed["low"]
+
+
+def test_demo_generation_differs(demo):
+    _, intact, edited = demo["generation"].values()
+    assert "blue-tiger-seven" in intact
+    assert intact != edited
+
+
+@pytest.fixture(scope="module")
+def prompt(real):
+    from slashpatch.prompts import prompt_set
+
+    return prompt_set(real, n_prompts=1, max_tokens=256).tokens[0]
+
+
+def test_scores_equal_the_direct_mean_over_hook_pattern(real, prompt):
+    scan = sp.scan(real, prompt, range(16))
+    with torch.no_grad():
+        _, cache = real.run_with_cache(
+            prompt[None], names_filter=lambda name: name.endswith("hook_pattern")
+        )
+    for layer in range(30):
+        direct = slash_scores(cache["pattern", layer], range(16))[0]
+        torch.testing.assert_close(scan.scores[layer], direct, atol=1e-5, rtol=0)
+
+
+def test_scores_agree_with_transformer_lens_previous_token_head(real):
+    from transformer_lens.head_detector import detect_head
+
+    text = (
+        "The committee met on Tuesday to discuss the budget. After two hours, the chair asked "
+        "for a vote, and nobody objected to the plan that the treasurer had written."
+    )
+    length = real.to_tokens(text).shape[1]
+    theirs = detect_head(real, text, "previous_token_head").double() * length / (length - 1)
+    ours = sp.scan(real, text, [1]).scores[:, :, 0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_padded_batches_equal_single_prompts(real, prompt):
+    prompts = [prompt[:40], prompt[40:200], prompt[10:110]]
+    batch = sp.scan(real, prompts, range(8), batch_size=3)
+    single = sp.scan(real, prompts, range(8), batch_size=1)
+    torch.testing.assert_close(batch.scores, single.scores, atol=1e-5, rtol=0)
+
+
+def test_heads_that_lead_on_random_tokens_too(real):
+    natural = sp.scan(real, n_prompts=4, max_tokens=256)
+    random = sp.scan(real, n_prompts=4, max_tokens=256, random_tokens=True)
+    leading = {entry.head for entry in random.slash_heads(min_offset=1)[:5]}
+    assert set(sp.heads("L16H0", "L11H1", "L19H3")) <= leading
+    pair = torch.stack([natural.scores[..., 1].flatten(), random.scores[..., 1].flatten()])
+    assert torch.corrcoef(pair)[0, 1] > 0.8
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        sp.KnockOut(["L16H0", "L11H1"], 1),
+        sp.KeepOnly("L16H0", 1),
+        sp.ScaleOffsets("L16H0", [0, 1], 0.5, renormalize=False),
+        sp.AblateHeads(["L16H0", "L2H1"], mode="resample"),
+    ],
+    ids=str,
+)
+def test_cached_generation_equals_recomputation(real, edit):
+    with torch.no_grad(), sp.patch(real, edit):
+        out = real.generate(
+            "The secret code is blue-tiger-seven. I repeat, the secret code is",
+            max_new_tokens=12,
+            do_sample=False,
+            stop_at_eos=False,
+            return_type="tokens",
+            output_logits=True,
+            verbose=False,
+        )
+        whole = real(out.sequences)[0, -13:-1]
+    cached = torch.cat(list(out.logits))
+    torch.testing.assert_close(cached, whole, atol=2e-3, rtol=1e-3)
+    assert torch.equal(cached.argmax(-1), out.sequences[0, -12:])
+
+
+def test_monitor_leaves_the_text_alone(real):
+    prompt = "Once upon a time"
+    arguments = {"max_new_tokens": 24, "do_sample": False, "verbose": False}
+    plain = real.generate(prompt, **arguments)
+    found = []
+    with sp.SlashMonitor(real, kappa=0.5, on_detect=lambda *args: found.append(args)):
+        assert real.generate(prompt, **arguments) == plain
+    assert sp.Head(16, 0) in [head for head, *_ in found]
