@@ -71,8 +71,8 @@ def write_readme_table(results):
     machine, versions = results["machine"], results["versions"]
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, torch {versions['torch']}, "
-        f"transformer-lens {versions['transformer-lens']}, {results['model']}; medians of {ROUNDS}, "
-        "both sides of a ratio in turns.",
+        f"transformer-lens {versions['transformer-lens']}, {results['model']}; "
+        f"medians of {ROUNDS}, both sides of a ratio in turns.",
         "",
         "| figure | with slashpatch | without | ratio |",
         "|---|---|---|---|",
