@@ -228,14 +228,16 @@ def generate(
     from .edits import parse_edit
     from .generation import continuation
     from .patching import patch
+    from .report.progress import busy
 
     if not edit:
         raise EditError("give at least one --edit, such as --edit 'KnockOut(L16H0, 1)'")
     edits = [parse_edit(typed) for typed in edit]
     bridge = _load(model, device, dtype)
-    with patch(bridge, *edits):
+    with busy("generating with the edits"), patch(bridge, *edits):
         edited = continuation(bridge, prompt, max_new_tokens, sample, seed)
-    plain = continuation(bridge, prompt, max_new_tokens, sample, seed)
+    with busy("generating without"):
+        plain = continuation(bridge, prompt, max_new_tokens, sample, seed)
     if as_json:
         record = {"prompt": prompt, "edits": [str(one) for one in edits]}
         _print_json({**record, "plain": plain, "edited": edited})

@@ -14,7 +14,7 @@ from .generation import continuation
 from .heads import Head
 from .patching import patch
 from .provenance import provenance
-from .report.progress import progress_over
+from .report.progress import busy, progress_over
 from .scan import scan
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
 
     say("\n[bold]4. In a sentence.[/bold]")
     knocked = KnockOut(head, offset)
-    plain = continuation(model, PROMPT, max_new_tokens=16)
-    with patch(model, knocked):
+    with busy("generating"):
+        plain = continuation(model, PROMPT, max_new_tokens=16)
+    with busy("generating"), patch(model, knocked):
         edited = continuation(model, PROMPT, max_new_tokens=16)
     top, bottom = marked_pair(plain, edited, console is not None and console.is_terminal)
     say(Text(f"   {PROMPT}", style="dim"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DownloadError, ModelError
-from .report.progress import Stages
+from .report.progress import Stages, busy
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def _boot(
     source: str | Path, device: Any, dtype: Any, trust_remote_code: bool = False
 ) -> TransformerBridge:
     device, dtype = pick_device(device), pick_dtype(dtype)
-    with _quiet_transformers():
+    with busy(f"loading {Path(source).name}"), _quiet_transformers():
         from transformer_lens.model_bridge import TransformerBridge
 
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -40,6 +41,13 @@ def progress_over(
         for item, weight in zip(items, weights, strict=True):
             yield item
             bar.advance(task, weight)
+
+
+def busy(what: str) -> AbstractContextManager[object]:
+    """A spinner on stderr while the block runs; nothing where that is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
 
 
 class Stages:
