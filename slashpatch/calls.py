@@ -33,6 +33,7 @@ class Call:
     attention_mask: Tensor | None
     cache: Any
     tokens: Tensor
+    position_ids: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +74,13 @@ class Call:
             new = torch.arange(self.past, self.past + self.n_queries, device=self.device)
             return new.expand(self.batch, -1)
         return (self.real.long().cumsum(1) - 1).clamp(min=0)[:, -self.n_queries :]
+
+    @cached_property
+    def rope_positions(self) -> Int[Tensor, "rows query"]:
+        """Positions at which the model rotates the new tokens; one row serves a whole batch."""
+        if self.position_ids is not None:
+            return self.position_ids.view(-1, self.n_queries).long()
+        return torch.arange(self.past, self.past + self.n_queries, device=self.device)[None]
 
     def cached_columns(self, n_keys: int) -> int:
         """Key columns before the first new token, in an attention matrix of `n_keys` columns.
@@ -161,4 +169,5 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         attention_mask=kwargs.get("attention_mask"),
         cache=cache,
         tokens=tokens,
+        position_ids=kwargs.get("position_ids"),
     )

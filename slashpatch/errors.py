@@ -15,6 +15,10 @@ class OffsetError(SlashpatchError, ValueError):
     """An offset that is no non-negative integer, or that no prompt can hold."""
 
 
+class BandError(SlashpatchError, ValueError):
+    """A band of rotary pairs that is misspelt, empty, or that the head lacks."""
+
+
 class PromptError(SlashpatchError, ValueError):
     """Prompts that are empty, too long, missing, or of the wrong type."""
 
