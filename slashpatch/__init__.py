@@ -12,7 +12,24 @@ from .errors import SlashpatchError
 from .heads import Head, heads
 
 if TYPE_CHECKING:
-    from .edits import AblateHeads, Edit, KeepOnly, KnockOut, ScaleOffsets, parse_edit
+    from .edits import (
+        AblateHeads,
+        Basis,
+        DropBand,
+        Edit,
+        FreezeBand,
+        KeepOnly,
+        KnockOut,
+        PlantSlash,
+        RankOne,
+        ScaleBand,
+        ScaleOffsets,
+        SetFrequencies,
+        ShiftSlash,
+        SwapBands,
+        fit_rank_one,
+        parse_edit,
+    )
     from .effects.copying import copying_losses
     from .models import load
     from .monitor import SlashMonitor
@@ -22,7 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "edits": "AblateHeads Edit KeepOnly KnockOut ScaleOffsets parse_edit",
+    "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
+    "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
     "effects.copying": "copying_losses",
     "models": "load",
     "monitor": "SlashMonitor",
@@ -33,16 +51,26 @@ _LAZY = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "AblateHeads",
+    "Basis",
+    "DropBand",
     "Edit",
+    "FreezeBand",
     "Head",
     "KeepOnly",
     "KnockOut",
+    "PlantSlash",
+    "RankOne",
+    "ScaleBand",
     "ScaleOffsets",
     "Scan",
+    "SetFrequencies",
+    "ShiftSlash",
     "SlashHead",
     "SlashMonitor",
     "SlashpatchError",
+    "SwapBands",
     "copying_losses",
+    "fit_rank_one",
     "heads",
     "hooks",
     "load",

@@ -218,6 +218,10 @@ def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
     tokens = probe_tokens(anatomy.d_vocab).to(model.cfg.device)
     with torch.no_grad(), suspended(model):
         model.run_with_hooks(tokens, fwd_hooks=[pair for probe in probes for pair in probe.hooks()])
-    dtype = next(model.original_model.parameters()).dtype
     for probe in probes:
-        probe.check(_TOLERANCE.get(dtype, 1e-4))
+        probe.check(tolerance(model))
+
+
+def tolerance(model: TransformerBridge) -> float:
+    """Largest difference, relative to values of order 1, that the model's dtype explains."""
+    return _TOLERANCE.get(next(model.original_model.parameters()).dtype, 1e-4)

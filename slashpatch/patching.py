@@ -7,12 +7,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import anatomy as anatomies
+from . import rope
 from .calls import Call, CallWatch
 from .edits import Edit, Site, parse_edit
-from .errors import EditError, PatchError
+from .errors import EditError, ModelError, PatchError
+from .private import PrivateKeys, acquire
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,10 +41,18 @@ class _Attached:
         self.fired: dict[tuple[str, str], bool] = {}
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self._touched = False
+        self.rewrites: set[Callable[..., Any]] = set()
         states = [edit.prepare(model, self.anatomy) for edit in self.edits]
+        stages = {stage for edit in self.edits for stage in edit.stages()}
+        self._qk = rope.read(model) if stages & {"query", "key"} else ()
+        self._private: PrivateKeys | None = None
+        self._end_private: Callable[[], Any] = lambda: None
+        if "key" in stages:
+            self._private, self._end_private = acquire(model, self)
         for edit, state in zip(self.edits, states, strict=True):
             for layer in edit.layers:
                 self._bind(edit, layer, state.get(layer))
+        self._add_private_hooks(model)
         this = weakref.ref(self)
 
         def end(call: Call, output: Any) -> None:
@@ -54,14 +65,36 @@ class _Attached:
     def _bind(self, edit: Edit, layer: int, state: Any) -> None:
         memory: dict[str, Tensor] = {}
         heads = edit.heads_in(layer)
+        qk = self._qk[layer] if self._qk else None
 
         def site() -> Site:
-            return Site(layer, heads, self.watch.require(), state, memory)
+            call = self.watch.require()
+            self._refuse_older_cache(call, edit)
+            return Site(layer, heads, call, state, memory, qk)
 
+        hook_fn: Callable[..., Any]
         for stage, act in edit.stages().items():
-            name = self.anatomy.hook(layer, stage)
-            self.fired[name, str(edit)] = False
-            self.entries.append((name, self._hook(edit, site, act, name, 2 if stage == "z" else 1)))
+            if stage == "key":
+                name, hook_fn = self._key_hook(site, act, layer)
+            elif stage == "query":
+                assert qk is not None
+                name, hook_fn = qk.q.name, self._hook(edit, site, act, qk.q.name, 2, qk.q)
+            else:
+                name = self.anatomy.hook(layer, stage)
+                hook_fn = self._hook(edit, site, act, name, 2 if stage == "z" else 1)
+            self._add(name, str(edit), hook_fn)
+
+    def _add(self, name: str, what: str, hook_fn: Callable[..., Any]) -> None:
+        """Note a hook function that must fire."""
+        self.fired[name, what] = False
+
+        def noted(tensor: Tensor, hook: Any) -> Any:
+            self.fired[name, what] = True
+            self._touched = True
+            return hook_fn(tensor, hook)
+
+        noted.__qualname__ = f"slashpatch {what}"
+        self.entries.append((name, noted))
 
     def _hook(
         self,
@@ -70,30 +103,92 @@ class _Attached:
         act: Callable[[Site, Tensor], Tensor],
         name: str,
         axis: int,
+        layout: rope.HookLayout | None = None,
     ) -> Callable[..., Tensor]:
         """A hook function that hands the edit its heads, found on `axis`, and puts them back."""
 
         def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
-            if tensor.ndim != 4 or tensor.shape[axis] != self.anatomy.n_heads:
+            canonical = tensor if layout is None else layout.read(tensor, self.anatomy.d_head)
+            if canonical.ndim != 4 or canonical.shape[axis] != self.anatomy.n_heads:
                 raise PatchError(
                     f"{edit} expected {name} with 4 axes and {self.anatomy.n_heads} heads, "
                     f"got {list(tensor.shape)}; run without remove_batch_dim"
                 )
             site = site_now()
-            self._refuse_older_cache(site.call, edit)
-            self._touched = True
-            self.fired[name, str(edit)] = True
             index = (slice(None),) * axis + (site.heads,)
-            part = tensor[index]
+            part = canonical[index]
             edited = act(site, part)
             if edited is part:
                 return tensor
-            whole = tensor.clone()
+            whole = canonical.clone()
             whole[index] = edited.to(whole.dtype)
-            return whole
+            return whole if layout is None else layout.write(whole)
 
-        hook_fn.__qualname__ = f"slashpatch {edit}"
         return hook_fn
+
+    def _key_hook(
+        self, site_now: Callable[[], Site], act: Callable[[Site, Tensor], Tensor], layer: int
+    ) -> tuple[str, Callable[..., None]]:
+        """The shared keys go on untouched; the edit's heads get edited copies of their own."""
+        layout, private = self._qk[layer].k, self._private
+        assert private is not None
+        group = self.anatomy.n_heads // self.anatomy.n_kv_heads
+
+        def hook_fn(tensor: Tensor, hook: Any) -> None:
+            site = site_now()
+            shared = layout.read(tensor, self.anatomy.d_head)
+            own = [
+                private.keys.get((layer, head), shared[:, :, head // group]) for head in site.heads
+            ]
+            edited = act(site, torch.stack(own, dim=2)).to(shared.dtype)
+            for column, head in enumerate(site.heads):
+                private.keys[layer, head] = edited[:, :, column]
+
+        return layout.name, hook_fn
+
+    def _add_private_hooks(self, model: TransformerBridge) -> None:
+        """Catch rotated queries, cos and sin, and rewrite the scores of heads with private keys.
+
+        The rewrite goes before every hook on the scores: it says what they are.
+        """
+        private = self._private
+        if private is None:
+            return
+        layers = {
+            layer: edit for edit in self.edits if "key" in edit.stages() for layer in edit.layers
+        }
+        first = []
+        for layer, edit in sorted(layers.items(), key=lambda item: item[0]):
+            qk = self._qk[layer]
+            prefix = f"blocks.{layer}.attn"
+            if f"{prefix}.hook_rot_q" not in model.hook_dict:
+                raise ModelError(
+                    f"{edit} needs keys of the head's own, and layer {layer} has no hook for the "
+                    "rotated queries that meet them; edits that need the query only work there"
+                )
+
+            def catch_q(tensor: Tensor, hook: Any, layer: int = layer) -> None:
+                private.q[layer] = tensor
+
+            def catch_cos(tensor: Tensor, hook: Any, layer: int = layer) -> None:
+                private.tables[layer, "cos"] = tensor
+
+            def catch_sin(tensor: Tensor, hook: Any, layer: int = layer) -> None:
+                private.tables[layer, "sin"] = tensor
+
+            def rewrite(scores: Tensor, hook: Any, qk: rope.LayerQK = qk) -> Tensor:
+                return private.rewrite(qk, scores, self.watch.require())
+
+            self._add(f"{prefix}.hook_rot_q", str(edit), catch_q)
+            if qk.rotary is not None:
+                self._add(f"{prefix}.hook_cos", str(edit), catch_cos)
+                self._add(f"{prefix}.hook_sin", str(edit), catch_sin)
+            before = len(self.entries)
+            self._add(f"{prefix}.hook_attn_scores", f"{edit} (keys of its own)", rewrite)
+            first += self.entries[before:]
+            del self.entries[before:]
+        self.entries[:0] = first
+        self.rewrites = {hook_fn for _, hook_fn in first}
 
     def _refuse_older_cache(self, call: Call, edit: Edit) -> None:
         if call.past and call.cache not in self._caches:
@@ -107,6 +202,11 @@ class _Attached:
         if self._touched and cache is not None:
             self._caches.add(cache)
         self._touched = False
+
+    def close(self) -> None:
+        """Stop following the model; the hook functions are removed by whoever added them."""
+        self.watch.close()
+        self._end_private()
 
     def require_fired(self) -> None:
         """Raise PatchError for the first hook that never fired."""
@@ -158,7 +258,10 @@ def patch(model: TransformerBridge, *edits: Edit | str) -> Iterator[TransformerB
     try:
         for name, hook_fn in attached.entries:
             # Permanent: `reset_hooks` inside the block must not end the patch without a word.
-            handles.append((points[name], points[name].add_hook(hook_fn, is_permanent=True)))
+            handle = points[name].add_hook(
+                hook_fn, is_permanent=True, prepend=hook_fn in attached.rewrites
+            )
+            handles.append((points[name], handle))
         yield model
         if any(handle not in point.fwd_hooks for point, handle in handles):
             raise PatchError(
@@ -170,6 +273,6 @@ def patch(model: TransformerBridge, *edits: Edit | str) -> Iterator[TransformerB
         for point, handle in handles:
             handle.hook.remove()
             point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
-        attached.watch.close()
+        attached.close()
         for edit in attached.edits:
             entered.remove(edit)

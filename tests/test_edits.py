@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import slashpatch as sp
 from slashpatch.edits.offsets import add_to_diagonals, has_keys, keep_diagonals, scale_diagonals
-from slashpatch.errors import EditError, HeadError, OffsetError
+from slashpatch.errors import BandError, EditError, HeadError, OffsetError
 
 some_heads = st.lists(
     st.builds(sp.Head, st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4
@@ -15,6 +15,12 @@ some_heads = st.lists(
 some_offsets = st.lists(st.integers(0, 100), min_size=1, max_size=4)
 factors = st.floats(0, 1e6, allow_nan=False)
 text = st.text(min_size=1, max_size=20)
+index = st.integers(0, 40)
+part = st.one_of(
+    st.sampled_from(["high", "medium", "low", "wavelength 4-64", "wavelength 1.5-inf"]),
+    st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda ab: slice(min(ab), max(ab) + 1)),
+)
+bands = st.one_of(part, st.lists(part, min_size=1, max_size=3))
 any_edit = st.one_of(
     st.builds(
         sp.AblateHeads,
@@ -28,6 +34,20 @@ any_edit = st.one_of(
     st.builds(sp.ScaleOffsets, some_heads, some_offsets, factors, st.booleans()),
     st.builds(sp.KnockOut, some_heads, some_offsets, st.booleans()),
     st.builds(sp.KeepOnly, some_heads, some_offsets, st.booleans()),
+    st.builds(sp.ShiftSlash, some_heads, st.floats(-1e6, 1e6) | st.integers(-99, 99)),
+    st.builds(sp.DropBand, some_heads, bands),
+    st.builds(sp.FreezeBand, some_heads, bands),
+    st.builds(sp.ScaleBand, some_heads, bands, st.floats(-1e6, 1e6)),
+    st.builds(sp.SwapBands, some_heads, bands, bands),
+    st.builds(
+        sp.SetFrequencies,
+        some_heads,
+        st.lists(st.floats(0, 4), min_size=1, max_size=5) | st.builds(sp.Head, index, index),
+    ),
+    st.builds(
+        sp.RankOne, some_heads, st.sampled_from(["qk", "q", "k"]), st.none(), st.integers(1, 9)
+    ),
+    st.builds(sp.PlantSlash, some_heads, st.integers(0, 99), st.floats(-99, 99)),
 )
 
 
@@ -65,7 +85,7 @@ def test_what_can_be_typed(typed, printed):
     ("typed", "error", "message"),
     [
         ("Knockout(L16H0, 1)", EditError, "did you mean KnockOut"),
-        ("Zap(L16H0)", EditError, "unknown edit 'Zap'.*AblateHeads, KeepOnly, KnockOut"),
+        ("Zap(L16H0)", EditError, "unknown edit 'Zap'; edits are AblateHeads, DropBand.*KnockOut"),
         ("KnockOut(L16H0", EditError, "expected an edit such as"),
         ("", EditError, "expected an edit such as"),
         ("L16H0", EditError, "expected an edit such as"),
@@ -87,6 +107,18 @@ def test_what_can_be_typed(typed, printed):
         ("ScaleOffsets(L16H0, 1, -1)", EditError, "finite number from 0"),
         ("ScaleOffsets(L16H0, 1, 1e999)", EditError, "finite number from 0"),
         ("ScaleOffsets(L16H0, 1, half)", EditError, "finite number from 0"),
+        ("ShiftSlash(L16H0, by=nan)", EditError, "by is a finite number; got 'nan'"),
+        ("ShiftSlash(L16H0)", EditError, "missing.*by"),
+        ("DropBand(L16H0, hi)", BandError, "DropBand: a band is high, medium or low.*'hi'"),
+        ("ScaleBand(L16H0, high, 1e999)", EditError, "factor is a finite number; got inf"),
+        ("SetFrequencies(L16H0, [])", EditError, "frequencies are finite numbers"),
+        ("SetFrequencies(L16H0, [1e999])", EditError, "frequencies are finite numbers"),
+        ("SetFrequencies(L16H0, fast)", HeadError, "expected a head"),
+        ("RankOne(L16H0, of=v)", EditError, "of is one of qk, q, k; got 'v'"),
+        ("RankOne(L16H0, rank=0)", EditError, "rank is an integer from 1"),
+        ("RankOne(L16H0, basis='absent.safetensors')", EditError, "no file"),
+        ("PlantSlash(L16H0, -3)", OffsetError, "integer from 0"),
+        ("PlantSlash(L16H0, [1, 2])", EditError, "one offset"),
         ("AblateHeads(L16H0, mode=gone)", EditError, "zero, mean, resample; got 'gone'"),
         ("AblateHeads(L16H0, mode=mean, reference=7)", EditError, "reference"),
         ("AblateHeads(L16H0, mode=mean, seed=1.5)", EditError, "seed"),

@@ -25,6 +25,14 @@ EDITS = [
     sp.KnockOut(["L0H3", "L1H2"], [0, 3], renormalize=False),
     sp.KeepOnly(["L0H2", "L0H3", "L1H1"], [1]),
     sp.KeepOnly(["L0H2", "L1H1"], [1, 2], renormalize=False),
+    sp.ShiftSlash(["L0H1", "L1H2"], 1),
+    sp.ShiftSlash(["L0H1", "L1H2"], -2.5),
+    sp.DropBand(["L0H1", "L1H2"], "high"),
+    sp.ScaleBand(["L0H1", "L1H3"], "medium+low", 1.7),
+    sp.FreezeBand(["L0H1", "L1H2"], "high"),
+    sp.SwapBands(["L0H1", "L0H2", "L1H2"], "high", "low"),
+    sp.SetFrequencies(["L0H0", "L1H2"], [0.7, 0.5, 0.0, 0.02]),
+    sp.PlantSlash(["L0H1", "L1H3"], 2),
 ]
 each_edit = pytest.mark.parametrize("edit", EDITS, ids=str)
 some_edits = st.lists(st.sampled_from(EDITS), min_size=1, max_size=3)

@@ -13,11 +13,17 @@ from torch import Tensor
 from ..calls import Call
 from ..errors import EditError, HeadError
 from ..heads import Head, HeadsLike, heads
+from ..rope import LayerQK
+from ..rotary import Rotary
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from ..anatomy import Anatomy
+
+
+#: In the order in which they fire.
+STAGES = ("query", "key", "scores", "pattern", "z")
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Site:
 
     Tensors that an edit gets and returns hold these heads only, in this order, so an edit cannot
     reach another head. `memory` lasts from one hook of the pass to the next; `state` is what the
-    edit's `prepare` returned for this layer.
+    edit's `prepare` returned for this layer; `qk` is there for edits of queries and keys.
     """
 
     layer: int
@@ -34,6 +40,13 @@ class Site:
     call: Call
     state: Any = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    qk: LayerQK | None = None
+
+    @property
+    def rotary(self) -> Rotary:
+        """How the layer rotates; for edits of queries and keys."""
+        assert self.qk is not None
+        return self.qk.require_rotary()
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,18 @@ class Edit:
         """State per layer, computed once when the edit is attached."""
         return {}
 
+    def on_query(
+        self, site: Site, q: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Edit the queries before RoPE and after any norm."""
+        return q
+
+    def on_key(
+        self, site: Site, k: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Edit the head's own copy of its keys, before RoPE; the KV group keeps the shared ones."""
+        return k
+
     def on_scores(
         self, site: Site, scores: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
@@ -94,7 +119,7 @@ class Edit:
         """The hooks that this edit overrides, in the order in which they fire."""
         return {
             stage: getattr(self, f"on_{stage}")
-            for stage in ("scores", "pattern", "z")
+            for stage in STAGES
             if getattr(type(self), f"on_{stage}") is not getattr(Edit, f"on_{stage}")
         }
 

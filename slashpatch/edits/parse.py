@@ -11,9 +11,26 @@ from ..heads import Head
 from .ablate import AblateHeads
 from .base import Edit
 from .offsets import KeepOnly, KnockOut, ScaleOffsets
+from .plant import PlantSlash
+from .rank_one import RankOne
+from .rotary import DropBand, FreezeBand, ScaleBand, SetFrequencies, ShiftSlash, SwapBands
 
 EDITS: dict[str, type[Edit]] = {
-    edit.__name__: edit for edit in (AblateHeads, ScaleOffsets, KnockOut, KeepOnly)
+    edit.__name__: edit
+    for edit in (
+        AblateHeads,
+        ScaleOffsets,
+        KnockOut,
+        KeepOnly,
+        ShiftSlash,
+        DropBand,
+        FreezeBand,
+        SwapBands,
+        ScaleBand,
+        SetFrequencies,
+        RankOne,
+        PlantSlash,
+    )
 }
 _LONGEST = 10_000
 
@@ -37,8 +54,8 @@ def parse_edit(text: str) -> Edit:
     name = node.func.id
     if name not in EDITS:
         close = difflib.get_close_matches(name, EDITS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise EditError(f"unknown edit {name!r}{hint} Edits are {', '.join(sorted(EDITS))}")
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise EditError(f"unknown edit {name!r}; {hint}edits are {', '.join(sorted(EDITS))}")
     try:
         args = [_value(argument) for argument in node.args]
         kwargs = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
@@ -51,7 +68,9 @@ def parse_edit(text: str) -> Edit:
 
 
 def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool)):
+    if isinstance(node, ast.Constant) and (
+        node.value is None or isinstance(node.value, (int, float, str, bool))
+    ):
         return node.value
     if isinstance(node, ast.Name):
         try:

@@ -1,0 +1,133 @@
+"""Keys of its own for one query head, where its KV group shares them with other heads.
+
+An edit that changes keys must not change those of the head's neighbours. The shared keys stay as
+they are; the edited head's keys are kept here, rotated with the very cos and sin that the model
+used, laid beside the KV cache token by token, and the head's scores are computed from them before
+any hook on the scores runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .calls import Call, CallWatch
+from .errors import PatchError
+from .rope import LayerQK
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+class PrivateKeys:
+    """Private keys of one model; shared by all patches on it, so that edits of one head compose.
+
+    During a pass: `keys` holds the edited pre-RoPE keys by (layer, head), `q` the rotated queries
+    and `tables` cos and sin by layer. Between passes: rotated keys by KV cache.
+    """
+
+    def __init__(self, model: TransformerBridge) -> None:
+        self.keys: dict[tuple[int, int], Float[Tensor, "batch pos d_head"]] = {}
+        self.q: dict[int, Float[Tensor, "batch pos head d_head"]] = {}
+        self.tables: dict[tuple[int, str], Tensor] = {}
+        self._rotated: dict[tuple[int, int], Tensor] = {}
+        self._rewritten: set[int] = set()
+        self._cached: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Tensor]] = (
+            weakref.WeakKeyDictionary()
+        )
+        this = weakref.ref(self)
+
+        def start(call: Call) -> None:
+            private = this()
+            if private is not None:
+                private._clear()
+
+        def end(call: Call, output: Any) -> None:
+            private = this()
+            if private is not None:
+                private._keep(getattr(output, "past_key_values", None))
+
+        self.users = 0
+        self._watch = CallWatch(model.original_model, start, end)
+
+    def close(self) -> None:
+        """Stop following the model."""
+        self._watch.close()
+
+    def _clear(self) -> None:
+        for store in (self.keys, self.q, self.tables, self._rotated, self._rewritten):
+            store.clear()
+
+    def _keep(self, cache: Any) -> None:
+        if cache is not None and self._rotated:
+            self._cached[cache] = dict(self._rotated)
+        self._clear()
+
+    def rewrite(
+        self, qk: LayerQK, scores: Float[Tensor, "batch head query key"], call: Call
+    ) -> Float[Tensor, "batch head query key"]:
+        """Scores with those of heads that have private keys computed from them, once a pass.
+
+        The mask is read off the scores: what was at the dtype's lowest number stays there.
+        """
+        heads = sorted(head for layer, head in self.keys if layer == qk.layer)
+        if not heads or qk.layer in self._rewritten:
+            return scores
+        self._rewritten.add(qk.layer)
+        rows = torch.stack([self._all_keys(qk, head, call) for head in heads], dim=2)
+        n_keys = scores.shape[-1]
+        own = qk.logits(self.q[qk.layer][:, :, heads], rows[:, -n_keys:]).to(scores.dtype)
+        shared = scores[:, heads]
+        whole = scores.clone()
+        masked = shared <= torch.finfo(scores.dtype).min / 2
+        whole[:, heads] = torch.where(masked, shared, own)
+        return whole
+
+    def _all_keys(self, qk: LayerQK, head: int, call: Call) -> Float[Tensor, "batch key d_head"]:
+        """Rotated keys of the cached tokens and then of the new ones."""
+        new = self.keys[qk.layer, head]
+        if qk.rotary is not None:
+            cos, sin = (
+                qk.pairs_of(self.tables[qk.layer, point]).to(new) for point in ("cos", "sin")
+            )
+            new = qk.rotary.turn_by(new, cos, sin)
+        if call.past:
+            cached = self._cached.get(call.cache, {}).get((qk.layer, head))
+            if cached is None or cached.shape[:2] != (call.batch, call.past):
+                raise PatchError(
+                    f"L{qk.layer}H{head} has keys of its own for "
+                    f"{0 if cached is None else cached.shape[1]} of {call.past} cached tokens; the "
+                    "cache was cropped, reordered or started elsewhere. Start inside the patch"
+                )
+            new = torch.cat([cached, new], dim=1)
+        self._rotated[qk.layer, head] = new
+        return new
+
+
+_shared: weakref.WeakKeyDictionary[Any, PrivateKeys] = weakref.WeakKeyDictionary()
+
+
+def acquire(model: TransformerBridge, user: object) -> tuple[PrivateKeys, Callable[[], Any]]:
+    """The model's private keys, and the function that ends their use by `user`.
+
+    Called by itself when the user is freed; with the last user the keys go.
+    """
+    private = _shared.get(model)
+    if private is None:
+        private = _shared[model] = PrivateKeys(model)
+    private.users += 1
+    return private, weakref.finalize(user, _release, weakref.ref(model), private)
+
+
+def _release(model: weakref.ref[Any], private: PrivateKeys) -> None:
+    private.users -= 1
+    if private.users == 0:
+        private.close()
+        found = model()
+        if found is not None:
+            _shared.pop(found, None)
