@@ -40,6 +40,10 @@ class PrivateKeys:
         self._cached: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Tensor]] = (
             weakref.WeakKeyDictionary()
         )
+        #: A layer's newest shared key: tells whether the cache's prompts were reordered since.
+        self._witness: weakref.WeakKeyDictionary[Any, tuple[int, Tensor]] = (
+            weakref.WeakKeyDictionary()
+        )
         this = weakref.ref(self)
 
         def start(call: Call) -> None:
@@ -66,6 +70,8 @@ class PrivateKeys:
     def _keep(self, cache: Any) -> None:
         if cache is not None and self._rotated:
             self._cached[cache] = dict(self._rotated)
+            layer = next(iter(self._rotated))[0]
+            self._witness[cache] = (layer, cache.layers[layer].keys[:, :, -1].clone())
         self._clear()
 
     def rewrite(
@@ -103,6 +109,14 @@ class PrivateKeys:
                     f"L{qk.layer}H{head} has keys of its own for "
                     f"{0 if cached is None else cached.shape[1]} of {call.past} cached tokens; the "
                     "cache was cropped, reordered or started elsewhere. Start inside the patch"
+                )
+            layer, newest = self._witness[call.cache]
+            if layer == qk.layer and not torch.equal(
+                call.cache.layers[layer].keys[:, :, -call.n_queries - 1], newest
+            ):
+                raise PatchError(
+                    f"the KV cache was reordered under {call.batch} prompts since the last pass "
+                    f"(beam search?); keys of L{qk.layer}H{head}'s own cannot follow it"
                 )
             new = torch.cat([cached, new], dim=1)
         self._rotated[qk.layer, head] = new
