@@ -116,14 +116,16 @@ class CallWatch:
         self.on_end = on_end
         this = weakref.ref(self)  # the model must not keep the watch alive
 
-        def start(module: Any, args: Any, kwargs: Any) -> None:
+        # A watch may be freed in the middle of a pass; torch then calls the hook that it is about to
+        # forget without its keyword arguments.
+        def start(module: Any, args: Any, kwargs: Any = None) -> None:
             watch = this()
-            if watch is not None:
+            if watch is not None and kwargs is not None:
                 watch.current = _read(args, kwargs)
                 if watch.on_start is not None:
                     watch.on_start(watch.current)
 
-        def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        def end(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
             watch = this()
             if watch is not None and watch.current is not None:
                 call, watch.current = watch.current, None

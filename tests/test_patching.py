@@ -403,3 +403,23 @@ def test_a_cache_kept_by_another_hook_is_not_overwritten(tiny):
         stack.enter_context(sp.patch(tiny, sp.KnockOut("L0H0", 1)))
         tiny(tokens)
     assert torch.equal(kept["seen"], intact)
+
+
+def test_hooks_may_be_freed_in_the_middle_of_a_pass(tiny):
+    """Garbage collection can strike between two of torch's hooks."""
+    import gc
+
+    held = [sp.hooks(tiny, sp.KnockOut("L0H0", 1))]
+    tokens = random_tokens(1, 5)
+    expected = tiny(tokens)
+
+    def free(module, args):
+        held.clear()
+        gc.collect()
+
+    handle = tiny.original_model.register_forward_pre_hook(free, prepend=True)
+    try:
+        assert torch.equal(tiny(tokens), expected)
+    finally:
+        handle.remove()
+    assert not tiny.original_model._forward_pre_hooks
