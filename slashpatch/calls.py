@@ -6,8 +6,10 @@ known to the wrapped Transformers model, whose arguments are read here as they g
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,22 +20,35 @@ from torch import Tensor
 
 from .errors import ModelError, PatchError, PromptError
 
+_internal: ContextVar[bool] = ContextVar("slashpatch_internal", default=False)
+
+
+@contextlib.contextmanager
+def internal_passes() -> Iterator[None]:
+    """Passes that slashpatch runs for itself: monitors and the record of what fired skip them."""
+    token = _internal.set(True)
+    try:
+        yield
+    finally:
+        _internal.reset(token)
+
 
 @dataclass
 class Call:
     """One forward pass of `n_queries` new tokens after `past` cached ones.
 
     `attention_mask` is [batch, past + n_queries] with 1 for real tokens, or None when all are.
-    `tokens` are the new token ids, or their embeddings.
+    `tokens` are the new token ids, or their embeddings. `internal` passes are slashpatch's own.
     """
 
     batch: int
     n_queries: int
     past: int
-    attention_mask: Tensor | None
+    attention_mask: Any
     cache: Any
     tokens: Tensor
     position_ids: Tensor | None = None
+    internal: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +66,10 @@ class Call:
         if mask is None:
             return None
         n_keys = self.past + self.n_queries
+        if not isinstance(mask, Tensor):
+            raise PromptError(
+                f"expected an attention mask [batch, tokens], got a {type(mask).__name__}"
+            )
         if mask.ndim != 2 or mask.shape[0] != self.batch or mask.shape[1] < n_keys:
             raise PromptError(
                 f"expected an attention mask [batch, tokens] of {self.batch} × {n_keys}, "
@@ -116,8 +135,8 @@ class CallWatch:
         self.on_end = on_end
         this = weakref.ref(self)  # the model must not keep the watch alive
 
-        # A watch may be freed in the middle of a pass; torch then calls the hook that it is about to
-        # forget without its keyword arguments.
+        # A watch may be freed in the middle of a pass; torch then calls the hook that it is about
+        # to forget without its keyword arguments.
         def start(module: Any, args: Any, kwargs: Any = None) -> None:
             watch = this()
             if watch is not None and kwargs is not None:
@@ -172,4 +191,5 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         cache=cache,
         tokens=tokens,
         position_ids=kwargs.get("position_ids"),
+        internal=_internal.get(),
     )

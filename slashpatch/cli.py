@@ -57,7 +57,9 @@ ModelOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-SeedOption = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Of everything drawn at random.")
+]
 DeviceOption = Annotated[Device | None, typer.Option(help="Default: CUDA, then MPS, then CPU.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights.")]
 KappaOption = Annotated[float, typer.Option(help="Score from which a head is a slash head.")]
@@ -176,7 +178,7 @@ def scan(
     console.print(scan_table(found, kappa, top, control))
     for path in (out, plot):
         if path is not None:
-            console.print(f"wrote {path}")
+            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _title(found: Any) -> str:
@@ -246,11 +248,12 @@ def generate(
 
     top, bottom = marked_pair(plain, edited, _console().is_terminal)
     console = _console()
-    console.print("intact", style="bold")
-    console.print(top)
+    plain_text: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+    console.print("intact", style="bold", **plain_text)
+    console.print(top, **plain_text)
     console.print()
-    console.print(" then ".join(map(str, edits)), style="bold", highlight=False)
-    console.print(bottom)
+    console.print(" then ".join(map(str, edits)), style="bold", **plain_text)
+    console.print(bottom, **plain_text)
 
 
 @app.command()
@@ -281,7 +284,7 @@ def watch(
     wanted = as_offsets(offsets)
     edits = [parse_edit(typed) for typed in edit or ()]
     bridge = _load(model, device, dtype)
-    steps = watched(bridge, prompt, edits, wanted, kappa, max_new_tokens, top, seed)
+    steps = watched(bridge, prompt, edits, wanted, kappa, max_new_tokens, top)
     if as_json:
         _print_json({"prompt": prompt, "edits": [str(one) for one in edits], "steps": list(steps)})
         return
@@ -358,10 +361,13 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         code = 141
+    except OSError as error:
+        code = _fail(str(error), 1)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        code = _fail(f"{error.format_message()} (see slashpatch --help)", 2)
+        message = error.format_message()  # empty where the help was printed instead
+        code = _fail(f"{message} (see slashpatch --help)", 2) if message else 2
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -21,9 +21,11 @@ def require_writable(path: str | os.PathLike[str]) -> Path:
     """The path, if a file can be put there. Raises OutputError; call it before long work."""
     target = Path(path)
     folder = target.parent
-    if target.is_dir():
+    if len(target.name.encode()) > 200:
+        raise OutputError(f"cannot write a file name of {len(target.name.encode())} bytes")
+    if os.path.isdir(target):
         raise OutputError(f"cannot write {str(target)!r}: it is a directory; name a file")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OutputError(
             f"cannot write {str(target)!r}: there is no directory {str(folder)!r}; make it first"
         )
@@ -36,9 +38,12 @@ def require_writable(path: str | os.PathLike[str]) -> Path:
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""
     target = require_writable(path)
-    descriptor, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix
-    )
+    try:
+        descriptor, name = tempfile.mkstemp(
+            dir=target.parent, prefix=".slashpatch-", suffix=target.suffix
+        )
+    except OSError as error:
+        raise OutputError(f"cannot write {str(target)!r}: {error}") from None
     os.close(descriptor)
     temporary = Path(name)
     try:

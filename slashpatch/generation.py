@@ -46,9 +46,8 @@ def watched(
     kappa: float,
     max_new_tokens: int,
     top: int,
-    seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Generate, and after each token say which heads attended at which offset to write it.
+    """Take the likeliest token at each step, and say which heads attended where to write it.
 
     Yields `token` (the new one), `at` (the token that attended), `position` (its position) and
     `heads`: up to `top` records of head, offset, `reads` (the token at position − offset), `weight`
@@ -58,8 +57,6 @@ def watched(
     written = tokens[0].tolist()
     text = model.tokenizer.decode
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(seed)
         stack.enter_context(patch(model, *edits))
         monitor = stack.enter_context(SlashMonitor(model, offsets, kappa))
         stream = model.generate_stream(
@@ -76,11 +73,12 @@ def watched(
             new = chunk[0].tolist()[-1]
             heads = []
             newest, scores = monitor.newest, monitor.scores
+            newest[..., [offset > position for offset in monitor.offsets]] = -1  # no such token
             flat = newest.flatten().topk(min(top, newest.numel()))
             for weight, index in zip(flat.values.tolist(), flat.indices.tolist(), strict=True):
                 layer, rest = divmod(index, newest.shape[1] * newest.shape[2])
                 head, column = divmod(rest, newest.shape[2])
-                if weight < kappa:
+                if weight < max(kappa, 0):
                     break
                 heads.append(
                     {

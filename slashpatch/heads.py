@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import HeadError
 
-_NAME = re.compile(r"L(\d+)H(\d+)", re.IGNORECASE)
+_NAME = re.compile(r"L(\d{1,9})H(\d{1,9})", re.IGNORECASE)
 
 #: What `heads` accepts: a Head, its name, a (layer, head) pair, an object with
 #: `slash_heads()` (a Scan), a SlashHead, or an iterable of these.
@@ -66,6 +66,8 @@ def heads(*specs: HeadsLike) -> tuple[Head, ...]:
 
 
 def _flatten(spec: HeadsLike) -> Iterable[Head]:
+    if hasattr(spec, "tolist"):
+        spec = spec.tolist()  # tensors and arrays of (layer, head) rows
     if isinstance(spec, Head):
         yield spec
     elif isinstance(spec, str):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DownloadError, ModelError
+from .errors import DownloadError, ModelError, SlashpatchError
 from .report.progress import Stages, busy
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def cache_dir() -> Path:
     import platformdirs
 
     chosen = os.environ.get("SLASHPATCH_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("slashpatch")
+    return (
+        Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("slashpatch")
+    )
 
 
 def load(
@@ -62,16 +64,16 @@ def load(
     if path_or_id is None:
         return _boot(default_model_path(), device, dtype)
     text = os.fspath(path_or_id)
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise ModelError(f"{text!r} has no config.json; expected a Transformers directory")
         return _boot(path, device, dtype, trust_remote_code)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelError(f"no file {text!r}; expected a .gguf model")
         return _boot(_converted_gguf(path), device, dtype)
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"{text!r} is neither a Transformers directory nor a .gguf file")
     if not _HUB_ID.fullmatch(text) or text.startswith(("./", "../")):
         raise ModelError(
@@ -113,15 +115,35 @@ def _boot(
     device, dtype = pick_device(device), pick_dtype(dtype)
     with busy(f"loading {Path(source).name}"), _quiet_transformers():
         from transformer_lens.model_bridge import TransformerBridge
+        from transformers import AutoModelForCausalLM
 
         try:
-            model = TransformerBridge.boot_transformers(
-                str(source), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            # Loaded here and not by the bridge, which fills missing weights at random in silence.
+            weights, info = AutoModelForCausalLM.from_pretrained(
+                str(source),
+                dtype=dtype,
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ModelError(f"cannot load {str(source)!r}: {first_line}") from error
-    return model.eval()
+            missing = sorted(info["missing_keys"])
+            if missing:
+                raise ModelError(
+                    f"the weights lack {missing[0]} (and {len(missing) - 1} more) of the "
+                    f"{type(weights).__name__} that config.json describes"
+                )
+            model = TransformerBridge.boot_transformers(
+                str(source),
+                hf_model=weights.to(device),
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+            )
+            return model.eval()
+        except Exception as error:  # a broken directory can break a library anywhere
+            reason = next(iter(str(error).strip().splitlines()), "no message")
+            kind = "" if isinstance(error, ModelError) else f"{type(error).__name__}: "
+            raise ModelError(f"cannot load {str(source)!r}: {kind}{reason}") from error
 
 
 @contextlib.contextmanager
@@ -213,19 +235,34 @@ def _entry(sha256: str, name: str, build: Callable[[Path, Stages], None]) -> Pat
     A lock makes a second process wait for the first. A killed build leaves its temporary directory
     behind, which the next one removes, and never an entry.
     """
+    root = cache_dir()
+    try:
+        if not os.path.isdir(root / sha256[:12]):
+            root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()  # a lock on what cannot be written may hang
+        return _locked_entry(root, root / sha256[:12], name, build)
+    except OSError as error:
+        if isinstance(error, SlashpatchError):
+            raise
+        raise ModelError(
+            f"cannot use the cache directory {str(root)!r}: {error}; set SLASHPATCH_CACHE to a "
+            "directory that can be written"
+        ) from error
+
+
+def _locked_entry(
+    root: Path, entry: Path, name: str, build: Callable[[Path, Stages], None]
+) -> Path:
     from filelock import FileLock
 
-    root = cache_dir()
-    entry = root / sha256[:12]
+    def content() -> Path:
+        return next(entry.iterdir())  # named after the first file of these bytes
+
     if entry.is_dir():
-        return entry / name
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(f"cannot make the cache directory {str(root)!r}: {error}") from None
+        return content()
     with FileLock(root / f"{entry.name}.lock"):
         if entry.is_dir():
-            return entry / name
+            return content()
         prefix = f".{entry.name}-"
         for stale in root.glob(f"{prefix}*"):
             shutil.rmtree(stale, ignore_errors=True)
@@ -239,7 +276,7 @@ def _entry(sha256: str, name: str, build: Callable[[Path, Stages], None]) -> Pat
             os.replace(whole, entry)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return entry / name
+    return content()
 
 
 def _sha256(file: Path) -> str:

@@ -55,7 +55,8 @@ class SlashMonitor:
     Raises:
         ModelError, OffsetError, ScanError for a κ outside [0, 1]; PromptError during a pass with a
         mask that has gaps. Batches of texts that TransformerLens pads on the right carry no mask:
-        there, trailing pad tokens are taken for padding.
+        in a batch without one, trailing pad tokens are taken for padding (pass `attention_mask` to
+        say otherwise). In batched generation, the filler after a prompt's EOS is left out.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class SlashMonitor:
         self._watch: CallWatch | None = None
         self._handles: list[tuple[Any, Any]] = []
         self._rows: Bool[Tensor, "batch query offset"] | None = None
+        self._last = torch.zeros(0, dtype=torch.int64)
+        self._finished = torch.zeros(0, dtype=torch.bool)
 
     def __enter__(self) -> SlashMonitor:
         if self._watch is not None:
@@ -96,6 +99,9 @@ class SlashMonitor:
         # the monitor has to come after every edit, also one that is patched in later.
         self._remove_hooks()
         self._rows = None
+        if call.internal:
+            return
+        self._note_finished(call)
         points = self.model.hook_dict
         for layer in range(self.anatomy.n_layers):
             point = points[self.anatomy.hook(layer, "pattern")]
@@ -103,7 +109,20 @@ class SlashMonitor:
 
     def _detach(self, call: Call, output: Any) -> None:
         self._remove_hooks()
-        self._detect()
+        if not call.internal:
+            self._detect()
+
+    def _note_finished(self, call: Call) -> None:
+        """Which prompts of a batch generate no more: those that go on repeating EOS as filler."""
+        eos = getattr(self.model.tokenizer, "eos_token_id", None)
+        if call.tokens.ndim != 2 or eos is None:
+            return
+        if call.past and call.n_queries == 1 and len(self._last) == call.batch:
+            fills = (self._last == eos) & (call.tokens[:, 0] == eos)
+            self._finished = (self._finished | fills) if call.batch > 1 else self._finished
+        else:
+            self._finished = torch.zeros(call.batch, dtype=torch.bool, device=call.device)
+        self._last = call.tokens[:, -1]
 
     def _remove_hooks(self) -> None:
         for point, handle in self._handles:
@@ -115,11 +134,15 @@ class SlashMonitor:
         if self._watch is None:
             return
         call = self._watch.require()
+        if hook.layer() < anatomies.first_layer(self.model):
+            return
         call.cached_columns(pattern.shape[-1])  # refuses caches whose columns mean something else
         offsets = torch.tensor(self.offsets, device=pattern.device)
         if self._rows is None:
             # Rows i ≥ Δ count also where a sliding-window cache has dropped key i−Δ: it is unread.
             self._rows = real_rows(self._real(call), call.n_queries, offsets.to(call.device))
+            if len(self._finished) == call.batch:
+                self._rows = self._rows & ~self._finished[:, None, None]
         rows = self._rows.to(pattern.device)
         taken = slash_rows(pattern.detach(), offsets)
         wide = torch.float32 if pattern.device.type == "mps" else torch.float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,36 @@ from .private import PrivateKeys, acquire
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-#: Edits in force per model, outermost patch first.
-_active: weakref.WeakKeyDictionary[Any, list[Edit]] = weakref.WeakKeyDictionary()
+_serial = itertools.count(1)
+_MARK = "_slashpatch_patches"
 
 
 def active_edits(model: TransformerBridge) -> tuple[Edit, ...]:
-    """The edits that `patch` holds on the model at this moment, outermost first."""
-    return tuple(_active.get(model, ()))
+    """The edits whose hooks are on the model at this moment, in the order of attaching."""
+    found: dict[tuple[int, int], Edit] = {}
+    for handle in _handles(model):
+        mark = getattr(handle.user_hook, "slashpatch", None)
+        if mark is not None:
+            serial, index, edit = mark
+            found[serial, index] = edit
+    return tuple(found[key] for key in sorted(found))
+
+
+def other_hooks(model: TransformerBridge) -> list[str]:
+    """Names of hook points that carry hooks of somebody else, which may change what is measured."""
+    return sorted(
+        {
+            str(point.name)
+            for point in model.hook_points()
+            for handle in point.fwd_hooks
+            if not hasattr(handle.user_hook, "slashpatch")
+        }
+    )
+
+
+def _handles(model: TransformerBridge) -> Iterator[Any]:
+    for point in model.hook_points():
+        yield from point.fwd_hooks
 
 
 class _Attached:
@@ -34,12 +58,13 @@ class _Attached:
 
     def __init__(self, model: TransformerBridge, edits: tuple[Edit | str, ...]) -> None:
         self.anatomy = anatomies.read(model)
+        self.serial = next(_serial)
+        self._model = weakref.ref(model)
         self.edits = tuple(_as_edit(edit) for edit in edits)
         for edit in self.edits:
             edit.validate(self.anatomy)
         self.entries: list[tuple[str, Callable[..., Any]]] = []
         self.fired: dict[tuple[str, str], bool] = {}
-        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self._touched = False
         self.rewrites: set[Callable[..., Any]] = set()
         states = [edit.prepare(model, self.anatomy) for edit in self.edits]
@@ -49,9 +74,9 @@ class _Attached:
         self._end_private: Callable[[], Any] = lambda: None
         if "key" in stages:
             self._private, self._end_private = acquire(model, self)
-        for edit, state in zip(self.edits, states, strict=True):
+        for index, (edit, state) in enumerate(zip(self.edits, states, strict=True)):
             for layer in edit.layers:
-                self._bind(edit, layer, state.get(layer))
+                self._bind(edit, index, layer, state.get(layer))
         self._add_private_hooks(model)
         this = weakref.ref(self)
 
@@ -62,7 +87,7 @@ class _Attached:
 
         self.watch = CallWatch(model.original_model, on_end=end)
 
-    def _bind(self, edit: Edit, layer: int, state: Any) -> None:
+    def _bind(self, edit: Edit, index: int, layer: int, state: Any) -> None:
         memory: dict[str, Tensor] = {}
         heads = edit.heads_in(layer)
         qk = self._qk[layer] if self._qk else None
@@ -70,6 +95,7 @@ class _Attached:
         def site() -> Site:
             call = self.watch.require()
             self._refuse_older_cache(call, edit)
+            _ = call.real  # refuses masks under which columns do not count tokens
             return Site(layer, heads, call, state, memory, qk)
 
         hook_fn: Callable[..., Any]
@@ -82,17 +108,23 @@ class _Attached:
             else:
                 name = self.anatomy.hook(layer, stage)
                 hook_fn = self._hook(edit, site, act, name, 2 if stage == "z" else 1)
-            self._add(name, str(edit), hook_fn)
+            self._add(name, str(edit), layer, hook_fn, (self.serial, index, edit))
 
-    def _add(self, name: str, what: str, hook_fn: Callable[..., Any]) -> None:
-        """Note a hook function that must fire."""
+    def _add(
+        self, name: str, what: str, layer: int, hook_fn: Callable[..., Any], mark: Any = None
+    ) -> None:
+        """Note a hook function that must fire; `mark` says which edit it acts for."""
         self.fired[name, what] = False
 
         def noted(tensor: Tensor, hook: Any) -> Any:
-            self.fired[name, what] = True
+            call, model = self.watch.current, self._model()
+            counts = call is None or not call.internal
+            if counts and (model is None or layer >= anatomies.first_layer(model)):
+                self.fired[name, what] = True
             self._touched = True
             return hook_fn(tensor, hook)
 
+        noted.slashpatch = mark or (self.serial, 0, self.edits[0])  # type: ignore[attr-defined]
         noted.__qualname__ = f"slashpatch {what}"
         self.entries.append((name, noted))
 
@@ -179,19 +211,19 @@ class _Attached:
             def rewrite(scores: Tensor, hook: Any, qk: rope.LayerQK = qk) -> Tensor:
                 return private.rewrite(qk, scores, self.watch.require())
 
-            self._add(f"{prefix}.hook_rot_q", str(edit), catch_q)
+            self._add(f"{prefix}.hook_rot_q", str(edit), layer, catch_q)
             if qk.rotary is not None:
-                self._add(f"{prefix}.hook_cos", str(edit), catch_cos)
-                self._add(f"{prefix}.hook_sin", str(edit), catch_sin)
+                self._add(f"{prefix}.hook_cos", str(edit), layer, catch_cos)
+                self._add(f"{prefix}.hook_sin", str(edit), layer, catch_sin)
             before = len(self.entries)
-            self._add(f"{prefix}.hook_attn_scores", f"{edit} (keys of its own)", rewrite)
+            self._add(f"{prefix}.hook_attn_scores", f"{edit} (keys of its own)", layer, rewrite)
             first += self.entries[before:]
             del self.entries[before:]
         self.entries[:0] = first
         self.rewrites = {hook_fn for _, hook_fn in first}
 
     def _refuse_older_cache(self, call: Call, edit: Edit) -> None:
-        if call.past and call.cache not in self._caches:
+        if call.past and self.serial not in getattr(call.cache, _MARK, ()):
             raise PatchError(
                 f"{edit} was attached after {call.past} tokens had been cached without it; "
                 "mixing them would be neither model. Start the generation inside the patch"
@@ -200,7 +232,8 @@ class _Attached:
     def _remember_cache(self, output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
         if self._touched and cache is not None:
-            self._caches.add(cache)
+            # On the cache itself, so that a copy of it is known too.
+            setattr(cache, _MARK, {*getattr(cache, _MARK, ()), self.serial})
         self._touched = False
 
     def close(self) -> None:
@@ -234,7 +267,8 @@ def hooks(model: TransformerBridge, *edits: Edit | str) -> list[tuple[str, Calla
 
     Use them on this model only, and whole and in order: one edit may need several hooks. They act
     wherever TransformerLens runs them, generation with the KV cache included. Raises like `patch`,
-    but cannot know whether you ran them.
+    but cannot know whether you ran them. A KV cache filled under edits stays theirs: going on with
+    it without them is not noticed.
     """
     return _Attached(model, edits).entries
 
@@ -248,13 +282,12 @@ def patch(model: TransformerBridge, *edits: Edit | str) -> Iterator[TransformerB
 
     Raises EditError, HeadError or OffsetError for edits that do not fit the model; ModelError for a
     model that slashpatch refuses; PatchError where the KV cache is older than the patch, and on
-    leaving when an edit's hook never fired.
+    leaving when an edit's hook never fired. A KV cache filled inside the block must not be used
+    after it: that is not noticed.
     """
     attached = _Attached(model, edits)
     points = model.hook_dict
     handles = []
-    entered = _active.setdefault(model, [])
-    entered.extend(attached.edits)
     try:
         for name, hook_fn in attached.entries:
             # Permanent: `reset_hooks` inside the block must not end the patch without a word.
@@ -274,5 +307,3 @@ def patch(model: TransformerBridge, *edits: Edit | str) -> Iterator[TransformerB
             handle.hook.remove()
             point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
         attached.close()
-        for edit in attached.edits:
-            entered.remove(edit)

@@ -106,7 +106,9 @@ def prompt_set(
     """
     n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     for name, value in (("n_prompts", n_prompts), ("max_tokens", max_tokens)):
-        if value is not None and (isinstance(value, bool) or value < 1):
+        if value is None and name == "max_tokens":
+            continue
+        if isinstance(value, bool) or not hasattr(value, "__index__") or int(value or 0) < 1:
             raise PromptError(f"{name} is an integer from 1; got {value!r}")
     if random_tokens and prompts is not None:
         raise PromptError("give prompts or ask for random tokens, not both")
@@ -162,7 +164,7 @@ def _as_path(prompts: Any) -> Path | None:
     elif not isinstance(prompts, os.PathLike):
         return None
     path = Path(prompts)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PromptError(f"no file {str(path)!r}; expected a text file to read prompts from")
     return path
 
@@ -187,6 +189,10 @@ def _texts(
 def _tokenise(model: TransformerBridge, text: str) -> Tensor:
     if model.tokenizer is None:
         raise PromptError("the model has no tokenizer; pass token ids or ask for random tokens")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the text is no valid Unicode: {error}") from None
     return model.to_tokens(text, truncate=False, move_to_device=False)[0]
 
 
@@ -210,9 +216,9 @@ def _token_ids(prompts: Any) -> Iterator[Tensor]:
         raise PromptError(
             f"expected a text, texts, a file or token ids, got {type(prompts).__name__}"
         )
-    rows = prompts if isinstance(prompts, Tensor) else list(prompts)
-    if len(rows) and all(isinstance(row, int) for row in rows):
-        rows = [rows]
+    rows: Any = prompts if isinstance(prompts, Tensor) else list(prompts)
+    if len(rows) and all(hasattr(row, "__index__") and not _has_axis(row) for row in rows):
+        rows = [[int(row) for row in rows]]
     if isinstance(rows, Tensor) and rows.ndim == 1:
         rows = rows[None]
     for row in rows:
@@ -228,6 +234,10 @@ def _token_ids(prompts: Any) -> Iterator[Tensor]:
                 f"got a row of type {type(row).__name__}"
             )
         yield ids.detach().cpu().long()
+
+
+def _has_axis(row: Any) -> bool:
+    return bool(getattr(row, "ndim", 0))
 
 
 def _bos(model: TransformerBridge) -> list[int]:

@@ -13,21 +13,19 @@ import torch
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-_SAMPLES = 64
-
 
 def fingerprint(model: TransformerBridge) -> str:
-    """SHA-256 over names, shapes and evenly spaced values of all weights, first 16 hex digits.
+    """SHA-256 over name, shape, sum and sum of moduli of every weight, first 16 hex digits.
 
-    Tells two models of the same shape apart without reading every weight.
+    Tells two models of the same shape apart, also where single heads were changed.
     """
     sha = hashlib.sha256()
     for name, weight in sorted(model.original_model.state_dict().items()):
         sha.update(f"{name}{list(weight.shape)}{weight.dtype}".encode())
-        flat = weight.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
-        if picked.device.type != "meta":
-            sha.update(picked.cpu().double().numpy().tobytes())
+        if weight.device.type != "meta":
+            wide = torch.float32 if weight.device.type == "mps" else torch.float64
+            sums = (weight.sum(dtype=wide), weight.abs().sum(dtype=wide))
+            sha.update(" ".join(float(total).hex() for total in sums).encode())
     return sha.hexdigest()[:16]
 
 
@@ -39,7 +37,7 @@ def _name(model: TransformerBridge) -> str:
 
 def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
     """What a result must carry to be repeated, as plain JSON values."""
-    from .patching import active_edits
+    from .patching import active_edits, other_hooks
 
     versions = {"python": platform.python_version()}
     for package in ("slashpatch", "torch", "transformers", "transformer-lens"):
@@ -54,6 +52,7 @@ def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
         "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),
         "device": torch.device(model.cfg.device).type,
         "edits": [str(edit) for edit in active_edits(model)],
+        "other_hooks": other_hooks(model),
         "versions": versions,
         **details,
     }

@@ -12,12 +12,13 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import einops
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from . import anatomy as anatomies
-from .anatomy import Anatomy, suspended, tolerance
+from .anatomy import Anatomy, run_probe, tolerance
 from .errors import ModelError
 from .rotary import Rotary
 
@@ -118,11 +119,10 @@ def _read(model: TransformerBridge, a: Anatomy) -> tuple[LayerQK, ...]:
     ]
 
     def keep(tensor: Tensor, hook: Any, name: str) -> None:
-        seen[name] = tensor.detach().clone()
+        seen[name] = tensor.detach().cpu().clone()
 
     hooks = [(name, lambda t, hook, name=name: keep(t, hook, name)) for name in wanted]
-    with torch.no_grad(), suspended(model):
-        model.run_with_hooks(tokens.to(model.cfg.device), fwd_hooks=hooks)
+    run_probe(model, tokens.to(model.cfg.device), hooks)
     frequencies = [
         buffer.detach().double().cpu()
         for name, buffer in model.original_model.named_buffers()
@@ -164,7 +164,7 @@ def _read_layer(
         sites[point] = HookLayout(name, order)
     scores = seen[_name(layer, "hook_attn_scores")].double()
     q, k = (sites[p].read(seen[sites[p].name].double(), a.d_head) for p in ("hook_q", "hook_k"))
-    k = k.repeat_interleave(a.n_heads // a.n_kv_heads, dim=2)
+    k = einops.repeat(k, "b p kv d -> b p (kv group) d", group=a.n_heads // a.n_kv_heads)
     attention = model.blocks[layer].attn.original_component
     scale = float(getattr(attention, "scaling", a.d_head**-0.5))
     visible = torch.ones(n_pos, n_pos, dtype=torch.bool, device=scores.device).tril()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import anatomy as anatomies
-from .errors import ModelError, OffsetError, ScanError
+from .errors import HeadError, ModelError, OffsetError, ScanError
 from .files import written_whole
-from .heads import Head
+from .heads import Head, HeadsLike, heads, require_heads
+from .moments import Moments, MomentSums, Profile
 from .prompts import PromptSet, prompt_set
 from .provenance import provenance
 from .report.progress import progress_over
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _ENGINES = ("auto", "bridge")
-_FORMAT = "slashpatch-scan-1"
+_FORMAT = "slashpatch-scan-2"
 #: Bytes that one layer's attention of one batch may take; bounds the batch size.
 _PATTERN_BYTES = 256 * 2**20
 
@@ -52,6 +54,7 @@ class Scan:
         counts: Prompts longer than each offset.
         n_tokens: Tokens of all prompts.
         provenance: Model, dtype, edits, prompts, versions.
+        moments: Sums that tell rank, cone and mean logits; None where q and k cannot be read.
     """
 
     offsets: tuple[int, ...]
@@ -60,6 +63,37 @@ class Scan:
     counts: Int[Tensor, "offset"]
     n_tokens: int
     provenance: dict[str, Any]
+    moments: Moments | None = None
+
+    def require_moments(self) -> Moments:
+        """The sums behind `rank_one` and `profile`. Raises ScanError where there are none."""
+        if self.moments is None:
+            raise ScanError(
+                "this scan has no queries and keys: "
+                f"{self.provenance.get('moments', 'none were gathered')}"
+            )
+        return self.moments
+
+    @property
+    def rank_one(self) -> pd.DataFrame:
+        """r1, R95 and cone of pre-RoPE queries and keys, a row per head. Raises ScanError.
+
+        r1 = σ1²/Σσ² and R95 the fewest σ² that reach 95 %, of the tokens × d_head matrix, not
+        centred; a cone is the mean cosine of tokens to their mean direction, also of the
+        attention's input x. Keys are those of the KV group. *Ours*, the usual conventions.
+        """
+        return self.require_moments().rank_table()
+
+    def profile(self, head: HeadsLike) -> Profile:
+        """A head's mean logit by offset, measured, and predicted from its mean query and key.
+
+        Raises HeadError, ScanError, or ModelError for a layer without RoPE.
+        """
+        found = heads(head)
+        if len(found) != 1:
+            raise HeadError(f"a profile is of one head, got {head!r}")
+        require_heads(found, *self.sums.shape[:2])
+        return self.require_moments().profile(found[0])
 
     @property
     def scores(self) -> Float[Tensor, "layer head offset"]:
@@ -147,7 +181,7 @@ class Scan:
             return NotImplemented
         if self.offsets != other.offsets:
             raise ScanError(f"scans of different offsets: {self.offsets} and {other.offsets}")
-        for key in ("fingerprint", "dtype", "edits"):
+        for key in ("fingerprint", "dtype", "edits", "other_hooks"):
             mine, theirs = self.provenance.get(key), other.provenance.get(key)
             if mine != theirs:
                 raise ScanError(f"scans of different {key}: {mine!r} and {theirs!r}")
@@ -176,8 +210,27 @@ class Scan:
             "provenance": self.provenance,
         }
         tensors = {"sums": self.sums, "squares": self.squares, "counts": self.counts}
+        if self.moments is not None:
+            header["pairing"] = list(self.moments.pairing)
+            tensors |= {f"moments.{name}": t for name, t in self.moments.tensors().items()}
         with written_whole(path) as file:
             save_file(tensors, file, metadata={"slashpatch": json.dumps(header)})
+
+    def _validate(self, written: Any) -> None:
+        """Raise ScanError for parts that do not fit together."""
+        shape = (*self.sums.shape[:2], len(self.offsets))
+        fits = (
+            list(self.offsets) == list(written)
+            and self.sums.shape == self.squares.shape == shape
+            and self.counts.shape == shape[-1:]
+            and self.sums.dtype == self.squares.dtype == torch.float64
+            and self.counts.dtype == torch.int64
+            and bool(self.sums.isfinite().all() & self.squares.isfinite().all())
+            and bool((self.counts >= 1).all())
+            and {"model", "fingerprint", "dtype", "edits", "prompts"} <= set(self.provenance)
+        )
+        if not fits:
+            raise ScanError("its parts do not fit together")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scan:
@@ -189,21 +242,38 @@ class Scan:
                 header = json.loads((file.metadata() or {}).get("slashpatch", "{}"))
                 if header.get("format") != _FORMAT:
                     raise ScanError(f"{str(path)!r} holds no scan of the format {_FORMAT}")
-                sums, squares, counts = (
-                    file.get_tensor(name) for name in ("sums", "squares", "counts")
-                )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            moments = {
+                name.removeprefix("moments."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("moments.")
+            }
+            scan = cls(
+                as_offsets(header["offsets"]),
+                tensors["sums"],
+                tensors["squares"],
+                tensors["counts"],
+                operator.index(header["n_tokens"]),
+                dict(header["provenance"]),
+                Moments(**moments, pairing=tuple(header["pairing"])) if moments else None,
+            )
+            scan._validate(header["offsets"])
+            return scan
         except FileNotFoundError:
             raise ScanError(f"no file {str(path)!r}; expected one that Scan.save wrote") from None
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise ScanError(f"{str(path)!r} is no file that Scan.save wrote: {error}") from None
-        return cls(
-            tuple(header["offsets"]),
-            sums,
-            squares,
-            counts,
-            header["n_tokens"],
-            header["provenance"],
-        )
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            if isinstance(error, ScanError):
+                raise
+            raise ScanError(
+                f"{str(path)!r} is no file that Scan.save wrote: {type(error).__name__}: {error}"
+            ) from None
 
 
 def require_kappa(kappa: float) -> None:
@@ -263,12 +333,18 @@ def scan(
             f"offset {wanted[-1]} needs a prompt of at least {wanted[-1] + 1} tokens; "
             f"the longest has {longest}"
         )
+    moments, refusal = None, None
+    try:
+        moments = MomentSums(model, anatomy, longest)
+    except ModelError as error:
+        refusal = str(error)
     shape = (anatomy.n_layers, anatomy.n_heads, len(wanted))
     sums, squares = torch.zeros(2, *shape, dtype=torch.float64)
     counts = torch.zeros(len(wanted), dtype=torch.int64)
     batches = list(_batches(found, batch_size, anatomy.n_heads))
     for indices in progress_over(batches, "scanning", show=progress, n=[len(b) for b in batches]):
-        means, counted = _scan_batch(model, anatomy, [found.tokens[i] for i in indices], wanted)
+        prompts_now = [found.tokens[i] for i in indices]
+        means, counted = _scan_batch(model, anatomy, prompts_now, wanted, moments)
         sums += means.sum(0)
         squares += means.square().sum(0)
         counts += counted
@@ -277,7 +353,17 @@ def scan(
         "prompts": [{"source": found.source, "n": len(found.tokens), "digest": found.digest}],
         "seed": seed,
     }
-    return Scan(wanted, sums, squares, counts, found.n_tokens, provenance(model, **details))
+    if refusal is not None:
+        details["moments"] = refusal
+    return Scan(
+        wanted,
+        sums,
+        squares,
+        counts,
+        found.n_tokens,
+        provenance(model, **details),
+        None if moments is None else moments.finish(),
+    )
 
 
 def _batches(found: PromptSet, batch_size: int | None, n_heads: int) -> Iterator[list[int]]:
@@ -301,6 +387,7 @@ def _scan_batch(
     anatomy: anatomies.Anatomy,
     prompts: list[Tensor],
     offsets: tuple[int, ...],
+    moments: MomentSums | None,
 ) -> tuple[Float[Tensor, "batch layer head offset"], Int[Tensor, "offset"]]:
     """Each prompt's scores (0 where it is too short), and how many prompts each offset counts."""
     device = torch.device(model.cfg.device)
@@ -319,6 +406,8 @@ def _scan_batch(
         per_layer[hook.layer()] = sum_rows(kept)
 
     hooks = [(anatomy.hook(layer, "pattern"), accumulate) for layer in range(anatomy.n_layers)]
+    if moments is not None:
+        hooks += moments.hooks(real)
     with torch.no_grad():
         run_for_attention(model, tokens, None if bool(real.all()) else real.long(), hooks)
     missing = [layer for layer, taken in enumerate(per_layer) if taken is None]

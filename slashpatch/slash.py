@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import einops
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -33,10 +34,12 @@ def as_offsets(spec: Any) -> tuple[int, ...]:
     Returns the sorted, distinct offsets. Raises OffsetError for anything empty, negative or not an
     integer.
     """
+    if hasattr(spec, "tolist"):
+        spec = spec.tolist()  # tensors and arrays, of no axis too
     if isinstance(spec, str):
         values: list[Any] = []
         for part in spec.split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
             if match is None:
                 raise OffsetError(f"expected offsets such as 1, 0-15 or 1,2,8-10; got {spec!r}")
             first, last = int(match[1]), int(match[2] or match[1])
@@ -127,7 +130,7 @@ def slash_scores_blocked(
     batch, n_pos, n_heads, d_head = q.shape
     n_kv_heads = k.shape[2]
     scale = 1 / math.sqrt(d_head) if scale is None else scale
-    grouped = q.unflatten(2, (n_kv_heads, n_heads // n_kv_heads))
+    grouped = einops.rearrange(q, "b p (kv group) d -> b p kv group d", kv=n_kv_heads)
     wanted = torch.tensor(offsets, device=q.device)
     sums = torch.zeros(batch, n_heads, len(offsets), dtype=torch.float64, device=q.device)
     for start in range(0, n_pos, block):

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -234,17 +233,59 @@ def test_every_public_name_resolves():
         sp.nonsense  # noqa: B018
 
 
-def test_ctrl_c_ends_with_one_line(model):
-    process = started(
-        "watch", "the of a", "-m", model, "--max-new-tokens", "50",
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    time.sleep(2.0)  # in the imports, or in the generation: the answer is the same
+def test_ctrl_c_ends_with_one_line(call, monkeypatch, model):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert call("watch", "the of a", "-m", model) == (130, "", "slashpatch: interrupted\n")
+
+
+def test_a_signal_ends_with_one_line(model):
+    """SIGINT while many prompts are scanned."""
+    process = started("scan", model, "--prompts", "100000", "--max-tokens", "60")
+    time.sleep(6.0)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    if process.returncode != 0:  # it may have been done before
-        assert process.returncode == 130
-        assert err == "slashpatch: interrupted\n"
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "slashpatch: interrupted\n")
+
+
+def test_markup_in_user_text_is_text(call, model, tmp_path):
+    out = tmp_path / "x[b].csv"
+    code, text, _ = call("scan", model, *SMALL, "--out", out)
+    assert (code, out.exists()) == (0, True)
+    assert f"wrote {out}" in text
+    edit = "AblateHeads(L0H0, mode=mean, reference='[/INST] [bold]the of')"
+    code, text, _ = call("generate", "the of a", "-m", model, "-e", edit)
+    assert code == 0
+    assert "[/INST] [bold]the of" in text
+
+
+def test_watch_never_names_a_token_that_is_not_there(call, model):
+    arguments = ("watch", "the of", "-m", model, "--kappa", 0, "--top", 500, "--max-new-tokens", 3)
+    steps = json.loads(call(*arguments, "--offsets", "0-9", "--json")[1])["steps"]
+    for step in steps:
+        assert step["heads"]
+        assert max(head["offset"] for head in step["heads"]) <= step["position"]
+
+
+def test_no_command_prints_help(call):
+    code, out, err = call()
+    assert (code, err) == (2, "")
+    assert "Commands" in out
+
+
+def test_a_refused_model_is_one_line(tmp_path, call, capsys):
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(vocab_size=80, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+    GPTJForCausalLM(config).save_pretrained(tmp_path / "gptj")
+    tokenizer().save_pretrained(tmp_path / "gptj")
+    capsys.readouterr()
+    code, _, err = call("scan", tmp_path / "gptj", *SMALL)
+    assert code == 2
+    assert len(err.splitlines()) == 1, err
 
 
 def test_a_closed_pipe_is_no_error(model):

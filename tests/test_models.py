@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +93,52 @@ def test_other_paths_that_are_no_model(tmp_path, cache):
     with pytest.raises(ModelError, match="cannot read .*junk.gguf"):
         sp.load(tmp_path / "junk.gguf")
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "model.safetensors").write_bytes(b"junk"), "SafetensorError"),
+        (lambda d: (d / "config.json").write_text("null"), "cannot load"),
+        (lambda d: edit_config(d, num_attention_heads=0), "ZeroDivisionError"),
+        (lambda d: edit_config(d, num_hidden_layers="two"), "cannot load"),
+        (
+            lambda d: edit_config(d, num_hidden_layers=4),
+            "weights lack .*layers.2.*LlamaForCausalLM",
+        ),
+    ],
+)
+def test_broken_directories_end_in_one_error(directory, tmp_path, spoil, message):
+    broken = shutil.copytree(directory, tmp_path / "broken")
+    spoil(broken)
+    with pytest.raises(ModelError, match=message):
+        sp.load(broken, device="cpu")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_float64_loads(directory):
+    model = sp.load(directory, device="cpu", dtype="float64")
+    assert sp.scan(model, random_tokens(1, 9), [1]).provenance["dtype"] == "float64"
+
+
+def test_the_same_file_under_another_name(cache):
+    def build(target, stages):
+        (target / "a").write_text(target.name)
+
+    first = models._entry("0123456789abcdef", "one", build)
+    assert models._entry("0123456789abcdef", "two", build) == first
+    assert (first / "a").read_text() == "one"
+
+
+@pytest.mark.parametrize("place", ["/proc", "/dev/null/x", "x" * 5000])
+def test_a_cache_that_cannot_be_used(monkeypatch, place):
+    monkeypatch.setenv("SLASHPATCH_CACHE", place)
+    with pytest.raises(ModelError, match="cannot use the cache directory"):
+        sp.load()
 
 
 def test_cache_dir(monkeypatch):

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slashpatch as sp
+from slashpatch import anatomy
 from slashpatch.errors import OffsetError, PatchError, PromptError
 from slashpatch.slash import slash_rows
 
@@ -202,3 +203,30 @@ def test_bad_offsets(tiny):
         sp.SlashMonitor(tiny, [])
     with pytest.raises(OffsetError, match=f"offset {N_CTX} does not fit"):
         sp.SlashMonitor(tiny, [N_CTX])
+
+
+def test_our_own_passes_are_not_watched(tiny):
+    """Reference prompts and the verification of a model are no rows of the user's."""
+    tokens = random_tokens(1, 12)
+    with sp.SlashMonitor(tiny, [1]) as monitor:
+        with sp.patch(tiny, sp.AblateHeads("L0H1", mode="mean", reference="random")):
+            tiny(tokens)
+        anatomy._known.pop(tiny)
+        sp.hooks(tiny, "KnockOut(L0H1, 1)")
+    assert monitor.n_rows.tolist() == [[11], [11]]
+
+
+def test_filler_after_eos_is_left_out(tiny):
+    """Two prompts, of which the first ends at once: it then generates EOS only."""
+
+    def force(logits, hook):
+        logits = logits.clone()
+        logits[0, :, 1] = 1e4  # EOS
+        logits[1, :, 1] = -1e4
+        return logits
+
+    tokens = random_tokens(2, 6)
+    with sp.SlashMonitor(tiny, [0]) as monitor, tiny.hooks([("unembed.hook_out", force)]):
+        out = tiny.generate(tokens, max_new_tokens=5, do_sample=False, verbose=False)
+    assert out[0, 6:].tolist() == [1] * 5
+    assert monitor.n_rows.tolist() == [[(6 + 1) + (6 + 4)]] * 2

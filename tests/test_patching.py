@@ -12,7 +12,7 @@ import slashpatch as sp
 from slashpatch.errors import EditError, HeadError, OffsetError, PatchError, SlashpatchError
 from slashpatch.patching import active_edits
 
-from .tiny import N_CTX, padded, random_tokens, tiny_model
+from .tiny import N_CTX, bridge, llama, padded, random_tokens, tiny_model
 
 # One edit of each kind, so that `cached = uncached` and the rest hold for all of them.
 EDITS = [
@@ -369,11 +369,14 @@ def test_a_static_cache_is_refused(tiny):
             tiny(random_tokens(1, 6), past_key_values=cache)
 
 
-def test_a_mask_with_a_gap_is_refused_where_positions_matter(tiny):
-    mask = torch.tensor([[1, 1, 0, 1, 1]])
-    edit = sp.AblateHeads("L0H0", mode="resample", reference="random")
-    with pytest.raises(SlashpatchError, match="gap inside a prompt"), sp.patch(tiny, edit):
-        tiny(random_tokens(1, 5), attention_mask=mask)
+@each_edit
+def test_masks_under_which_columns_do_not_count_tokens_are_refused(tiny, edit):
+    for mask, message in (
+        (torch.tensor([[1, 1, 0, 1, 1]]), "gap inside a prompt"),
+        (torch.zeros(1, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1) > 0, -1e30), "0/1 mask"),
+    ):
+        with pytest.raises(SlashpatchError, match=message), sp.patch(tiny, edit):
+            tiny(random_tokens(1, 5), attention_mask=mask)
 
 
 def test_remove_batch_dim_is_refused(tiny):
@@ -423,3 +426,48 @@ def test_hooks_may_be_freed_in_the_middle_of_a_pass(tiny):
     finally:
         handle.remove()
     assert not tiny.original_model._forward_pre_hooks
+
+
+def test_a_copied_cache_is_known(tiny):
+    import copy
+
+    tokens = random_tokens(1, 6)
+    with torch.no_grad(), sp.patch(tiny, sp.KnockOut("L0H1", 1)):
+        whole = tiny(tokens)
+        _, cache = tiny(tokens[:, :5], return_type="logits_and_cache", use_cache=True)
+        step = tiny(tokens[:, 5:], past_key_values=copy.deepcopy(cache))
+    torch.testing.assert_close(step[:, -1], whole[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_our_own_passes_do_not_count_as_running(tiny):
+    """The reference prompts of an inner edit are no run of the outer patch."""
+    inner = sp.AblateHeads("L0H0", mode="mean", reference="random")
+    with pytest.raises(PatchError, match="never fired"), sp.patch(tiny, "KnockOut(L1H0, 1)"):
+        sp.hooks(tiny, inner)
+
+
+def test_layers_below_start_at_layer_do_not_count(tiny):
+    tokens = random_tokens(1, 6)
+    with torch.no_grad():
+        _, cache = tiny.run_with_cache(tokens)
+    resid = cache["resid_pre", 1]
+    with pytest.raises(PatchError, match="never fired"), sp.patch(tiny, "KnockOut(L0H0, 1)"):
+        tiny(resid, start_at_layer=1)
+    with sp.SlashMonitor(tiny, [1]) as monitor:
+        tiny(resid, start_at_layer=1)
+    assert monitor.n_rows.tolist() == [[0], [5]]
+
+
+def test_one_hook_of_several_is_refused(tiny):
+    hooks = sp.hooks(tiny, "KnockOut(L0H0, 1)")
+    with pytest.raises(PatchError, match="use all hooks"):
+        tiny.run_with_hooks(random_tokens(1, 6), fwd_hooks=hooks[1:])
+
+
+def test_float64_models_work():
+    model = bridge(llama(seed=1).double(), "double")
+    tokens = random_tokens(1, 9)
+    scan = sp.scan(model, tokens, [1])
+    reference = sp.scan(bridge(llama(seed=1), "single"), tokens, [1])
+    torch.testing.assert_close(scan.scores, reference.scores, atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(model, tokens, "KnockOut(L0H0, 1)"), logits(model, tokens))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..calls import internal_passes
 from ..errors import EditError
 from .base import Edit, Site
 
@@ -110,7 +111,7 @@ def _reference_z(
         rows[layer].append(z[0, :, edit.heads_in(layer)].detach())
 
     hooks = [(anatomy.hook(layer, "z"), keep) for layer in edit.layers]
-    with torch.no_grad():
+    with torch.no_grad(), internal_passes():
         for tokens in prompts.tokens:
             model.run_with_hooks(tokens[None].to(model.cfg.device), fwd_hooks=hooks)
     return {layer: torch.cat(parts) for layer, parts in rows.items()}

@@ -140,5 +140,12 @@ def _written(value: Any) -> str:
     if isinstance(value, tuple):
         if len(value) == 1:
             return _written(value[0])
+        first = value[0]
+        if (
+            len(value) > 3
+            and isinstance(first, int)
+            and value == (*range(first, first + len(value)),)
+        ):
+            return f"range({first}, {first + len(value)})"
         return f"({', '.join(_written(member) for member in value)})"
     return repr(value)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import EditError, OffsetError
+from ..errors import EditError, OffsetError, PatchError
 from ..slash import as_offsets
 from .base import Edit, Site
 
@@ -57,6 +57,9 @@ def has_keys(scores: Float[Tensor, "*batch query key"], past: int) -> Bool[Tenso
     visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(past)
     masked = scores <= torch.finfo(scores.dtype).min / 2
     return (visible & ~masked).any(-1)
+
+
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,6 +112,11 @@ class _DiagonalEdit(Edit):
         """The edited pattern (not renormalised), or zeros in the rows that lost all keys."""
         if not getattr(self, "renormalize", True):
             return self._edit_pattern(pattern, site.call.cached_columns(pattern.shape[-1]))
+        if "emptied" not in site.memory:
+            raise PatchError(
+                f"{self}: its hook on the pattern ran without the one on the scores; use all hooks "
+                "of slashpatch.hooks, once each"
+            )
         return pattern.masked_fill(site.memory.pop("emptied")[..., None], 0.0)
 
 
@@ -123,7 +131,7 @@ class ScaleOffsets(_DiagonalEdit):
     Attributes:
         offsets: One or several Δ.
         factor: From 0 (remove) up; 1 changes nothing.
-        renormalize: Whether rows keep their sum.
+        renormalize: Whether the softmax renormalises the row (an attention sink takes part).
     """
 
     factor: float | int
@@ -134,10 +142,12 @@ class ScaleOffsets(_DiagonalEdit):
         if (
             isinstance(self.factor, bool)
             or not isinstance(self.factor, (int, float))
-            or not math.isfinite(self.factor)
+            or not abs(self.factor) <= _LARGEST
             or self.factor < 0
         ):
-            raise EditError(f"ScaleOffsets: factor is a finite number from 0; got {self.factor!r}")
+            raise EditError(
+                f"ScaleOffsets: factor is a finite number from 0; got {str(self.factor)[:40]}"
+            )
         object.__setattr__(self, "factor", float(self.factor))
 
     def _edit_scores(self, scores: Tensor, past: int) -> Tensor:
@@ -157,7 +167,7 @@ class KnockOut(_DiagonalEdit):
 
     Attributes:
         offsets: One or several Δ.
-        renormalize: Whether rows keep their sum.
+        renormalize: Whether the softmax renormalises the row (an attention sink takes part).
     """
 
     renormalize: bool = True
@@ -177,7 +187,7 @@ class KeepOnly(_DiagonalEdit):
 
     Attributes:
         offsets: One or several Δ.
-        renormalize: Whether rows keep their sum.
+        renormalize: Whether the softmax renormalises the row (an attention sink takes part).
     """
 
     renormalize: bool = True

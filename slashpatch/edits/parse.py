@@ -32,7 +32,7 @@ EDITS: dict[str, type[Edit]] = {
         PlantSlash,
     )
 }
-_LONGEST = 10_000
+_LONGEST = 1_000_000
 
 
 def parse_edit(text: str) -> Edit:
@@ -49,6 +49,7 @@ def parse_edit(text: str) -> Edit:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         node = None
+    text = text if len(text) < 200 else f"{text[:200]}..."
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise EditError(f"expected an edit such as KnockOut(L16H0, 1), got {text!r}")
     name = node.func.id
@@ -59,10 +60,12 @@ def parse_edit(text: str) -> Edit:
     try:
         args = [_value(argument) for argument in node.args]
         kwargs = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
+        if len(kwargs) < len(node.keywords):
+            raise ValueError("an argument is given twice")
         return EDITS[name](*args, **kwargs)
     except SlashpatchError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         problem = str(error).replace("__init__()", name).replace(f"{name}.{name}", name)
         raise EditError(f"cannot read {text!r}: {problem}") from None
 
@@ -80,8 +83,15 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(member) for member in node.elts)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        value = _value(node.operand)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return -value
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "range"
+        and not node.keywords
+    ):
         return range(*(_value(argument) for argument in node.args))
     raise ValueError(
         f"expected heads, numbers, words, lists or range(a, b), got {ast.unparse(node)!r}"

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def _finite(edit: str, field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise EditError(f"{edit}: {field} is a finite number; got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e30:
+        raise EditError(f"{edit}: {field} is a finite number; got {str(value)[:40]}")
     return float(value)
 
 
@@ -256,6 +256,7 @@ class SetFrequencies(_FrequencyEdit):
             object.__setattr__(self, "frequencies", Head.parse(given))
             return
         try:
+            given = (given,) if isinstance(given, (int, float)) else given
             values = tuple(float(value) for value in given)
         except (TypeError, ValueError):
             values = ()

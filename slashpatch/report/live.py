@@ -35,7 +35,9 @@ def show_live(prompt: str, steps: Iterable[dict[str, Any]], console: Console) ->
 
 def _heads_table(step: dict[str, Any]) -> Table:
     table = Table(
-        title=f"heads at token {step['position']} {step['at']!r}, about to write {step['token']!r}",
+        title=Text(
+            f"heads at token {step['position']} {step['at']!r}, about to write {step['token']!r}"
+        ),
         title_justify="left",
     )
     table.add_column("head")

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 import slashpatch as sp
+from slashpatch.errors import PromptError
 from slashpatch.prompts import repeated_random_tokens
 
 from ..tiny import tiny_model
@@ -27,3 +29,9 @@ def test_it_sees_active_patches():
         edited = sp.copying_losses(model, 2, 10)
     assert not torch.equal(intact, edited)
     assert torch.equal(sp.copying_losses(model, 2, 10), intact)
+
+
+@pytest.mark.parametrize("sizes", [(0, 10), (2, 1), (2, 0), (2, -1), (2, 32)])
+def test_sizes_that_make_no_copy(tiny, sizes):
+    with pytest.raises(PromptError, match="2 to 31 tokens"):
+        sp.copying_losses(tiny, *sizes)
