@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         fit_rank_one,
         parse_edit,
     )
-    from .effects.copying import copying_losses
+    from .effects.copying import copied_lags, copying_losses
+    from .explain import Explanation, explain, explain_all
     from .models import load
     from .monitor import SlashMonitor
     from .patching import hooks, patch
@@ -41,7 +42,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
     "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
-    "effects.copying": "copying_losses",
+    "effects.copying": "copied_lags copying_losses",
+    "explain": "Explanation explain explain_all",
     "models": "load",
     "monitor": "SlashMonitor",
     "patching": "hooks patch",
@@ -54,6 +56,7 @@ __all__ = [
     "Basis",
     "DropBand",
     "Edit",
+    "Explanation",
     "FreezeBand",
     "Head",
     "KeepOnly",
@@ -69,7 +72,10 @@ __all__ = [
     "SlashMonitor",
     "SlashpatchError",
     "SwapBands",
+    "copied_lags",
     "copying_losses",
+    "explain",
+    "explain_all",
     "fit_rank_one",
     "heads",
     "hooks",

@@ -213,6 +213,78 @@ def _scan_record(found: Any, control: Any, kappa: float) -> dict[str, Any]:
 
 
 @app.command()
+def explain(
+    head: Annotated[
+        str | None, typer.Argument(metavar="[HEAD]", help="Such as L16H0; not with --all.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="A table over all heads that reach kappa.")
+    ] = False,
+    model: ModelOption = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Use this text instead of the built-in.")
+    ] = None,
+    offset: Annotated[
+        int | None, typer.Option(min=0, help="Default: where the head scores highest.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 256,
+    kappa: KappaOption = 0.1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --all: .parquet, .csv or .json.")
+    ] = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Say why a head is a slash head: rank, frequencies, and what happens without them."""
+    from .explain import explain as explain_one
+    from .explain import explain_all
+    from .files import TABLE_SUFFIXES, require_writable, write_table
+    from .heads import heads
+    from .scan import require_kappa
+
+    require_kappa(kappa)
+    if every == (head is not None):
+        raise EditError("give one head, such as L16H0, or --all")
+    chosen = None if head is None else heads(head)
+    if out is not None:
+        if not every:
+            raise OutputError("--out goes with --all")
+        _require_suffix(out, TABLE_SUFFIXES)
+        require_writable(out)
+    bridge = _load(model, device, dtype)
+    common: dict[str, Any] = {
+        "n_prompts": prompts,
+        "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
+        "kappa": kappa,
+        "seed": seed,
+    }
+    console = _console()
+    if chosen is not None:
+        one = explain_one(bridge, chosen, text, offset=offset, **common)
+        if as_json:
+            _print_json(one.to_dict())
+        else:
+            from .report.explanation import explanation_report
+
+            console.print(explanation_report(one), highlight=False)
+        return
+    frame = explain_all(bridge, None, text, **common)
+    if out is not None:
+        write_table(frame, out)
+    if as_json:
+        _print_json({"heads": frame.to_dict(orient="records")})
+        return
+    from .report.explanation import explanations_table
+
+    console.print(explanations_table(frame))
+    if out is not None:
+        console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the model continues.")],
     edit: EditOption = None,

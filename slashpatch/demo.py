@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .edits import AblateHeads, Edit, KnockOut
-from .effects.copying import copying_losses
+from .edits import AblateHeads, DropBand, Edit, KnockOut, ShiftSlash
+from .effects.copying import copied_lags, copying_losses
 from .generation import continuation
 from .heads import Head
 from .patching import patch
+from .prompts import prompt_set
 from .provenance import provenance
 from .report.progress import busy, progress_over
+from .rotary import NAMED_BANDS
 from .scan import scan
 
 if TYPE_CHECKING:
@@ -103,7 +105,43 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
     say(Text(f"   {PROMPT}", style="dim"))
     say(Text("   intact: "), top)
     say(Text(f"   {knocked}: "), bottom)
+    say(
+        "\n[bold]5. Which rotary frequencies carry it?[/bold] The score without each third of them:"
+    )
+    prompts = prompt_set(model, n_prompts=4, max_tokens=length, seed=seed).tokens
+    bands = {}
+    for band in progress_over(NAMED_BANDS, "dropping bands"):
+        with patch(model, DropBand(head, band)):
+            dropped = scan(model, list(prompts), [offset])
+        bands[band] = float(dropped.scores[head.layer, head.head, 0])
+    for band, left in bands.items():
+        say(Text(f"   without {band:8} {left:6.3f}"))
+
+    say("\n[bold]6. The model that copies the token after next.[/bold]")
+    eight = [one.head for one in found.slash_heads() if one.offset == offset][:8]
+    shift = ShiftSlash(eight, by=1)
+    say(Text(f"   {shift}"))
+    with busy("shifting"):
+        intact_lags = copied_lags(model, n_tokens=_copy_length(model), seed=seed).mean(0)
+        with patch(model, shift):
+            moved = scan(model, list(prompts), range(min(8, length)))
+            shifted_lags = copied_lags(model, n_tokens=_copy_length(model), seed=seed).mean(0)
+    peak = int(moved.scores[head.layer, head.head].argmax())
+    say(
+        Text(
+            f"   {head} now peaks at Δ={peak}. How often the likeliest token is, in the first run,"
+        )
+    )
+    say(Text("                  the next   the one after   the one after that"))
+    for name, lags in (("intact", intact_lags), ("shifted", shifted_lags)):
+        say(Text(f"   {name:12} {lags[0]:12.2f} {lags[1]:14.2f} {lags[2]:18.2f}"))
     return {
+        "bands_dropped": bands,
+        "shift": {
+            "edit": str(shift),
+            "peak": peak,
+            "copied_lags": {"intact": intact_lags.tolist(), "shifted": shifted_lags.tolist()},
+        },
         "slash_heads": [
             {"head": str(one.head), "offset": one.offset, "score": one.score}
             for one in found.slash_heads()[:8]
@@ -116,12 +154,15 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
     }
 
 
+def _copy_length(model: TransformerBridge) -> int:
+    return min(100, (model.cfg.n_ctx - 1) // 2)
+
+
 def _copying(model: TransformerBridge, seed: int) -> Callable[[Edit | None], Tensor]:
     """Copying loss per prompt under an edit, always on the same tokens."""
-    length = min(100, (model.cfg.n_ctx - 1) // 2)
 
     def measure(edit: Edit | None) -> Tensor:
         with patch(model, *([] if edit is None else [edit])):
-            return copying_losses(model, n_prompts=8, n_tokens=length, seed=seed)
+            return copying_losses(model, n_prompts=8, n_tokens=_copy_length(model), seed=seed)
 
     return measure

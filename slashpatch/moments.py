@@ -139,10 +139,13 @@ class Moments:
         q = self.sum_q[head.layer, head.head]
         return q / self.n_tokens, self.sum_k[head.layer, self._kv_head(head)] / self.n_tokens
 
-    def pair_terms(self, head: Head, offset: int) -> Float[Tensor, "pair"]:
-        """What each pair adds to the predicted logit at an offset."""
+    def pair_peaks(self, head: Head, offset: int) -> Float[Tensor, "pair"]:
+        """What each pair adds to the predicted logit at an offset beyond its mean over offsets."""
         q, k = self.mean(head)
-        return logit_terms(q, k, torch.tensor(offset), self.rotary(head.layer))[0]
+        n = max(self.logits.shape[-1], offset + 1)
+        every = torch.arange(n)
+        terms, _ = logit_terms(q.expand(n, -1), k.expand(n, -1), every, self.rotary(head.layer))
+        return terms[offset] - terms.mean(0)
 
     def pair_concentration(self, head: Head) -> Float[Tensor, "part pair"]:
         """|E x_l| / E|x_l| of each pair, for the query and for the key."""

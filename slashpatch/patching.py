@@ -193,14 +193,18 @@ class _Attached:
         for layer, edit in sorted(layers.items(), key=lambda item: item[0]):
             qk = self._qk[layer]
             prefix = f"blocks.{layer}.attn"
-            if f"{prefix}.hook_rot_q" not in model.hook_dict:
+            rotated = f"{prefix}.hook_rot_q"
+            if qk.rotary is None:
+                rotated = qk.q.name  # not rotated: as the last edit of queries leaves them
+            elif rotated not in model.hook_dict:
                 raise ModelError(
                     f"{edit} needs keys of the head's own, and layer {layer} has no hook for the "
                     "rotated queries that meet them; edits that need the query only work there"
                 )
 
-            def catch_q(tensor: Tensor, hook: Any, layer: int = layer) -> None:
-                private.q[layer] = tensor
+            def catch_q(tensor: Tensor, hook: Any, qk: rope.LayerQK = qk) -> None:
+                plain = qk.rotary is None
+                private.q[qk.layer] = qk.q.read(tensor, self.anatomy.d_head) if plain else tensor
 
             def catch_cos(tensor: Tensor, hook: Any, layer: int = layer) -> None:
                 private.tables[layer, "cos"] = tensor
@@ -211,7 +215,7 @@ class _Attached:
             def rewrite(scores: Tensor, hook: Any, qk: rope.LayerQK = qk) -> Tensor:
                 return private.rewrite(qk, scores, self.watch.require())
 
-            self._add(f"{prefix}.hook_rot_q", str(edit), layer, catch_q)
+            self._add(rotated, str(edit), layer, catch_q)
             if qk.rotary is not None:
                 self._add(f"{prefix}.hook_cos", str(edit), layer, catch_cos)
                 self._add(f"{prefix}.hook_sin", str(edit), layer, catch_sin)

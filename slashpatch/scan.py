@@ -195,6 +195,7 @@ class Scan:
                 **self.provenance,
                 "prompts": self.provenance["prompts"] + other.provenance["prompts"],
             },
+            self.moments + other.moments if self.moments and other.moments else None,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -138,9 +138,36 @@ def test_watch(call, model):
     assert steps[1]["heads"][0]["reads"] == "and"
 
 
+def test_explain(call, model, tmp_path):
+    arguments = ("-m", model, "--prompts", 2, "--max-tokens", 24)
+    code, out, _ = call("explain", "L1H2", *arguments)
+    assert code == 0
+    assert out.startswith("L1H2 at Δ=")
+    assert "Rule (ours)" in out
+    record = json.loads(call("explain", "L1H2", *arguments, "--offset", 1, "--json")[1])
+    assert (record["head"], record["offset"]) == ("L1H2", 1)
+    table = tmp_path / "heads.csv"
+    code, out, _ = call("explain", "--all", *arguments, "--kappa", 0.15, "--out", table)
+    assert code == 0
+    frame = pd.read_csv(table)
+    assert (frame.score >= 0.15).all()
+    assert str(frame.name[0]) in out
+    record = json.loads(call("explain", "--all", *arguments, "--kappa", 0.15, "--json")[1])
+    assert [row["name"] for row in record["heads"]] == frame.name.tolist()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("explain",), "give one head, such as L16H0, or --all"),
+        (("explain", "L1H1", "--all"), "or --all"),
+        (("explain", "16.", "-m", "MODEL"), "expected a head"),
+        (("explain", "L9H9", "-m", "MODEL"), "L9H9 does not exist"),
+        (("explain", "L1H1", "--out", "x.csv"), "--out goes with --all"),
+        (("explain", "--all", "--out", "x.pt"), "expected a name that ends in"),
+        (("generate", "the", "-m", "MODEL", "-e", "DropBand(L1H1, pairs 5-9)"), "expected an edit"),
+        (("generate", "the", "-m", "MODEL", "-e", "DropBand(L1H1, 'pairs 5-9')"), "outside the 4"),
+        (("generate", "the", "-m", "MODEL", "-e", "RankOne(L1H1)"), "fit_rank_one"),
         (("scan", "absent.gguf"), "no file 'absent.gguf'"),
         (("scan", "MODEL", "--offsets", "-1"), "offsets such as"),
         (("scan", "MODEL", "--offsets", ""), "offsets such as"),

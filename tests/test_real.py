@@ -90,9 +90,47 @@ def test_heads_that_lead_on_random_tokens_too(real):
     assert torch.corrcoef(pair)[0, 1] > 0.8
 
 
+def test_demo_bands_and_shift(demo):
+    assert demo["bands_dropped"]["high"] < 0.05
+    assert demo["bands_dropped"]["low"] > 0.7
+    assert demo["shift"]["peak"] == 2
+    intact, shifted = demo["shift"]["copied_lags"].values()
+    assert intact[0] > 0.5
+    assert shifted[0] < 0.05
+    assert shifted[1] > 0.1
+
+
+def test_rank_one_leaves_the_slash(real):
+    with sp.patch(real, sp.RankOne("L16H0")):
+        scan = sp.scan(real, n_prompts=4, max_tokens=256, batch_size=1)
+    assert float(scan.scores[16, 0, 1]) > 0.7
+
+
+def test_profiles_are_predicted(real):
+    scan = sp.scan(real, n_prompts=8, max_tokens=256)
+    heads = {entry.head for entry in scan.slash_heads(min_offset=1)}
+    profiles = [scan.profile(head) for head in heads]
+    assert len(heads) > 40
+    fits = sum(profile.correlation > 0.99 for profile in profiles)
+    assert fits >= 0.9 * len(heads)
+    ranks = scan.rank_one.set_index("name")
+    assert ranks.loc["L16H0", "r1_q"] == pytest.approx(0.97, abs=0.02)
+    assert ranks.loc["L16H0", "r1_k"] == pytest.approx(0.86, abs=0.02)
+
+
+def test_explain_l16h0(real):
+    one = sp.explain(real, "L16H0", n_prompts=2, max_tokens=128)
+    assert one.verdict == "RoPE-made slash"
+    assert one.dropped["high"] < 0.05
+    assert one.rank_one["qk"] > 0.7
+
+
 @pytest.mark.parametrize(
     "edit",
     [
+        sp.ShiftSlash(["L16H0", "L11H1"], 1),
+        sp.FreezeBand("L16H0", "high"),
+        sp.PlantSlash("L3H4", 4, 60.0),
         sp.KnockOut(["L16H0", "L11H1"], 1),
         sp.KeepOnly("L16H0", 1),
         sp.ScaleOffsets("L16H0", [0, 1], 0.5, renormalize=False),

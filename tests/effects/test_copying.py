@@ -35,3 +35,22 @@ def test_it_sees_active_patches():
 def test_sizes_that_make_no_copy(tiny, sizes):
     with pytest.raises(PromptError, match="2 to 31 tokens"):
         sp.copying_losses(tiny, *sizes)
+
+
+def test_copied_lags_by_hand(tiny):
+    tokens = repeated_random_tokens(tiny, 2, 10, seed=3)
+    with torch.no_grad():
+        guesses = tiny(tokens).argmax(-1)
+    expected = torch.zeros(2, 2)
+    for prompt in range(2):
+        for column, lag in enumerate((1, 4)):
+            hits = [guesses[prompt, at] == tokens[prompt, at + lag] for at in range(11, 21 - lag)]
+            expected[prompt, column] = sum(hits) / len(hits)
+    found = sp.copied_lags(tiny, (1, 4), 2, 10, seed=3)
+    torch.testing.assert_close(found, expected.double())
+
+
+@pytest.mark.parametrize("lags", [(), (0,), (10,), (-1,)])
+def test_lags_that_the_copy_cannot_hold(tiny, lags):
+    with pytest.raises(PromptError, match="lags are integers from 1 to 9"):
+        sp.copied_lags(tiny, lags, 2, 10)

@@ -1,0 +1,394 @@
+"""Why a head is a slash head: the two conditions measured and tried, and a verdict by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import anatomy as anatomies
+from . import rope
+from .edits import DropBand, Edit, FreezeBand, RankOne
+from .errors import HeadError, ModelError
+from .heads import Head, HeadsLike, heads, require_heads
+from .moments import Profile
+from .patching import patch
+from .prompts import prompt_set
+from .provenance import provenance
+from .report.progress import progress_over
+from .rotary import NAMED_BANDS, band_mask
+from .scan import Scan, require_kappa, run_for_attention, scan
+from .slash import slash_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+#: The verdict's thresholds; all *ours*.
+PREDICTION_FITS = 0.9
+STAYS = 0.5
+GOES = 0.5
+
+RULE = (
+    "RoPE-made slash: the score is at least κ; with Q and K at rank one at least half of it stays; "
+    "the profile predicted from mean q and k correlates above 0.9 with the measured one and peaks "
+    "within one token of the offset; and dropping some band takes more than half of the score. "
+    "Content-made: the score is at least κ, and with Q and K at rank one less than half of it "
+    "stays. Neither: anything else."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What was measured of one head at one offset. `str` gives the report.
+
+    Attributes:
+        head: The head; `offset` the Δ at which it is explained.
+        natural: Slash score on the prompts; `random` on random tokens.
+        rank: r1, R95 and cone of this head's Q and K, and the share of all heads that lie below.
+        dropped: Score with each band dropped; `frozen` with each band not rotated.
+        rank_one: Score with Q, K, both at rank one (each prompt's own direction).
+        profile: Mean logit by offset, measured and predicted; None without RoPE.
+        pairs: (pair, wavelength in tokens, what it adds to the predicted logit at the offset beyond
+            its mean over offsets), largest first: the frequencies that carry the peak.
+        concentration: |E x_l|/E|x_l| of q and k, mean over pairs of each band.
+        verdict: "RoPE-made slash", "content-made" or "neither", by `RULE`.
+    """
+
+    head: Head
+    offset: int
+    natural: float
+    random: float
+    rank: dict[str, tuple[float, float]]
+    dropped: dict[str, float]
+    frozen: dict[str, float]
+    rank_one: dict[str, float]
+    profile: Profile | None
+    pairs: list[tuple[int, float, float]]
+    concentration: dict[str, tuple[float, float]]
+    verdict: str
+    kappa: float
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        profile = self.profile
+        return {
+            "head": str(self.head),
+            "offset": self.offset,
+            "score": {"natural": self.natural, "random": self.random},
+            "rank": {
+                name: {"value": value, "share_of_heads_below": below}
+                for name, (value, below) in self.rank.items()
+            },
+            "score_with_band_dropped": self.dropped,
+            "score_with_band_frozen": self.frozen,
+            "score_at_rank_one": self.rank_one,
+            "profile": None
+            if profile is None
+            else {
+                "measured": profile.measured.tolist(),
+                "predicted": profile.predicted.tolist(),
+                "correlation": profile.correlation,
+                "measured_peak": profile.measured_peak,
+                "predicted_peak": profile.predicted_peak,
+            },
+            "pairs": [
+                {"pair": pair, "wavelength": wave, "logit": logit}
+                for pair, wave, logit in self.pairs
+            ],
+            "concentration": {
+                band: {"q": q, "k": k} for band, (q, k) in self.concentration.items()
+            },
+            "verdict": self.verdict,
+            "rule": RULE,
+            "kappa": self.kappa,
+            "provenance": self.provenance,
+        }
+
+    def to_row(self) -> dict[str, Any]:
+        """One flat row, for the table over many heads."""
+        row: dict[str, Any] = {
+            "name": str(self.head),
+            "layer": self.head.layer,
+            "head": self.head.head,
+            "offset": self.offset,
+            "score": self.natural,
+            "random_tokens": self.random,
+        }
+        row |= {name: value for name, (value, _) in self.rank.items()}
+        row |= {f"drop_{band}": score for band, score in self.dropped.items()}
+        row |= {f"freeze_{band}": score for band, score in self.frozen.items()}
+        row |= {f"rank_one_{of}": score for of, score in self.rank_one.items()}
+        row["correlation"] = float("nan") if self.profile is None else self.profile.correlation
+        row["predicted_peak"] = None if self.profile is None else self.profile.predicted_peak
+        row["verdict"] = self.verdict
+        return row
+
+    def __str__(self) -> str:
+        from .report.explanation import explanation_report
+        from .report.tables import plain
+
+        return plain(explanation_report(self))
+
+
+def explain(
+    model: TransformerBridge,
+    head: HeadsLike,
+    prompts: Any = None,
+    *,
+    offset: int | None = None,
+    n_prompts: int = 8,
+    max_tokens: int | None = None,
+    kappa: float = 0.1,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Explanation:
+    """Measure the two conditions on one head, try them by intervention, judge.
+
+    Prompts as for `scan` (256 tokens each when None); the model as it is. `offset` is the one with
+    the head's highest score when None. Raises HeadError, PromptError, ScanError, ModelError.
+    """
+    found = heads(head)
+    if len(found) != 1:
+        raise HeadError(f"explain takes one head, got {head!r}; explain_all takes several")
+    return next(
+        _explanations(model, found, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
+    )
+
+
+def explain_all(
+    model: TransformerBridge,
+    wanted: HeadsLike = None,
+    prompts: Any = None,
+    *,
+    n_prompts: int = 8,
+    max_tokens: int | None = None,
+    kappa: float = 0.1,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """One row per head, for all heads that reach κ when `wanted` is None; columns as `to_row`.
+
+    Raises as `explain`.
+    """
+    import pandas as pd
+
+    chosen = None if wanted is None else heads(wanted)
+    rows = _explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
+    return pd.DataFrame([one.to_row() for one in rows])
+
+
+def _explanations(
+    model: TransformerBridge,
+    wanted: Sequence[Head] | None,
+    prompts: Any,
+    offset: int | None,
+    n_prompts: int,
+    max_tokens: int | None,
+    kappa: float,
+    seed: int,
+    progress: bool | None,
+) -> Iterator[Explanation]:
+    require_kappa(kappa)
+    if prompts is None and max_tokens is None:
+        max_tokens = min(256, model.cfg.n_ctx)
+    texts = prompt_set(model, prompts, n_prompts=n_prompts, max_tokens=max_tokens, seed=seed)
+    longest = max(len(tokens) for tokens in texts.tokens)
+    offsets = range(min(16, longest)) if offset is None else sorted({0, offset})
+    tokens = list(texts.tokens)
+    natural = scan(model, tokens, offsets, progress=progress)
+    control = scan(
+        model,
+        offsets=offsets,
+        random_tokens=True,
+        n_prompts=len(tokens),
+        max_tokens=longest,
+        seed=seed,
+        progress=progress,
+    )
+    if wanted is None:
+        wanted = list(dict.fromkeys(entry.head for entry in natural.slash_heads(kappa)))
+    require_heads(wanted, *natural.sums.shape[:2])
+    layers = rope.read(model)
+    at = {head: _best_offset(natural, head, offset) for head in wanted}
+    edited = _edited_scores(model, tokens, at, layers, progress)
+    source = provenance(
+        model,
+        prompts=[{"source": texts.source, "n": len(tokens), "digest": texts.digest}],
+        seed=seed,
+    )
+    table = natural.rank_one.set_index("name")
+    for head in wanted:
+        yield _explanation(head, at[head], natural, control, edited[head], table, kappa, source)
+
+
+def _best_offset(found: Scan, head: Head, offset: int | None) -> int:
+    if offset is not None:
+        return offset
+    return found.offsets[int(found.scores[head.layer, head.head].nan_to_num(-1).argmax())]
+
+
+def _tries(head: Head, has_rope: bool) -> dict[str, Edit]:
+    """The interventions on one head, by label."""
+    tries: dict[str, Edit] = {f"rank one {of}": RankOne(head, of) for of in ("q", "k", "qk")}
+    if has_rope:
+        tries |= {f"drop {band}": DropBand(head, band) for band in NAMED_BANDS}
+        tries |= {f"freeze {band}": FreezeBand(head, band) for band in NAMED_BANDS}
+    return tries
+
+
+def _edited_scores(
+    model: TransformerBridge,
+    tokens: list[Tensor],
+    at: dict[Head, int],
+    layers: Sequence[rope.LayerQK],
+    progress: bool | None,
+) -> dict[Head, dict[str, float]]:
+    """Each head's score at its offset under each try, mean over prompts.
+
+    All heads are tried in one pass: each layer's pattern is read under the edits, and then its z is
+    put back to what it was without them, so every head is tried in the intact model.
+    """
+    tries: dict[str, list[Edit]] = {}
+    for head in at:
+        for label, edit in _tries(head, layers[head.layer].rotary is not None).items():
+            tries.setdefault(label, []).append(edit)
+    wanted = sorted(set(at.values()))
+    sums: dict[str, Tensor] = {}
+    counts = torch.zeros(len(wanted))
+    jobs = [(prompt, label) for prompt in tokens for label in tries]
+    intact: dict[int, Tensor] = {}
+    for prompt, label in progress_over(jobs, "trying edits", show=progress):
+        if label == next(iter(tries)):
+            intact = _intact_z(model, prompt)
+            counts += torch.tensor([float(len(prompt) > offset) for offset in wanted])
+        with patch(model, *tries[label]):
+            scores = _scores_with_z(model, prompt, wanted, intact).nan_to_num(0)
+        sums[label] = sums[label] + scores if label in sums else scores
+    return {
+        head: {
+            label: float((total / counts)[head.layer, head.head, wanted.index(offset)])
+            for label, total in sums.items()
+            if layers[head.layer].rotary is not None or label.startswith("rank one")
+        }
+        for head, offset in at.items()
+    }
+
+
+def _intact_z(model: TransformerBridge, prompt: Tensor) -> dict[int, Tensor]:
+    """z of every layer."""
+    found: dict[int, Tensor] = {}
+
+    def keep(z: Tensor, hook: Any) -> None:
+        found[hook.layer()] = z
+
+    _run(model, prompt, [(name, keep) for name in _names(model, "z")])
+    return found
+
+
+def _scores_with_z(
+    model: TransformerBridge, prompt: Tensor, offsets: Sequence[int], z: dict[int, Tensor]
+) -> Tensor:
+    """Slash scores [layer, head, offset] of one prompt, with z given to every layer."""
+    found: dict[int, Tensor] = {}
+
+    def read(pattern: Tensor, hook: Any) -> None:
+        found[hook.layer()] = slash_scores(pattern.cpu(), offsets)[0]
+
+    def put_back(edited: Tensor, hook: Any) -> Tensor:
+        return z[hook.layer()]
+
+    hooks: list[tuple[str, Any]] = [(name, read) for name in _names(model, "pattern")]
+    _run(model, prompt, hooks + [(name, put_back) for name in _names(model, "z")])
+    return torch.stack([found[layer] for layer in range(model.cfg.n_layers)])
+
+
+def _names(model: TransformerBridge, site: str) -> list[str]:
+    anatomy = anatomies.read(model)
+    return [anatomy.hook(layer, site) for layer in range(anatomy.n_layers)]
+
+
+def _run(model: TransformerBridge, prompt: Tensor, hooks: list[tuple[str, Any]]) -> None:
+    with torch.no_grad():
+        run_for_attention(model, prompt[None].to(model.cfg.device), None, hooks)
+
+
+def _explanation(
+    head: Head,
+    offset: int,
+    natural: Scan,
+    control: Scan,
+    edited: dict[str, float],
+    table: pd.DataFrame,
+    kappa: float,
+    source: dict[str, Any],
+) -> Explanation:
+    column = natural.offsets.index(offset)
+    score = float(natural.scores[head.layer, head.head, column])
+    moments = natural.require_moments()
+    try:
+        rotary = moments.rotary(head.layer)
+        profile = moments.profile(head)
+        terms = moments.pair_peaks(head, offset)
+        waves = 2 * torch.pi / rotary.inv_freq
+        order = terms.abs().argsort(descending=True)[:8].tolist()
+        pairs = [(pair, float(waves[pair]), float(terms[pair])) for pair in order]
+        per_pair = moments.pair_concentration(head)
+        masks = {band: band_mask(band, rotary.inv_freq) for band in NAMED_BANDS}
+        concentration = {
+            band: (float(per_pair[0, mask].mean()), float(per_pair[1, mask].mean()))
+            for band, mask in masks.items()
+        }
+    except ModelError:  # a layer without RoPE
+        profile, pairs, concentration = None, [], {}
+    own = table.loc[str(head)]
+    rank = {
+        name: (float(own[name]), float(np.mean(table[name] < own[name])))  # type: ignore[arg-type]
+        for name in ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k", "cone_x")
+    }
+    dropped = {band: edited[f"drop {band}"] for band in NAMED_BANDS if f"drop {band}" in edited}
+    frozen = {band: edited[f"freeze {band}"] for band in NAMED_BANDS if f"freeze {band}" in edited}
+    rank_one = {of: edited[f"rank one {of}"] for of in ("q", "k", "qk")}
+    return Explanation(
+        head=head,
+        offset=offset,
+        natural=score,
+        random=float(control.scores[head.layer, head.head, column]),
+        rank=rank,
+        dropped=dropped,
+        frozen=frozen,
+        rank_one=rank_one,
+        profile=profile,
+        pairs=pairs,
+        concentration=concentration,
+        verdict=verdict(score, offset, rank_one["qk"], dropped, profile, kappa),
+        kappa=kappa,
+        provenance=source,
+    )
+
+
+def verdict(
+    score: float,
+    offset: int,
+    at_rank_one: float,
+    dropped: dict[str, float],
+    profile: Profile | None,
+    kappa: float,
+) -> str:
+    """The verdict by `RULE`."""
+    if not score >= kappa:
+        return "neither"
+    if at_rank_one < STAYS * score:
+        return "content-made"
+    fits = (
+        profile is not None
+        and profile.correlation > PREDICTION_FITS
+        and abs(profile.predicted_peak - offset) <= 1
+    )
+    carried = bool(dropped) and min(dropped.values()) < GOES * score
+    return "RoPE-made slash" if fits and carried else "neither"

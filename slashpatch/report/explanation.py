@@ -1,0 +1,126 @@
+"""The report of `explain`: what was measured, in the order of the argument."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from ..explain import Explanation
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float | int]) -> str:
+    """Values as bars from the lowest to the highest; a flat line where all are equal."""
+    low, high = min(values), max(values)
+    if high <= low:
+        return _BARS[0] * len(values)
+    return "".join(
+        _BARS[round((value - low) / (high - low) * (len(_BARS) - 1))] for value in values
+    )
+
+
+def explanation_report(one: Explanation) -> Group:
+    """The explanation as a rich renderable."""
+    from ..explain import RULE
+
+    parts: list[Text | Table] = [
+        Text(f"{one.head} at Δ={one.offset}: {one.verdict}", style="bold"),
+        Text(
+            f"slash score {one.natural:.3f} on the prompts, {one.random:.3f} on random tokens "
+            f"(κ = {one.kappa:g})"
+        ),
+        Text(),
+        Text("Condition 1: queries and keys close to rank one", style="bold"),
+        _rank_table(one),
+        Text(
+            f"score with Q at rank one {one.rank_one['q']:.3f}, K {one.rank_one['k']:.3f}, "
+            f"both {one.rank_one['qk']:.3f}"
+        ),
+        Text(),
+        Text("Condition 2: rotary frequencies that add up at the offset", style="bold"),
+    ]
+    if one.profile is None:
+        parts.append(Text("the layer has no RoPE"))
+    else:
+        profile = one.profile
+        shown = profile.offsets.tolist()
+        pairs = ", ".join(f"{pair} (λ {wave:.3g}): {logit:+.2f}" for pair, wave, logit in one.pairs)
+        parts += [
+            _band_table(one),
+            Text(
+                f"mean logit by offset, Δ {shown[0]} to {shown[-1]}; predicted from mean q and k: "
+                f"correlation {profile.correlation:.3f}"
+            ),
+            _spark("measured ", profile.measured, profile.measured_peak),
+            _spark("predicted", profile.predicted, profile.predicted_peak),
+            Text(
+                f"pairs that carry the predicted peak at Δ={one.offset} (λ: wavelength in tokens; "
+                f"logit beyond the pair's mean over offsets): {pairs}"
+            ),
+        ]
+    parts += [Text(), Text(textwrap.fill(f"Rule (ours): {RULE}", 98), style="dim")]
+    return Group(*parts)
+
+
+def _spark(label: str, values: Tensor, peak: int) -> Text:
+    return Text(f"  {label} {sparkline(values.tolist())}  peak {peak}")
+
+
+def _rank_table(one: Explanation) -> Table:
+    table = Table("", "r1", "R95", "mean cosine to the mean")
+    for part, label in (("q", "Q"), ("k", "K")):
+        cells = []
+        for name, form in ((f"r1_{part}", ".3f"), (f"r95_{part}", ".0f"), (f"cone_{part}", ".3f")):
+            value, below = one.rank[name]
+            cells.append(f"{value:{form}} (> {below:.0%} of heads)")
+        table.add_row(label, *cells)
+    table.add_row("attention input", "", "", f"{one.rank['cone_x'][0]:.3f}")
+    return table
+
+
+def _band_table(one: Explanation) -> Table:
+    table = Table("band", "score if dropped", "score if not rotated", "concentration q", "k")
+    for band, score in one.dropped.items():
+        q, k = one.concentration[band]
+        table.add_row(band, f"{score:.3f}", f"{one.frozen[band]:.3f}", f"{q:.2f}", f"{k:.2f}")
+    return table
+
+
+def explanations_table(frame: pd.DataFrame) -> Table:
+    """The table of `explain --all`: one row per head."""
+    columns = {
+        "name": "head",
+        "offset": "Δ",
+        "score": "score",
+        "random_tokens": "random",
+        "r1_q": "r1 Q",
+        "r1_k": "r1 K",
+        "drop_high": "-high",
+        "drop_medium": "-medium",
+        "drop_low": "-low",
+        "rank_one_qk": "rank one",
+        "correlation": "corr.",
+        "predicted_peak": "pred. Δ",
+        "verdict": "verdict",
+    }
+    shown = {name: label for name, label in columns.items() if name in frame.columns}
+    table = Table(*shown.values())
+    for row in frame.to_dict(orient="records"):
+        table.add_row(*(_cell(row[name]) for name in shown))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.2f}"
+    return "–" if value is None else str(value)

@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from slashpatch import rope
+from slashpatch.errors import ModelError
+
+from .tiny import bridge, llama, tiny_model
+
+
+def test_frequencies_are_the_models_own(tiny):
+    for qk in rope.read(tiny):
+        own = tiny.original_model.model.rotary_emb._original_component.inv_freq
+        assert torch.equal(qk.rotary.inv_freq, own.double())
+        assert (qk.rotary.pairing, qk.rotary.gain) == ("half", 1.0)
+        assert qk.scale == pytest.approx(8**-0.5)
+
+
+def test_changed_frequencies_are_read_and_not_guessed_from_the_config():
+    model = llama(seed=1)
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.5
+    assert rope.read(bridge(model))[0].rotary.inv_freq[0] == 0.5
+
+
+@pytest.mark.parametrize("spoil", ["scale", "layout"])
+def test_what_does_not_reproduce_the_scores_is_refused(spoil):
+    model = tiny_model(seed=2)
+    attention = model.blocks[1].attn
+    if spoil == "scale":
+        attention.hook_rot_q.forward = lambda x: x * 1.1
+    else:  # pairs nobody has: rotated after a permutation of the dimensions
+        attention.hook_rot_q.forward = lambda x: x.roll(1, -1)
+    with pytest.raises(ModelError, match=r"layer 1: they do not reproduce its scores \(largest"):
+        rope.read(model)
+
+
+def test_families():
+    from transformers import (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+    qwen = Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8)
+    found = rope.read(bridge(Qwen3ForCausalLM(qwen).eval(), "q"))
+    assert found[0].q.name.endswith("hook_q_normed")
+    assert found[0].rotary.n_pairs == 4
+    neox = rope.read(bridge(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval(), "n"))
+    assert neox[0].rotary.n_pairs == 1  # a quarter of 8 dimensions
