@@ -115,6 +115,22 @@ def main():
     eight = [entry.head for entry in sp.scan(model, long[:1, :256], 1).slash_heads()[:8]]
     knock_out = partial(sp.patch, model, sp.KnockOut(eight, 1))
     ablate = partial(sp.patch, model, sp.AblateHeads(eight))
+    basis = sp.fit_rank_one(model, eight, long[:2, :256])
+    on_eight = {
+        "query only": {
+            "ShiftSlash": sp.ShiftSlash(eight, 1),
+            "DropBand": sp.DropBand(eight, "high"),
+            "ScaleBand": sp.ScaleBand(eight, "low", 1.5),
+            "RankOne of q": sp.RankOne(eight, "q", basis),
+        },
+        "keys of its own": {
+            "FreezeBand": sp.FreezeBand(eight, "high"),
+            "SwapBands": sp.SwapBands(eight, "high", "low"),
+            "SetFrequencies": sp.SetFrequencies(eight, lambda theta: theta / 2),
+            "RankOne of qk": sp.RankOne(eight, "qk", basis),
+            "PlantSlash": sp.PlantSlash(eight, 2),
+        },
+    }
     monitor = partial(sp.SlashMonitor, model)
     figures = {
         "scan of 16 offsets / forward, 1 x 1,024 tokens": paired(
@@ -133,6 +149,10 @@ def main():
             under(ablate, generate), generate
         ),
     }
+    for kind, edits in on_eight.items():
+        for name, edit in edits.items():
+            label = f"generation with {name} on 8 heads ({kind}) / generation, 32 tokens"
+            figures[label] = paired(under(partial(sp.patch, model, edit), generate), generate)
     plain = {
         "warm load of the default model": warm,
         "scan of 8 prompts of 1,024 tokens, 16 offsets": seconds(

@@ -201,7 +201,8 @@ def _explanations(
     longest = max(len(tokens) for tokens in texts.tokens)
     offsets = range(min(16, longest)) if offset is None else sorted({0, offset})
     tokens = list(texts.tokens)
-    natural = scan(model, tokens, offsets, progress=progress)
+    reach = max(64, 2 * (offset or 0))
+    natural = scan(model, tokens, offsets, profile_offsets=reach, progress=progress)
     control = scan(
         model,
         offsets=offsets,

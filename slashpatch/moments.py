@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
-PROFILE_OFFSETS = 64
-
 
 class Profile(NamedTuple):
     """Mean logit of a head by offset: measured, and predicted from its mean query and key.
@@ -200,10 +198,9 @@ class Moments:
 class MomentSums:
     """Running sums of one scan. Raises ModelError where q and k cannot be read."""
 
-    def __init__(self, model: TransformerBridge, anatomy: Anatomy, longest: int) -> None:
+    def __init__(self, model: TransformerBridge, anatomy: Anatomy, n_offsets: int) -> None:
         self.anatomy = anatomy
         self.layers = rope.read(model)
-        n_offsets = min(PROFILE_OFFSETS, longest)
         n_pairs = max((qk.rotary.n_pairs for qk in self.layers if qk.rotary), default=0)
         n_layers, n_heads, n_kv = anatomy.n_layers, anatomy.n_heads, anatomy.n_kv_heads
         d_head, d_model = anatomy.d_head, model.cfg.d_model

@@ -293,6 +293,7 @@ def scan(
     n_prompts: int = 8,
     max_tokens: int | None = None,
     batch_size: int | None = None,
+    profile_offsets: int = 64,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Scan:
@@ -307,6 +308,7 @@ def scan(
         n_prompts: How many natural or random prompts; at most so many pieces of a file.
         max_tokens: Their length; 512 when None, for texts no limit.
         batch_size: Prompts per forward pass; picked by memory when None. Does not change scores.
+        profile_offsets: Offsets from 0 whose mean logits `Scan.profile` tells.
         seed: Of the natural and random prompts.
         progress: Whether to show a bar; when None, on a terminal only.
 
@@ -336,7 +338,7 @@ def scan(
         )
     moments, refusal = None, None
     try:
-        moments = MomentSums(model, anatomy, longest)
+        moments = MomentSums(model, anatomy, min(profile_offsets, longest))
     except ModelError as error:
         refusal = str(error)
     shape = (anatomy.n_layers, anatomy.n_heads, len(wanted))

@@ -28,6 +28,15 @@ def test_planted_heads_are_rope_made(planted):
     assert (frame[["r1_q", "r1_k", "cone_q", "cone_k"]] > 0.999).all().all()
 
 
+@pytest.mark.parametrize("offset", PLANTED)
+def test_planted_heads_far_back_are_rope_made(offset):
+    model = planted_model(PLANTED)
+    head = sp.Head(0, PLANTED.index(offset))
+    one = sp.explain(model, head, random_tokens(2, 160), offset=offset)
+    assert one.verdict == "RoPE-made slash"
+    assert one.profile.predicted_peak == offset
+
+
 def test_a_head_that_reads_content_is_not(planted):
     one = sp.explain(planted, "L0H4", random_tokens(3, 100), kappa=0.0)
     assert one.verdict != "RoPE-made slash"

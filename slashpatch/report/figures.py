@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..moments import Profile
     from ..scan import Scan
 
 
@@ -84,4 +85,20 @@ def losses_figure(
     axis.set_xlabel(xlabel)
     axis.set_title(title, fontsize=11)
     axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def profile_figure(profile: Profile, name: str) -> Figure:
+    """Mean logit by offset: measured, and predicted from the mean query and key."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(profile.offsets, profile.measured, "o", markersize=4, label="measured mean")
+    axis.plot(profile.offsets, profile.predicted, color="black", label="predicted from mean q, k")
+    axis.set_xlabel("offset Δ")
+    axis.set_ylabel("logit")
+    axis.set_title(f"{name}: correlation {profile.correlation:.4f}", fontsize=11)
+    axis.legend()
+    axis.grid(alpha=0.3)
     return figure
