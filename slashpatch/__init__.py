@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .models import load
     from .monitor import SlashMonitor
     from .patching import hooks, patch
-    from .scan import Scan, SlashHead, scan
+    from .scan import scan
+    from .scans import Scan, SlashHead
 
 __version__ = "0.1.0"
 
@@ -47,7 +48,8 @@ _HOMES = {
     "models": "load",
     "monitor": "SlashMonitor",
     "patching": "hooks patch",
-    "scan": "Scan SlashHead scan",
+    "scan": "scan",
+    "scans": "Scan SlashHead",
 }
 _LAZY = {name: home for home, names in _HOMES.items() for name in names.split()}
 

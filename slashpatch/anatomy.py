@@ -8,10 +8,11 @@ refused, with the layer and the difference.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -246,6 +247,21 @@ def run_probe(model: TransformerBridge, tokens: Tensor, hooks: list[tuple[str, A
                 f"slashpatch refuses this model: a short forward pass failed "
                 f"({type(error).__name__}: {error})"
             ) from error
+
+
+def run_for_attention(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Tensor | None,
+    hooks: Iterable[tuple[str, Any]],
+) -> None:
+    """One forward pass for the sake of its hooks: logits of the last token only, where possible."""
+    kwargs: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
+        kwargs["logits_to_keep"] = 1
+    if attention_mask is not None:
+        kwargs["attention_mask"] = attention_mask.to(tokens.device)
+    model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type=None, **kwargs)
 
 
 def tolerance(model: TransformerBridge) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,19 @@ import typer
 
 from . import __version__
 from .errors import EditError, OutputError, SlashpatchError
+from .options import (
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    EditOption,
+    JsonOption,
+    KappaOption,
+    ModelOption,
+    OffsetsOption,
+    SeedOption,
+    TokensOption,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,49 +40,6 @@ app = typer.Typer(
 
 
 _INTERRUPTED = 130
-
-
-class Device(str, Enum):
-    """Where the model runs."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class Dtype(str, Enum):
-    """Precision of the weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-SeedOption = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Of everything drawn at random.")
-]
-DeviceOption = Annotated[Device | None, typer.Option(help="Default: CUDA, then MPS, then CPU.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights.")]
-KappaOption = Annotated[float, typer.Option(help="Score from which a head is a slash head.")]
-OffsetsOption = Annotated[str, typer.Option(help="Offsets Δ, such as 0-15 or 1,2,8.")]
-EditOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--edit", "-e", metavar="EDIT", help="Such as 'KnockOut(L16H0, 1)'; may be repeated."
-    ),
-]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
 
 
 def _version(asked: bool | None) -> None:
@@ -125,8 +94,8 @@ def scan(
     """Find the slash heads of a model, on natural text and on random tokens."""
     from .files import TABLE_SUFFIXES, require_writable, write_table
     from .patching import patch
-    from .scan import require_kappa
     from .scan import scan as run_scan
+    from .scans import require_kappa
     from .slash import as_offsets
 
     wanted = as_offsets(offsets)
@@ -243,7 +212,7 @@ def explain(
     from .explain import explain_all
     from .files import TABLE_SUFFIXES, require_writable, write_table
     from .heads import heads
-    from .scan import require_kappa
+    from .scans import require_kappa
 
     require_kappa(kappa)
     if every == (head is not None):
@@ -349,7 +318,7 @@ def watch(
     """
     from .edits import parse_edit
     from .generation import watched
-    from .scan import require_kappa
+    from .scans import require_kappa
     from .slash import as_offsets
 
     require_kappa(kappa)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import anatomy as anatomies
 from . import rope
+from .anatomy import run_for_attention
 from .edits import DropBand, Edit, FreezeBand, RankOne
 from .errors import HeadError, ModelError
 from .heads import Head, HeadsLike, heads, require_heads
@@ -21,7 +22,8 @@ from .prompts import prompt_set
 from .provenance import provenance
 from .report.progress import progress_over
 from .rotary import NAMED_BANDS, band_mask
-from .scan import Scan, require_kappa, run_for_attention, scan
+from .scan import scan
+from .scans import Scan, require_kappa
 from .slash import slash_scores
 
 if TYPE_CHECKING:

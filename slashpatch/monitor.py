@@ -13,7 +13,7 @@ from . import anatomy as anatomies
 from .calls import Call, CallWatch
 from .errors import PatchError
 from .heads import Head
-from .scan import require_kappa
+from .scans import require_kappa
 from .slash import real_rows, slash_rows
 
 if TYPE_CHECKING:

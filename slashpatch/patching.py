@@ -15,7 +15,7 @@ from . import anatomy as anatomies
 from . import rope
 from .calls import Call, CallWatch
 from .edits import Edit, Site, parse_edit
-from .errors import EditError, ModelError, PatchError
+from .errors import EditError, PatchError
 from .private import PrivateKeys, acquire
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class _Attached:
         for index, (edit, state) in enumerate(zip(self.edits, states, strict=True)):
             for layer in edit.layers:
                 self._bind(edit, index, layer, state.get(layer))
-        self._add_private_hooks(model)
+        self._add_private_hooks()
         this = weakref.ref(self)
 
         def end(call: Call, output: Any) -> None:
@@ -178,7 +178,7 @@ class _Attached:
 
         return layout.name, hook_fn
 
-    def _add_private_hooks(self, model: TransformerBridge) -> None:
+    def _add_private_hooks(self) -> None:
         """Catch rotated queries, cos and sin, and rewrite the scores of heads with private keys.
 
         The rewrite goes before every hook on the scores: it says what they are.
@@ -193,17 +193,9 @@ class _Attached:
         for layer, edit in sorted(layers.items(), key=lambda item: item[0]):
             qk = self._qk[layer]
             prefix = f"blocks.{layer}.attn"
-            rotated = f"{prefix}.hook_rot_q"
-            if qk.rotary is None:
-                rotated = qk.q.name  # not rotated: as the last edit of queries leaves them
-            elif rotated not in model.hook_dict:
-                raise ModelError(
-                    f"{edit} needs keys of the head's own, and layer {layer} has no hook for the "
-                    "rotated queries that meet them; edits that need the query only work there"
-                )
 
             def catch_q(tensor: Tensor, hook: Any, qk: rope.LayerQK = qk) -> None:
-                plain = qk.rotary is None
+                plain = qk.rotated_q is None  # before RoPE, as the last edit of queries leaves it
                 private.q[qk.layer] = qk.q.read(tensor, self.anatomy.d_head) if plain else tensor
 
             def catch_cos(tensor: Tensor, hook: Any, layer: int = layer) -> None:
@@ -215,7 +207,7 @@ class _Attached:
             def rewrite(scores: Tensor, hook: Any, qk: rope.LayerQK = qk) -> Tensor:
                 return private.rewrite(qk, scores, self.watch.require())
 
-            self._add(rotated, str(edit), layer, catch_q)
+            self._add(qk.rotated_q or qk.q.name, str(edit), layer, catch_q)
             if qk.rotary is not None:
                 self._add(f"{prefix}.hook_cos", str(edit), layer, catch_cos)
                 self._add(f"{prefix}.hook_sin", str(edit), layer, catch_sin)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class PrivateKeys:
     """Private keys of one model; shared by all patches on it, so that edits of one head compose.
 
-    During a pass: `keys` holds the edited pre-RoPE keys by (layer, head), `q` the rotated queries
-    and `tables` cos and sin by layer. Between passes: rotated keys by KV cache.
+    During a pass: `keys` holds the edited pre-RoPE keys by (layer, head), `q` the queries (rotated
+    where a hook carries those) and `tables` cos and sin by layer. Between passes: rotated keys by
+    KV cache.
     """
 
     def __init__(self, model: TransformerBridge) -> None:
@@ -87,21 +88,31 @@ class PrivateKeys:
         self._rewritten.add(qk.layer)
         rows = torch.stack([self._all_keys(qk, head, call) for head in heads], dim=2)
         n_keys = scores.shape[-1]
-        own = qk.logits(self.q[qk.layer][:, :, heads], rows[:, -n_keys:]).to(scores.dtype)
+        q = self.q[qk.layer][:, :, heads]
+        if qk.rotated_q is None:
+            q = self._rotate(qk, q)
+        own = qk.logits(q, rows[:, -n_keys:]).to(scores.dtype)
         shared = scores[:, heads]
         whole = scores.clone()
         masked = shared <= torch.finfo(scores.dtype).min / 2
         whole[:, heads] = torch.where(masked, shared, own)
         return whole
 
+    def _rotate(
+        self, qk: LayerQK, x: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """RoPE of the new tokens, with the cos and sin of this very pass."""
+        if qk.rotary is None:
+            return x
+        cos, sin = (
+            qk.pairs_of(self.tables[qk.layer, point])[:, :, None].to(x) for point in ("cos", "sin")
+        )
+        return qk.rotary.turn_by(x, cos, sin)
+
     def _all_keys(self, qk: LayerQK, head: int, call: Call) -> Float[Tensor, "batch key d_head"]:
         """Rotated keys of the cached tokens and then of the new ones."""
         new = self.keys[qk.layer, head]
-        if qk.rotary is not None:
-            cos, sin = (
-                qk.pairs_of(self.tables[qk.layer, point]).to(new) for point in ("cos", "sin")
-            )
-            new = qk.rotary.turn_by(new, cos, sin)
+        new = self._rotate(qk, new[:, :, None])[:, :, 0]
         if call.past:
             cached = self._cached.get(call.cache, {}).get((qk.layer, head))
             if cached is None or cached.shape[:2] != (call.batch, call.past):

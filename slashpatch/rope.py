@@ -7,6 +7,7 @@ refused, with the difference.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class LayerQK:
     """One layer's queries and keys before RoPE and after any norm, and its rotation.
 
     `rotary` is None for a layer without RoPE; `interleaved` says that cos and sin repeat each
-    frequency side by side instead of one half after the other; `softcap` is Gemma 2's.
+    frequency side by side instead of one half after the other; `softcap` is Gemma 2's;
+    `rotated_q` names the hook that carries the rotated queries, where there is one that does.
     """
 
     layer: int
@@ -61,6 +63,7 @@ class LayerQK:
     rotary: Rotary | None
     interleaved: bool = False
     softcap: float | None = None
+    rotated_q: str | None = None
 
     def logits(
         self,
@@ -134,7 +137,7 @@ def _read(model: TransformerBridge, a: Anatomy) -> tuple[LayerQK, ...]:
 
 
 _POINTS = ("hook_q", "hook_k", "hook_q_normed", "hook_k_normed", "hook_cos", "hook_sin",
-           "hook_attn_scores")  # fmt: skip
+           "hook_rot_q", "hook_attn_scores")  # fmt: skip
 
 
 def _name(layer: int, point: str) -> str:
@@ -184,7 +187,10 @@ def _read_layer(
         off = float((found.logits(left, right) - scores).masked_fill(~visible, 0).abs().max())
         best = min(best, off)
         if off <= limit:
-            return found
+            name = _name(layer, "hook_rot_q")
+            carried = name in seen and seen[name].shape == left.shape
+            close = carried and float((seen[name].double() - left).abs().max()) <= limit
+            return dataclasses.replace(found, rotated_q=name if close else None)
     raise refusal(
         f"they do not reproduce its scores (largest difference {best:.2g}, allowed {limit:.2g}); "
         "its rotary layout or its scale is unknown"

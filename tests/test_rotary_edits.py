@@ -256,6 +256,62 @@ def test_a_users_hook_on_the_scores_comes_after_private_keys(tiny):
     torch.testing.assert_close(inner, outer)
 
 
+SIZES = {"vocab_size": 80, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+
+
+@functools.cache
+def family(name):
+    """Families that lay out, rotate, norm or cap otherwise."""
+    import transformers as t
+
+    made = {
+        "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZES)),
+        "phi3": lambda: t.Phi3ForCausalLM(
+            t.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0)
+        ),
+        "qwen3": lambda: t.Qwen3ForCausalLM(
+            t.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16)
+        ),
+        "gemma2": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16)
+        ),
+    }
+    torch.manual_seed(0)
+    return bridge(made[name]().eval(), name)
+
+
+@pytest.mark.parametrize("name", ["neox", "phi3", "qwen3", "gemma2"])
+def test_families_by_a_pattern_that_is_known_beforehand(name):
+    """A planted head's pattern follows from θ alone; so do its cached steps."""
+    model = family(name)
+    tokens = random_tokens(2, 16)
+    qk = rope.read(model)[0]
+    edit = sp.PlantSlash("L0H2", 3, 8.0)
+    distance = torch.arange(16)[:, None] - torch.arange(16)
+    logit = 8.0 * ((distance - 3)[..., None] * qk.rotary.inv_freq).cos().mean(-1)
+    if qk.softcap:
+        logit = qk.softcap * torch.tanh(logit / qk.softcap)
+    expected = logit.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    found = pattern_and_z(model, tokens, edit)[0][0]
+    torch.testing.assert_close(found[:, 2].double(), expected.expand(2, -1, -1), atol=1e-5, rtol=0)
+    with torch.no_grad(), sp.patch(model, edit):
+        whole = model(tokens)
+        _, cache = model(tokens[:, :9], return_type="logits_and_cache", use_cache=True)
+        rest = model(tokens[:, 9:], past_key_values=cache)
+    torch.testing.assert_close(rest, whole[:, 9:], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["neox", "phi3", "qwen3", "gemma2"])
+def test_families_keep_their_logits_under_their_own_frequencies(name):
+    model = family(name)
+    tokens = random_tokens(2, 16)
+    before = logits(model, tokens)
+    own = sp.SetFrequencies(["L0H1", "L1H2"], sp.Head(0, 0))
+    torch.testing.assert_close(logits(model, tokens, own), before, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(logits(model, tokens, sp.ShiftSlash("L0H1", 2)), before)
+
+
 # --- rank one, fitted ---
 
 

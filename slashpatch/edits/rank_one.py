@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import anatomy as anatomies
+from .. import rope
 from ..errors import EditError, PatchError
 from ..files import written_whole
 from ..heads import Head, HeadsLike, heads
@@ -119,10 +121,6 @@ def fit_rank_one(
     The model as it is, patches included, the heads' own edits of queries too. Prompts as for
     `scan`. Raises HeadError, PromptError, ModelError, or EditError for a rank outside 1 to d_head.
     """
-    from .. import anatomy as anatomies
-    from .. import rope
-    from ..scan import run_for_attention
-
     anatomy = anatomies.read(model)
     chosen = tuple(sorted(anatomy.require(wanted)))
     if isinstance(rank, bool) or not 1 <= rank <= anatomy.d_head:
@@ -151,7 +149,7 @@ def fit_rank_one(
     hooks = [accumulate(part, layer) for layer in {h.layer for h in chosen} for part in "qk"]
     with torch.no_grad():
         for tokens in found.tokens:
-            run_for_attention(model, tokens[None].to(model.cfg.device), None, hooks)
+            anatomies.run_for_attention(model, tokens[None].to(model.cfg.device), None, hooks)
     q, k = (torch.stack([leading(grams[head, part], rank) for head in chosen]) for part in "qk")
     details = {"prompts": [{"source": found.source, "digest": found.digest}], "seed": seed}
     return Basis(chosen, q, k, provenance(model, **details))

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import rope
 from ..errors import BandError, EditError
 from ..heads import Head
 from ..rotary import Rotary, band_mask, band_pairs, canonical_band
@@ -38,8 +39,6 @@ class _RotaryEdit(Edit):
 
     def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
         """Nothing to keep; raises if a layer has no RoPE, or a band does not fit its pairs."""
-        from .. import rope
-
         rotaries = {layer: rope.read(model)[layer].require_rotary() for layer in self.layers}
         for layer, rotary in rotaries.items():
             for field in ("band", "a", "b"):
@@ -148,8 +147,6 @@ class _FrequencyEdit(_RotaryEdit):
 
     def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
         """Per layer: θ' − θ. Raises as for every rotary edit."""
-        from .. import rope
-
         super().prepare(model, anatomy)
         rotaries = {layer: rope.read(model)[layer].require_rotary() for layer in self.layers}
         return {
@@ -290,8 +287,6 @@ class SetFrequencies(_FrequencyEdit):
 
     def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
         """Per layer: θ' − θ, of the donor's layer where there is a donor."""
-        from .. import rope
-
         if not isinstance(self.frequencies, Head):
             return super().prepare(model, anatomy)
         layers = rope.read(model)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..moments import Profile
-    from ..scan import Scan
+    from ..scans import Scan
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
