@@ -16,7 +16,7 @@ from . import rope
 from .calls import Call, CallWatch
 from .edits import Edit, Site, parse_edit
 from .errors import EditError, PatchError
-from .private import PrivateKeys, acquire
+from .private import PrivateKeys, acquire, private_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -104,7 +104,7 @@ class _Attached:
                 name, hook_fn = self._key_hook(site, act, layer)
             elif stage == "query":
                 assert qk is not None
-                name, hook_fn = qk.q.name, self._hook(edit, site, act, qk.q.name, 2, qk.q)
+                name, hook_fn = qk.q.name, self._hook(edit, site, act, qk.q.name, 2, qk)
             else:
                 name = self.anatomy.hook(layer, stage)
                 hook_fn = self._hook(edit, site, act, name, 2 if stage == "z" else 1)
@@ -125,6 +125,7 @@ class _Attached:
             return hook_fn(tensor, hook)
 
         noted.slashpatch = mark or (self.serial, 0, self.edits[0])  # type: ignore[attr-defined]
+        noted.rewrites = mark is None  # type: ignore[attr-defined]
         noted.__qualname__ = f"slashpatch {what}"
         self.entries.append((name, noted))
 
@@ -135,9 +136,10 @@ class _Attached:
         act: Callable[[Site, Tensor], Tensor],
         name: str,
         axis: int,
-        layout: rope.HookLayout | None = None,
+        queries: rope.LayerQK | None = None,
     ) -> Callable[..., Tensor]:
         """A hook function that hands the edit its heads, found on `axis`, and puts them back."""
+        layout = None if queries is None else queries.q
 
         def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
             canonical = tensor if layout is None else layout.read(tensor, self.anatomy.d_head)
@@ -154,7 +156,12 @@ class _Attached:
                 return tensor
             whole = canonical.clone()
             whole[index] = edited.to(whole.dtype)
-            return whole if layout is None else layout.write(whole)
+            if queries is None:
+                return whole
+            private = private_of(self._model())
+            if private is not None:
+                private.note_queries(queries, whole)
+            return queries.q.write(whole)
 
         return hook_fn
 
@@ -195,8 +202,10 @@ class _Attached:
             prefix = f"blocks.{layer}.attn"
 
             def catch_q(tensor: Tensor, hook: Any, qk: rope.LayerQK = qk) -> None:
-                plain = qk.rotated_q is None  # before RoPE, as the last edit of queries leaves it
-                private.q[qk.layer] = qk.q.read(tensor, self.anatomy.d_head) if plain else tensor
+                if qk.rotated_q is None:
+                    private.note_queries(qk, qk.q.read(tensor, self.anatomy.d_head))
+                else:
+                    private.q[qk.layer] = tensor
 
             def catch_cos(tensor: Tensor, hook: Any, layer: int = layer) -> None:
                 private.tables[layer, "cos"] = tensor
@@ -205,6 +214,7 @@ class _Attached:
                 private.tables[layer, "sin"] = tensor
 
             def rewrite(scores: Tensor, hook: Any, qk: rope.LayerQK = qk) -> Tensor:
+                _require_first(hook)
                 return private.rewrite(qk, scores, self.watch.require())
 
             self._add(qk.rotated_q or qk.q.name, str(edit), layer, catch_q)
@@ -245,6 +255,17 @@ class _Attached:
                     f"{edit} changed nothing: its hook {name} never fired. Run the patched model "
                     "inside the `with` block, with that layer and without resetting its hooks"
                 )
+
+
+def _require_first(hook: Any) -> None:
+    """Raise PatchError if a hook on the scores ran before they were computed from private keys."""
+    for handle in getattr(hook, "_target", hook).fwd_hooks:
+        if getattr(handle.user_hook, "rewrites", False):
+            return
+        raise PatchError(
+            f"a hook on {hook.name} ran before slashpatch computed the scores of heads that have "
+            "keys of their own, and would be lost; attach the edits with slashpatch.patch, or first"
+        )
 
 
 def _as_edit(edit: Any) -> Edit:

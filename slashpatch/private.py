@@ -75,6 +75,11 @@ class PrivateKeys:
             self._witness[cache] = (layer, cache.layers[layer].keys[:, :, -1].clone())
         self._clear()
 
+    def note_queries(self, qk: LayerQK, q: Float[Tensor, "batch pos head d_head"]) -> None:
+        """Keep a layer's pre-RoPE queries if no hook carries the rotated ones; the last count."""
+        if qk.rotated_q is None:
+            self.q[qk.layer] = q
+
     def rewrite(
         self, qk: LayerQK, scores: Float[Tensor, "batch head query key"], call: Call
     ) -> Float[Tensor, "batch head query key"]:
@@ -147,6 +152,11 @@ def acquire(model: TransformerBridge, user: object) -> tuple[PrivateKeys, Callab
         private = _shared[model] = PrivateKeys(model)
     private.users += 1
     return private, weakref.finalize(user, _release, weakref.ref(model), private)
+
+
+def private_of(model: TransformerBridge | None) -> PrivateKeys | None:
+    """The model's private keys, if any patch uses them now."""
+    return None if model is None else _shared.get(model)
 
 
 def _release(model: weakref.ref[Any], private: PrivateKeys) -> None:

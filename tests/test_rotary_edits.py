@@ -312,6 +312,32 @@ def test_families_keep_their_logits_under_their_own_frequencies(name):
     assert not torch.allclose(logits(model, tokens, sp.ShiftSlash("L0H1", 2)), before)
 
 
+@pytest.mark.parametrize("name", ["neox", "qwen3"])
+def test_queries_edited_by_an_inner_patch_meet_private_keys(name):
+    model = family(name)
+    tokens = random_tokens(1, 12)
+    keys, query = sp.FreezeBand("L0H1", "high"), sp.ShiftSlash("L0H1", 2)
+    at_once = logits(model, tokens, keys, query)
+    with torch.no_grad(), sp.patch(model, keys), sp.patch(model, query):
+        nested = model(tokens)
+    assert torch.equal(nested, at_once)
+    assert not torch.allclose(at_once, logits(model, tokens, keys))
+
+
+def test_scores_edited_too_early_are_refused(tiny):
+    """Hooks lists cannot be put first; an edit of the scores that would be lost is an error."""
+    tokens = random_tokens(1, 12)
+    hooks = sp.hooks(tiny, sp.FreezeBand("L0H1", "high"))
+    with sp.patch(tiny, sp.ScaleOffsets("L0H1", 1, 3.0)):
+        with pytest.raises(PatchError, match="ran before slashpatch computed the scores"):
+            tiny.run_with_hooks(tokens, fwd_hooks=hooks)
+    with torch.no_grad(), sp.patch(tiny, sp.FreezeBand("L0H1", "high")):
+        scaled = sp.hooks(tiny, sp.ScaleOffsets("L0H1", 1, 3.0))
+        inner = tiny.run_with_hooks(tokens, fwd_hooks=scaled)
+    both = logits(tiny, tokens, sp.FreezeBand("L0H1", "high"), sp.ScaleOffsets("L0H1", 1, 3.0))
+    assert torch.equal(inner, both)
+
+
 # --- rank one, fitted ---
 
 
