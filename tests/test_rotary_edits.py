@@ -329,6 +329,7 @@ def test_scores_edited_too_early_are_refused(tiny):
     tokens = random_tokens(1, 12)
     hooks = sp.hooks(tiny, sp.FreezeBand("L0H1", "high"))
     with sp.patch(tiny, sp.ScaleOffsets("L0H1", 1, 3.0)):
+        tiny(tokens)
         with pytest.raises(PatchError, match="ran before slashpatch computed the scores"):
             tiny.run_with_hooks(tokens, fwd_hooks=hooks)
     with torch.no_grad(), sp.patch(tiny, sp.FreezeBand("L0H1", "high")):
