@@ -1,8 +1,8 @@
+import importlib
 import json
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -268,14 +268,22 @@ def test_ctrl_c_ends_with_one_line(call, monkeypatch, model):
     assert call("watch", "the of a", "-m", model) == (130, "", "slashpatch: interrupted\n")
 
 
-def test_a_signal_ends_with_one_line(model):
-    """SIGINT while many prompts are scanned."""
-    process = started("scan", model, "--prompts", "100000", "--max-tokens", "60")
-    time.sleep(6.0)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert (process.returncode, out, err) == (130, "", "slashpatch: interrupted\n")
+def test_a_signal_in_the_middle_of_a_scan_ends_with_one_line(call, monkeypatch, model, tmp_path):
+    """A real SIGINT, in the second forward pass."""
+    module = importlib.import_module("slashpatch.scan")
+    run, passes = module.run_for_attention, []
+
+    def interrupted(*args):
+        passes.append(1)
+        if len(passes) == 2:
+            signal.raise_signal(signal.SIGINT)
+        run(*args)
+
+    monkeypatch.setattr(module, "run_for_attention", interrupted)
+    out = tmp_path / "scan.csv"
+    ended = call("scan", model, *SMALL, "--out", out)
+    assert ended == (130, "", "slashpatch: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_markup_in_user_text_is_text(call, model, tmp_path):
