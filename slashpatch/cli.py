@@ -217,6 +217,8 @@ def explain(
     require_kappa(kappa)
     if every == (head is not None):
         raise EditError("give one head, such as L16H0, or --all")
+    if every and offset is not None:
+        raise EditError("--offset goes with one head; --all takes each head's best")
     chosen = None if head is None else heads(head)
     if out is not None:
         if not every:

@@ -61,7 +61,7 @@ class Moments:
         sum_q: Sum of queries; `sum_k` of keys; `sum_x` of the attention's input.
         unit_q: Sum of queries, each divided by its length; `unit_k`, `unit_x` likewise.
         abs_q: Sum of the modulus of each rotary pair; `abs_k` likewise.
-        logits: Sum of masked logits i → i−Δ for Δ from 0; `logit_rows` says of how many.
+        logits: Sum of unmasked logits i → i−Δ for Δ from 0; `logit_rows` says of how many.
         inv_freq: θ of each layer, NaN for a layer without RoPE.
         gain: Gain of each layer's rotation; `scale` of its logits.
         pairing: Layout of each layer's pairs: "half", "adjacent", or "" without RoPE.
@@ -79,7 +79,7 @@ class Moments:
     abs_q: Float[Tensor, "layer head pair"]
     abs_k: Float[Tensor, "layer kv_head pair"]
     logits: Float[Tensor, "layer head offset"]
-    logit_rows: Int[Tensor, "offset"]
+    logit_rows: Int[Tensor, "layer offset"]
     inv_freq: Float[Tensor, "layer pair"]
     gain: Float[Tensor, "layer"]
     scale: Float[Tensor, "layer"]
@@ -124,8 +124,9 @@ class Moments:
     def profile(self, head: Head) -> Profile:
         """Mean logit by offset, measured and predicted. Raises ModelError without RoPE."""
         rotary = self.rotary(head.layer)
-        measured = self.logits[head.layer, head.head] / self.logit_rows
-        seen = self.logit_rows > 0
+        rows = self.logit_rows[head.layer]
+        measured = self.logits[head.layer, head.head] / rows
+        seen = rows > 0
         offsets = torch.arange(len(measured))[seen]
         q, k = self.mean(head)
         predicted = predicted_profile(q, k, offsets, rotary)
@@ -222,14 +223,13 @@ class MomentSums:
             "logits": zeros(n_heads, n_offsets),
         }
         self.n_tokens = torch.tensor(0)
-        self.logit_rows = torch.zeros(n_offsets, dtype=torch.int64)
+        self.logit_rows = torch.zeros(n_layers, n_offsets, dtype=torch.int64)
 
     def hooks(self, real: Bool[Tensor, "batch pos"]) -> list[tuple[str, Callable[..., None]]]:
         """Hooks that add one batch to the sums; padding is left out."""
-        offsets = torch.arange(len(self.logit_rows))
+        offsets = torch.arange(self.logit_rows.shape[1])
         rows = real_rows(real, real.shape[1], offsets)
         self.n_tokens = self.n_tokens + real.sum()
-        self.logit_rows += rows.sum((0, 1))
         found = []
         for qk in self.layers:
             prefix = f"blocks.{qk.layer}.attn"
@@ -268,8 +268,11 @@ class MomentSums:
     ) -> Callable[[Tensor, Any], None]:
         def add(scores: Tensor, hook: Any) -> None:
             taken = slash_rows(scores, offsets.to(scores.device))
-            kept = taken.masked_fill(~rows.to(scores.device)[:, None], 0)
+            # Keys outside a sliding window are masked, not measured.
+            seen = rows.to(scores.device) & (taken[:, 0] > torch.finfo(taken.dtype).min / 2)
+            kept = taken.masked_fill(~seen[:, None], 0)
             self.sums["logits"][layer] += _wide(kept).sum((0, 2)).cpu()
+            self.logit_rows[layer] += seen.sum((0, 1)).cpu()
 
         return add
 

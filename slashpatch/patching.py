@@ -96,7 +96,9 @@ class _Attached:
             call = self.watch.require()
             self._refuse_older_cache(call, edit)
             _ = call.real  # refuses masks under which columns do not count tokens
-            return Site(layer, heads, call, state, memory, qk)
+            private = private_of(self._model()) if qk is not None else None
+            frequencies = {} if private is None else private.frequencies
+            return Site(layer, heads, call, state, memory, qk, frequencies)
 
         hook_fn: Callable[..., Any]
         for stage, act in edit.stages().items():

@@ -36,15 +36,15 @@ class PrivateKeys:
         self.keys: dict[tuple[int, int], Float[Tensor, "batch pos d_head"]] = {}
         self.q: dict[int, Float[Tensor, "batch pos head d_head"]] = {}
         self.tables: dict[tuple[int, str], Tensor] = {}
+        self.frequencies: dict[tuple[str, int, int], Tensor] = {}
         self._rotated: dict[tuple[int, int], Tensor] = {}
         self._rewritten: set[int] = set()
         self._cached: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Tensor]] = (
             weakref.WeakKeyDictionary()
         )
-        #: A layer's newest shared key: tells whether the cache's prompts were reordered since.
-        self._witness: weakref.WeakKeyDictionary[Any, tuple[int, Tensor]] = (
-            weakref.WeakKeyDictionary()
-        )
+        #: The last layer's newest shared key, which depends on the whole prompt: tells whether the
+        #: cache's prompts were reordered since.
+        self._witness: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
         this = weakref.ref(self)
 
         def start(call: Call) -> None:
@@ -65,14 +65,14 @@ class PrivateKeys:
         self._watch.close()
 
     def _clear(self) -> None:
-        for store in (self.keys, self.q, self.tables, self._rotated, self._rewritten):
+        for store in (self.keys, self.q, self.tables, self.frequencies, self._rotated):
             store.clear()
+        self._rewritten.clear()
 
     def _keep(self, cache: Any) -> None:
         if cache is not None and self._rotated:
             self._cached[cache] = dict(self._rotated)
-            layer = next(iter(self._rotated))[0]
-            self._witness[cache] = (layer, cache.layers[layer].keys[:, :, -1].clone())
+            self._witness[cache] = cache.layers[-1].keys[:, :, -1].clone()
         self._clear()
 
     def note_queries(self, qk: LayerQK, q: Float[Tensor, "batch pos head d_head"]) -> None:
@@ -126,17 +126,22 @@ class PrivateKeys:
                     f"{0 if cached is None else cached.shape[1]} of {call.past} cached tokens; the "
                     "cache was cropped, reordered or started elsewhere. Start inside the patch"
                 )
-            layer, newest = self._witness[call.cache]
-            if layer == qk.layer and not torch.equal(
-                call.cache.layers[layer].keys[:, :, -call.n_queries - 1], newest
-            ):
-                raise PatchError(
-                    f"the KV cache was reordered under {call.batch} prompts since the last pass "
-                    f"(beam search?); keys of L{qk.layer}H{head}'s own cannot follow it"
-                )
+            self._refuse_reordered(qk, call)
             new = torch.cat([cached, new], dim=1)
         self._rotated[qk.layer, head] = new
         return new
+
+    def _refuse_reordered(self, qk: LayerQK, call: Call) -> None:
+        keys = call.cache.layers[-1].keys
+        # The last layer itself has taken in the new tokens by the time that its scores exist.
+        newest = -call.n_queries - 1 if qk.layer == len(call.cache.layers) - 1 else -1
+        if keys.shape[2] >= -newest and not torch.equal(
+            keys[:, :, newest], self._witness[call.cache]
+        ):
+            raise PatchError(
+                f"the KV cache was reordered under {call.batch} prompts since the last pass (beam "
+                f"search?); keys of their own of heads in layer {qk.layer} cannot follow it"
+            )
 
 
 _shared: weakref.WeakKeyDictionary[Any, PrivateKeys] = weakref.WeakKeyDictionary()

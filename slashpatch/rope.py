@@ -110,6 +110,7 @@ def read(model: TransformerBridge) -> tuple[LayerQK, ...]:
 
 
 def _read(model: TransformerBridge, a: Anatomy) -> tuple[LayerQK, ...]:
+    _require_fixed_frequencies(model)
     n_pos = next(n for n in (7, 11, 13) if n not in (a.n_heads, a.n_kv_heads, a.d_head))
     tokens = (torch.arange(n_pos)[None] * 5 + 2) % a.d_vocab
     seen: dict[str, Tensor] = {}
@@ -173,7 +174,7 @@ def _read_layer(
     visible = torch.ones(n_pos, n_pos, dtype=torch.bool, device=scores.device).tril()
     largest = float(scores.masked_fill(~visible, 0).abs().max())
     limit = tolerance(model) * max(largest, 1e-3)
-    best = math.inf
+    fits: list[tuple[float, LayerQK]] = []
     softcap = getattr(attention, "attn_logit_softcapping", None)
     for rotary, interleaved in _candidates(layer, seen, frequencies, scale):
         found = LayerQK(
@@ -185,16 +186,51 @@ def _read_layer(
             positions = torch.arange(n_pos, device=q.device)[:, None]
             left, right = rotary.rotate(q, positions), rotary.rotate(k, positions)
         off = float((found.logits(left, right) - scores).masked_fill(~visible, 0).abs().max())
-        best = min(best, off)
-        if off <= limit:
-            name = _name(layer, "hook_rot_q")
-            carried = name in seen and seen[name].shape == left.shape
-            close = carried and float((seen[name].double() - left).abs().max()) <= limit
-            return dataclasses.replace(found, rotated_q=name if close else None)
+        name = _name(layer, "hook_rot_q")
+        carried = name in seen and seen[name].shape == left.shape
+        close = carried and float((seen[name].double() - left).abs().max()) <= limit
+        fits.append((off, dataclasses.replace(found, rotated_q=name if close else None)))
+    fits.sort(key=lambda fit: fit[0])
+    best = fits[0][0] if fits else math.inf
+    if best <= limit:
+        # Low precision may let a wrong layout pass: the right one must be clearly better.
+        rivals = [
+            off
+            for off, other in fits[1:]
+            if other.rotary and other.rotary.n_pairs > 1 and not _same(other, fits[0][1])
+        ]
+        if not rivals or 2 * best < rivals[0]:
+            return fits[0][1]
+        raise refusal(
+            f"two rotary layouts reproduce its scores about as well ({best:.2g} and "
+            f"{rivals[0]:.2g}); load the model in float32"
+        )
     raise refusal(
         f"they do not reproduce its scores (largest difference {best:.2g}, allowed {limit:.2g}); "
         "its rotary layout or its scale is unknown"
     )
+
+
+def _same(one: LayerQK, other: LayerQK) -> bool:
+    """Whether two readings rotate alike."""
+    a, b = one.rotary, other.rotary
+    return bool(a and b and a.pairing == b.pairing and torch.equal(a.inv_freq, b.inv_freq))
+
+
+def _require_fixed_frequencies(model: TransformerBridge) -> None:
+    """Raise ModelError for RoPE whose frequencies depend on the prompt's length."""
+    config = model.original_model.config.get_text_config()
+    stack = [getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]
+    while stack:
+        found = stack.pop()
+        if isinstance(found, dict):
+            kind = found.get("rope_type", found.get("type"))
+            if kind in ("dynamic", "longrope"):
+                raise ModelError(
+                    f"slashpatch cannot read queries and keys under {kind} RoPE: its frequencies "
+                    "change with the prompt's length; scans and edits of the pattern work"
+                )
+            stack += found.values()
 
 
 def _order(shape: list[int], n_pos: int, n_heads: int, d_head: int) -> str | None:

@@ -14,6 +14,7 @@ from .anatomy import run_for_attention
 from .errors import ModelError, OffsetError, ScanError
 from .heads import Head
 from .moments import MomentSums
+from .patching import active_edits
 from .prompts import PromptSet, prompt_set
 from .provenance import provenance
 from .report.progress import progress_over
@@ -81,9 +82,16 @@ def scan(
             f"offset {wanted[-1]} needs a prompt of at least {wanted[-1] + 1} tokens; "
             f"the longest has {longest}"
         )
+    if isinstance(profile_offsets, bool) or profile_offsets < 1:
+        raise ScanError(f"profile_offsets is an integer from 1; got {profile_offsets!r}")
     moments, refusal = None, None
     try:
-        moments = MomentSums(model, anatomy, min(profile_offsets, longest))
+        if any("key" in edit.stages() for edit in active_edits(model)):
+            raise ModelError(
+                "active edits give heads keys of their own, and rank and profiles would be of the "
+                "shared ones"
+            )
+        moments = MomentSums(model, anatomy, profile_offsets)
     except ModelError as error:
         refusal = str(error)
     shape = (anatomy.n_layers, anatomy.n_heads, len(wanted))

@@ -219,10 +219,27 @@ class Scan:
             and self.counts.dtype == torch.int64
             and bool(self.sums.isfinite().all() & self.squares.isfinite().all())
             and bool((self.counts >= 1).all())
+            and self._moments_fit()
             and {"model", "fingerprint", "dtype", "edits", "prompts"} <= set(self.provenance)
         )
         if not fits:
             raise ScanError("its parts do not fit together")
+
+    def _moments_fit(self) -> bool:
+        if self.moments is None:
+            return True
+        m = self.moments
+        n_layers, n_heads, _ = self.sums.shape
+        d_head, n_offsets = m.sum_q.shape[-1], m.logits.shape[-1]
+        return (
+            m.gram_q.shape == (n_layers, n_heads, d_head, d_head)
+            and m.gram_k.shape == (*m.sum_k.shape, d_head)
+            and m.sum_k.shape[0] == n_layers
+            and m.logits.shape == (n_layers, n_heads, n_offsets)
+            and m.logit_rows.shape == (n_layers, n_offsets)
+            and m.inv_freq.shape == (n_layers, m.abs_q.shape[-1])
+            and len(m.pairing) == n_layers
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scan:
@@ -270,5 +287,5 @@ class Scan:
 
 def require_kappa(kappa: float) -> None:
     """Raise ScanError unless κ lies in [0, 1]."""
-    if not 0 <= kappa <= 1:
+    if not isinstance(kappa, (int, float)) or not 0 <= kappa <= 1:
         raise ScanError(f"kappa is a score from 0 to 1; got {kappa!r}")

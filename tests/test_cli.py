@@ -161,6 +161,7 @@ def test_explain(call, model, tmp_path):
     [
         (("explain",), "give one head, such as L16H0, or --all"),
         (("explain", "L1H1", "--all"), "or --all"),
+        (("explain", "--all", "--offset", "3"), "--offset goes with one head"),
         (("explain", "16.", "-m", "MODEL"), "expected a head"),
         (("explain", "L9H9", "-m", "MODEL"), "L9H9 does not exist"),
         (("explain", "L1H1", "--out", "x.csv"), "--out goes with --all"),

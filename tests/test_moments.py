@@ -112,3 +112,34 @@ def test_a_model_whose_queries_cannot_be_read_still_scans(monkeypatch):
     assert scan.slash_heads(0.0)
     with pytest.raises(ScanError, match="unknown layout"):
         scan.rank_one  # noqa: B018
+
+
+def test_keys_outside_a_sliding_window_are_not_measured():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=80,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        sliding_window=8,
+    )
+    model = bridge(MistralForCausalLM(config).eval(), "m")
+    profile = sp.scan(model, random_tokens(2, 24), [0]).profile("L0H1")
+    assert profile.offsets.tolist() == list(range(8))
+    assert (profile.measured.abs() < 1e3).all()
+
+
+def test_scans_of_prompts_of_different_lengths_add(tiny):
+    both = sp.scan(tiny, random_tokens(1, 20), [0]) + sp.scan(tiny, random_tokens(1, 9, 1), [0])
+    assert len(both.profile("L0H1").measured) == 20
+
+
+def test_under_edits_with_private_keys_there_is_no_rank(tiny):
+    with sp.patch(tiny, "FreezeBand(L0H1, high)"):
+        scan = sp.scan(tiny, random_tokens(1, 9), [0])
+    with pytest.raises(ScanError, match="keys of their own"):
+        scan.rank_one  # noqa: B018

@@ -49,3 +49,40 @@ def test_families():
     assert found[0].rotary.n_pairs == 4
     neox = rope.read(bridge(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval(), "n"))
     assert neox[0].rotary.n_pairs == 1  # a quarter of 8 dimensions
+
+
+def test_frequencies_that_change_with_length_are_refused():
+    model = llama(seed=1)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    with pytest.raises(ModelError, match="dynamic RoPE"):
+        rope.read(bridge(model))
+
+
+def test_low_precision_does_not_choose_the_layout():
+    """Adjacent pairs in bfloat16, with rotated parts so small that either layout nearly fits."""
+    from transformers import GlmConfig, GlmForCausalLM
+
+    torch.manual_seed(0)
+    config = GlmConfig(
+        vocab_size=80,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    model = GlmForCausalLM(config).eval()
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight *= 20
+            projection.weight.view(4, 8, -1)[:, :4] *= 0.3
+    assert rope.read(bridge(model, "g"))[0].rotary.pairing == "adjacent"
+    low = bridge(model.to(torch.bfloat16), "h")
+    try:
+        assert rope.read(low)[0].rotary.pairing == "adjacent"
+    except ModelError as error:
+        assert "load the model in float32" in str(error)  # noqa: PT017

@@ -234,6 +234,42 @@ def test_edits_of_one_head_compose_across_patches(tiny):
         torch.testing.assert_close(tiny(tokens), at_once)
 
 
+ALL_PAIRS = "high+medium+low"
+
+
+@pytest.mark.parametrize(
+    ("chain", "same_as"),
+    [
+        ([sp.FreezeBand("L0H1", "high")] * 2, [sp.FreezeBand("L0H1", "high")]),
+        (
+            [sp.FreezeBand("L0H1", "high"), sp.FreezeBand("L0H1", "high+low")],
+            [sp.FreezeBand("L0H1", "high+low")],
+        ),
+        ([sp.SwapBands("L0H1", "pairs 0", "pairs 3")] * 2, []),
+        (
+            [sp.FreezeBand("L0H1", "low"), sp.SetFrequencies("L0H1", [0.5, 0.3, 0.2, 0.1])],
+            [sp.SetFrequencies("L0H1", [0.5, 0.3, 0.2, 0.1])],
+        ),
+        # With nothing turning, the logit is flat in Δ, and there is nothing to shift.
+        ([sp.FreezeBand("L0H1", ALL_PAIRS), sp.ShiftSlash("L0H1", 3)],
+         [sp.FreezeBand("L0H1", ALL_PAIRS)]),
+        ([sp.FreezeBand("L0H1", ALL_PAIRS), sp.PlantSlash("L0H1", 2)],
+         [sp.PlantSlash("L0H1", 2)]),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("nested", [False, True])
+def test_frequency_edits_mean_what_they_say_after_one_another(tiny, chain, same_as, nested):
+    tokens = random_tokens(2, 14)
+    expected = logits(tiny, tokens, *same_as)
+    if nested:
+        with torch.no_grad(), sp.patch(tiny, chain[0]), sp.patch(tiny, chain[1]):
+            found = tiny(tokens)
+    else:
+        found = logits(tiny, tokens, *chain)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
 def test_the_order_of_key_edits_matters_and_is_the_one_given(tiny):
     tokens = random_tokens(1, 12)
     plant, freeze = sp.PlantSlash("L0H1", 2), sp.FreezeBand("L0H1", "high+medium+low")
@@ -476,6 +512,7 @@ def test_a_layer_without_rope_is_refused():
 )
 def test_a_changed_cache_is_refused(tiny, change, message):
     tokens = random_tokens(2, 6)
+    tokens[1, 4] = tokens[0, 4]  # prompts that differ, but end alike
     with torch.no_grad(), sp.patch(tiny, sp.FreezeBand("L0H1", "high")):
         _, cache = tiny(tokens[:, :5], return_type="logits_and_cache", use_cache=True)
         change(cache)

@@ -32,7 +32,8 @@ class Site:
 
     Tensors that an edit gets and returns hold these heads only, in this order, so an edit cannot
     reach another head. `memory` lasts from one hook of the pass to the next; `state` is what the
-    edit's `prepare` returned for this layer; `qk` is there for edits of queries and keys.
+    edit's `prepare` returned for this layer; `qk` is there for edits of queries and keys;
+    `frequencies` holds, by (stage, layer, head), those that edits gave a head so far in this pass.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class Site:
     state: Any = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     qk: LayerQK | None = None
+    frequencies: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     @property
     def rotary(self) -> Rotary:
@@ -52,6 +54,8 @@ class Site:
 @dataclass(frozen=True)
 class Edit:
     """An intervention on some heads. Prints as it is typed: `parse_edit(str(edit)) == edit`.
+
+    (But for a function of frequencies and for a basis that was not saved, which have no text.)
 
     Attributes:
         heads: Query heads; given as anything that `slashpatch.heads` reads, kept as a sorted tuple.

@@ -51,6 +51,7 @@ class PlantSlash(_RotaryEdit):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The constant direction, turned back by the offset."""
         rotary = site.rotary
+        _forget_frequencies(site, "query")
         amplitude = self.strength / (abs(rotary.scale) * rotary.n_pairs * rotary.gain**2)
         constant = amplitude * _ones(site, q)
         return rotary.turn(constant, -self.offset * rotary.inv_freq.to(q.device))
@@ -59,7 +60,14 @@ class PlantSlash(_RotaryEdit):
         self, site: Site, k: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The constant direction."""
+        _forget_frequencies(site, "key")
         return _ones(site, k)
+
+
+def _forget_frequencies(site: Site, stage: str) -> None:
+    """What is planted has the layer's own frequencies, whatever edits came before."""
+    for head in site.heads:
+        site.frequencies.pop((stage, site.layer, head), None)
 
 
 def _ones(site: Site, x: Tensor) -> Tensor:

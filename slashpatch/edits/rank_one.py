@@ -97,13 +97,32 @@ class Basis:
                 if header.get("format") != _FORMAT:
                     raise EditError(f"{str(path)!r} holds no basis of the format {_FORMAT}")
                 q, k = (file.get_tensor(name) for name in ("q", "k"))
+            found = cls(heads(header["heads"]), q, k, dict(header["provenance"]), [str(path)])
+            found._validate()
+            return found
         except FileNotFoundError:
             raise EditError(
                 f"no file {str(path)!r}; expected a basis that Basis.save wrote"
             ) from None
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise EditError(f"{str(path)!r} is no file that Basis.save wrote: {error}") from None
-        return cls(heads(header["heads"]), q, k, header["provenance"], [str(path)])
+        except EditError:
+            raise
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise EditError(f"{str(path)!r} is no file that Basis.save wrote: {e}") from None
+
+    def _validate(self) -> None:
+        """Raise EditError unless the directions are orthonormal, a set for each head."""
+        identity = torch.eye(self.q.shape[-1], dtype=torch.float64)
+        fits = (
+            self.q.ndim == 3
+            and self.q.shape == self.k.shape
+            and len(self.heads) == len(self.q)
+            and all(
+                bool(((part.double().mT @ part.double()) - identity).abs().max() < 1e-4)
+                for part in (self.q, self.k)
+            )
+        )
+        if not fits:
+            raise EditError("its parts do not fit together, or its directions are not orthonormal")
 
 
 def fit_rank_one(
@@ -123,8 +142,12 @@ def fit_rank_one(
     """
     anatomy = anatomies.read(model)
     chosen = tuple(sorted(anatomy.require(wanted)))
-    if isinstance(rank, bool) or not 1 <= rank <= anatomy.d_head:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= anatomy.d_head:
         raise EditError(f"rank is an integer from 1 to {anatomy.d_head}; got {rank!r}")
+    from ..patching import active_edits
+
+    if any("key" in edit.stages() for edit in active_edits(model)):
+        raise EditError("active edits give heads keys of their own; fit outside of them")
     layers = rope.read(model)
     found = prompt_set(model, prompts, n_prompts=n_prompts, max_tokens=max_tokens, seed=seed)
     grams = {
@@ -160,8 +183,10 @@ class RankOne(Edit):
     """Project pre-RoPE queries and keys onto their leading direction, tokens × d_head, uncentred.
 
     Keeps what the paper's first condition says makes the slash, and removes what tokens do not
-    share. Without a basis it is each prompt's own leading direction, which later tokens would
-    change: in generation give a basis fitted by `fit_rank_one`.
+    share. Give it before edits of frequencies: those turn tokens by their positions. Without a
+    basis it is each prompt's own leading direction, which later tokens would change: in generation
+    give a basis fitted by `fit_rank_one` (without a KV cache each step is a pass of its own, and
+    refits).
 
     Attributes:
         of: "qk", "q" or "k".

@@ -78,8 +78,7 @@ class ShiftSlash(_RotaryEdit):
         self, site: Site, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries turned back by `by` tokens."""
-        rotary = site.rotary
-        return rotary.turn(q, -self.by * rotary.inv_freq.to(q.device))
+        return site.rotary.turn(q, -self.by * _current(site, "query").to(q.device))
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,34 +140,40 @@ def _scaled(q: Tensor, rotary: Rotary, band: str, factor: float) -> Tensor:
 class _FrequencyEdit(_RotaryEdit):
     """Gives the head's pairs other frequencies θ'; queries and the head's own keys both turn."""
 
-    def frequencies_of(self, rotary: Rotary) -> Float[Tensor, "pair"]:
-        """θ' of each pair, radians per token, float64."""
+    def changed(
+        self, site: Site, current: Float[Tensor, "head pair"]
+    ) -> Float[Tensor, "head pair"]:
+        """θ' of each head's pairs, from those that they have now; radians per token, float64."""
         raise AssertionError("each frequency edit says its frequencies")
 
-    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
-        """Per layer: θ' − θ. Raises as for every rotary edit."""
-        super().prepare(model, anatomy)
-        rotaries = {layer: rope.read(model)[layer].require_rotary() for layer in self.layers}
-        return {
-            layer: self.frequencies_of(rotary) - rotary.inv_freq
-            for layer, rotary in rotaries.items()
-        }
-
-    def _turned(self, site: Site, x: Tensor) -> Tensor:
+    def _turned(self, site: Site, x: Tensor, stage: str) -> Tensor:
+        """x before RoPE such that RoPE will turn it to θ', whatever edits came before."""
+        current = _current(site, stage)
+        new = self.changed(site, current)
+        for head, frequencies in zip(site.heads, new, strict=True):
+            site.frequencies[stage, site.layer, head] = frequencies
         positions = site.call.rope_positions.to(x.device)[:, :, None, None]
-        return site.rotary.turn(x, positions.double() * site.state.to(x.device))
+        return site.rotary.turn(x, positions.double() * (new - current).to(x.device))
 
     def on_query(
         self, site: Site, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries that RoPE will turn to the new frequencies."""
-        return self._turned(site, q)
+        return self._turned(site, q, "query")
 
     def on_key(
         self, site: Site, k: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Keys of the head's own that RoPE will turn to the new frequencies."""
-        return self._turned(site, k)
+        return self._turned(site, k, "key")
+
+
+def _current(site: Site, stage: str) -> Float[Tensor, "head pair"]:
+    """The frequencies that the site's heads have by now in this pass."""
+    own = site.rotary.inv_freq
+    return torch.stack(
+        [site.frequencies.get((stage, site.layer, head), own) for head in site.heads]
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -187,9 +192,11 @@ class FreezeBand(_FrequencyEdit):
         super().__post_init__()
         self._set_band("band")
 
-    def frequencies_of(self, rotary: Rotary) -> Float[Tensor, "pair"]:
+    def changed(
+        self, site: Site, current: Float[Tensor, "head pair"]
+    ) -> Float[Tensor, "head pair"]:
         """θ with zeros in the band."""
-        return rotary.inv_freq.masked_fill(band_mask(self.band, rotary.inv_freq), 0.0)
+        return current.masked_fill(band_mask(self.band, site.rotary.inv_freq), 0.0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -219,16 +226,25 @@ class SwapBands(_FrequencyEdit):
         """None for a band exchanged with itself, so that nothing at all is recomputed."""
         return {} if self.a == self.b else super().stages()
 
-    def frequencies_of(self, rotary: Rotary) -> Float[Tensor, "pair"]:
+    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
+        """Nothing to keep; raises if a band does not fit, or the bands overlap."""
+        super().prepare(model, anatomy)
+        for layer in self.layers:
+            inv_freq = rope.read(model)[layer].require_rotary().inv_freq
+            a, b = (set(band_pairs(band, inv_freq)) for band in (self.a, self.b))
+            if a != b and a & b:
+                raise BandError(f"{self}: the bands share pairs {sorted(a & b)}; expected none")
+        return {}
+
+    def changed(
+        self, site: Site, current: Float[Tensor, "head pair"]
+    ) -> Float[Tensor, "head pair"]:
         """θ with those of the two bands exchanged by rank."""
-        a, b = (band_pairs(band, rotary.inv_freq) for band in (self.a, self.b))
-        shared = sorted(set(a) & set(b))
-        if shared and set(a) != set(b):
-            raise BandError(f"{self}: the bands share pairs {shared}; expected bands apart")
-        found = rotary.inv_freq.clone()
+        a, b = (band_pairs(band, site.rotary.inv_freq) for band in (self.a, self.b))
+        found = current.clone()
         for own, other in ((a, b), (b, a)):
             rank = torch.linspace(0, len(other) - 1, len(own)).round().long()
-            found[list(own)] = rotary.inv_freq[torch.tensor(other)[rank]]
+            found[:, list(own)] = current[:, torch.tensor(other)[rank]]
         return found
 
 
@@ -270,29 +286,29 @@ class SetFrequencies(_FrequencyEdit):
         if isinstance(self.frequencies, Head):
             anatomy.require(self.frequencies)
 
-    def frequencies_of(self, rotary: Rotary, donor: Rotary | None = None) -> Float[Tensor, "pair"]:
-        """The frequencies asked for. Raises EditError unless each pair has a finite one."""
-        if donor is not None:
-            found = donor.inv_freq
-        elif callable(self.frequencies):
-            found = torch.as_tensor(self.frequencies(rotary.inv_freq.clone())).double().cpu()
-        else:
-            found = torch.tensor(self.frequencies, dtype=torch.float64)
-        if found.shape != rotary.inv_freq.shape or not bool(found.isfinite().all()):
-            raise EditError(
-                f"{self}: expected {rotary.n_pairs} finite frequencies, one a pair; got shape "
-                f"{list(found.shape)}"
-            )
+    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
+        """Per layer: θ'. Raises EditError unless each pair has a finite one."""
+        super().prepare(model, anatomy)
+        layers = rope.read(model)
+        found = {}
+        for layer in self.layers:
+            own = layers[layer].require_rotary().inv_freq
+            if isinstance(self.frequencies, Head):
+                new = layers[self.frequencies.layer].require_rotary().inv_freq
+            elif callable(self.frequencies):
+                new = torch.as_tensor(self.frequencies(own.clone())).double().cpu()
+            else:
+                new = torch.tensor(self.frequencies, dtype=torch.float64)
+            if new.shape != own.shape or not bool(new.isfinite().all()):
+                raise EditError(
+                    f"{self}: expected {len(own)} finite frequencies, one a pair; got shape "
+                    f"{list(new.shape)}"
+                )
+            found[layer] = new
         return found
 
-    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
-        """Per layer: θ' − θ, of the donor's layer where there is a donor."""
-        if not isinstance(self.frequencies, Head):
-            return super().prepare(model, anatomy)
-        layers = rope.read(model)
-        donor = layers[self.frequencies.layer].require_rotary()
-        rotaries = {layer: layers[layer].require_rotary() for layer in self.layers}
-        return {
-            layer: self.frequencies_of(rotary, donor) - rotary.inv_freq
-            for layer, rotary in rotaries.items()
-        }
+    def changed(
+        self, site: Site, current: Float[Tensor, "head pair"]
+    ) -> Float[Tensor, "head pair"]:
+        """The frequencies asked for."""
+        return site.state.expand_as(current)
