@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .errors import BandError
@@ -182,10 +182,14 @@ def band_mask(band: Any, inv_freq: Float[Tensor, "pair"]) -> Tensor:
     return mask
 
 
-def swapped(
-    inv_freq: Float[Tensor, "pair"], a: Sequence[int], b: Sequence[int]
-) -> Float[Tensor, "pair"]:
-    """Frequencies with those of pairs `a` and `b` exchanged, in order."""
-    out = inv_freq.clone()
-    out[list(a)], out[list(b)] = inv_freq[list(b)], inv_freq[list(a)]
-    return out
+def exchanged(n_pairs: int, a: Sequence[int], b: Sequence[int]) -> Int[Tensor, "pair"]:
+    """The pair whose frequency each pair takes when bands `a` and `b` exchange theirs.
+
+    Both in order of θ. Of unequal widths, a pair takes the one at its relative rank in the other
+    band: the first the first, the last the last, others the nearest (*ours*).
+    """
+    source = torch.arange(n_pairs)
+    for own, other in ((a, b), (b, a)):
+        rank = torch.linspace(0, len(other) - 1, len(own)).round().long()
+        source[list(own)] = torch.tensor(other)[rank]
+    return source

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slashpatch.errors import BandError
-from slashpatch.rotary import Rotary, band_mask, band_pairs, canonical_band, swapped
+from slashpatch.rotary import Rotary, band_mask, band_pairs, canonical_band, exchanged
 
 THETA = 100.0 ** -(torch.arange(8, dtype=torch.float64) / 8)  # 1 down to about 0.018
 
@@ -137,5 +137,8 @@ def test_bands_that_the_head_lacks():
         band_pairs("wavelength 1-2", THETA)
 
 
-def test_swapped_frequencies():
-    assert swapped(THETA, (0, 1), (6, 7)).tolist() == THETA[[6, 7, 2, 3, 4, 5, 0, 1]].tolist()
+def test_bands_exchange_by_rank():
+    assert exchanged(8, (0, 1), (6, 7)).tolist() == [6, 7, 2, 3, 4, 5, 0, 1]
+    assert exchanged(8, (0, 1, 2), (7,)).tolist() == [7, 7, 7, 3, 4, 5, 6, 0]
+    assert exchanged(6, (0, 1, 2), (3, 4)).tolist() == [3, 3, 4, 0, 2, 5]
+    assert exchanged(4, (1, 2), (1, 2)).tolist() == [0, 1, 2, 3]

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import rope
 from ..errors import BandError, EditError
 from ..heads import Head
-from ..rotary import Rotary, band_mask, band_pairs, canonical_band
+from ..rotary import Rotary, band_mask, band_pairs, canonical_band, exchanged
 from .base import Edit, Site
 
 if TYPE_CHECKING:
@@ -196,7 +196,16 @@ class FreezeBand(_FrequencyEdit):
         self, site: Site, current: Float[Tensor, "head pair"]
     ) -> Float[Tensor, "head pair"]:
         """θ with zeros in the band."""
-        return current.masked_fill(band_mask(self.band, site.rotary.inv_freq), 0.0)
+        return current.masked_fill(site.state, 0.0)
+
+    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
+        """Per layer: which pairs are in the band. Raises if it does not fit."""
+        super().prepare(model, anatomy)
+        layers = rope.read(model)
+        return {
+            layer: band_mask(self.band, layers[layer].require_rotary().inv_freq)
+            for layer in self.layers
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -227,25 +236,23 @@ class SwapBands(_FrequencyEdit):
         return {} if self.a == self.b else super().stages()
 
     def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
-        """Nothing to keep; raises if a band does not fit, or the bands overlap."""
+        """Per layer: the pair whose frequency each pair takes. Raises for bands that overlap."""
         super().prepare(model, anatomy)
+        found = {}
         for layer in self.layers:
             inv_freq = rope.read(model)[layer].require_rotary().inv_freq
-            a, b = (set(band_pairs(band, inv_freq)) for band in (self.a, self.b))
-            if a != b and a & b:
-                raise BandError(f"{self}: the bands share pairs {sorted(a & b)}; expected none")
-        return {}
+            a, b = (band_pairs(band, inv_freq) for band in (self.a, self.b))
+            shared = sorted(set(a) & set(b))
+            if shared and set(a) != set(b):
+                raise BandError(f"{self}: the bands share pairs {shared}; expected none")
+            found[layer] = exchanged(len(inv_freq), a, b)
+        return found
 
     def changed(
         self, site: Site, current: Float[Tensor, "head pair"]
     ) -> Float[Tensor, "head pair"]:
         """θ with those of the two bands exchanged by rank."""
-        a, b = (band_pairs(band, site.rotary.inv_freq) for band in (self.a, self.b))
-        found = current.clone()
-        for own, other in ((a, b), (b, a)):
-            rank = torch.linspace(0, len(other) - 1, len(own)).round().long()
-            found[:, list(own)] = current[:, torch.tensor(other)[rank]]
-        return found
+        return current[:, site.state]
 
 
 @dataclass(frozen=True, repr=False)
