@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .effects.copying import copied_lags, copying_losses
     from .explain import Explanation, explain, explain_all
+    from .fused import fused
     from .models import load
     from .monitor import SlashMonitor
     from .patching import hooks, patch
@@ -45,6 +46,7 @@ _HOMES = {
     "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
     "effects.copying": "copied_lags copying_losses",
     "explain": "Explanation explain explain_all",
+    "fused": "fused",
     "models": "load",
     "monitor": "SlashMonitor",
     "patching": "hooks patch",
@@ -79,6 +81,7 @@ __all__ = [
     "explain",
     "explain_all",
     "fit_rank_one",
+    "fused",
     "heads",
     "hooks",
     "load",

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .calls import by_matrix as forming_matrices
 from .calls import internal_passes
 from .errors import ModelError, OffsetError
 from .heads import Head, HeadsLike, heads, require_heads
@@ -231,11 +232,20 @@ def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
         probe.check(tolerance(model))
 
 
-def run_probe(model: TransformerBridge, tokens: Tensor, hooks: list[tuple[str, Any]]) -> None:
-    """One forward pass for the sake of `hooks` alone. Raises ModelError if the model cannot run."""
+def run_probe(
+    model: TransformerBridge,
+    tokens: Tensor,
+    hooks: list[tuple[str, Any]],
+    by_matrix: bool = True,
+) -> None:
+    """One forward pass for the sake of `hooks` alone. Raises ModelError if the model cannot run.
+
+    It forms attention matrices, unless told not to, also where the model runs fused.
+    """
     with (
         torch.no_grad(),
         internal_passes(),
+        forming_matrices(by_matrix),
         suspended(model),
         warnings.catch_warnings(),
     ):

@@ -21,6 +21,7 @@ from torch import Tensor
 from .errors import ModelError, PatchError, PromptError
 
 _internal: ContextVar[bool] = ContextVar("slashpatch_internal", default=False)
+_by_matrix: ContextVar[bool] = ContextVar("slashpatch_by_matrix", default=False)
 
 
 @contextlib.contextmanager
@@ -31,6 +32,21 @@ def internal_passes() -> Iterator[None]:
         yield
     finally:
         _internal.reset(token)
+
+
+@contextlib.contextmanager
+def by_matrix(wanted: bool = True) -> Iterator[None]:
+    """Passes that read or write whole attention matrices, also while the model runs fused."""
+    token = _by_matrix.set(wanted)
+    try:
+        yield
+    finally:
+        _by_matrix.reset(token)
+
+
+def matrix_is_needed() -> bool:
+    """Whether passes must form the attention matrix now."""
+    return _by_matrix.get()
 
 
 @dataclass

@@ -35,6 +35,10 @@ class PatchError(SlashpatchError, RuntimeError):
     """A patch that did not act, or would have mixed edited and unedited state."""
 
 
+class FusedError(SlashpatchError, RuntimeError):
+    """Something asked of the fused engine that it cannot do, such as showing a whole pattern."""
+
+
 class ScanError(SlashpatchError, ValueError):
     """A scan that cannot be computed, merged or loaded."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from . import rope
 from .anatomy import run_for_attention
 from .edits import DropBand, Edit, FreezeBand, RankOne
 from .errors import HeadError, ModelError
+from .fused import fused, reads_diagonals, why_not
 from .heads import Head, HeadsLike, heads, require_heads
 from .moments import Profile
 from .patching import patch
@@ -24,7 +26,7 @@ from .report.progress import progress_over
 from .rotary import NAMED_BANDS, band_mask
 from .scan import scan
 from .scans import Scan, require_kappa
-from .slash import slash_scores
+from .slash import slash_sums
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,13 +268,14 @@ def _edited_scores(
     counts = torch.zeros(len(wanted))
     jobs = [(prompt, label) for prompt in tokens for label in tries]
     intact: dict[int, Tensor] = {}
-    for prompt, label in progress_over(jobs, "trying edits", show=progress):
-        if label == next(iter(tries)):
-            intact = _intact_z(model, prompt)
-            counts += torch.tensor([float(len(prompt) > offset) for offset in wanted])
-        with patch(model, *tries[label]):
-            scores = _scores_with_z(model, prompt, wanted, intact).nan_to_num(0)
-        sums[label] = sums[label] + scores if label in sums else scores
+    with contextlib.nullcontext() if why_not(model) else fused(model):
+        for prompt, label in progress_over(jobs, "trying edits", show=progress):
+            if label == next(iter(tries)):
+                intact = _intact_z(model, prompt)
+                counts += torch.tensor([float(len(prompt) > offset) for offset in wanted])
+            with patch(model, *tries[label]):
+                scores = _scores_with_z(model, prompt, wanted, intact).nan_to_num(0)
+            sums[label] = sums[label] + scores if label in sums else scores
     return {
         head: {
             label: float((total / counts)[head.layer, head.head, wanted.index(offset)])
@@ -300,8 +303,12 @@ def _scores_with_z(
     """Slash scores [layer, head, offset] of one prompt, with z given to every layer."""
     found: dict[int, Tensor] = {}
 
-    def read(pattern: Tensor, hook: Any) -> None:
-        found[hook.layer()] = slash_scores(pattern.cpu(), offsets)[0]
+    real = torch.ones(1, len(prompt), dtype=torch.bool)
+    rows = len(prompt) - torch.tensor(offsets)
+
+    @reads_diagonals
+    def read(pattern: Any, hook: Any) -> None:
+        found[hook.layer()] = slash_sums(pattern, offsets, real)[0] / rows.clamp(min=0)
 
     def put_back(edited: Tensor, hook: Any) -> Tensor:
         return z[hook.layer()]

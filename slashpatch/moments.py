@@ -19,6 +19,7 @@ from torch import Tensor
 from . import rope
 from .anatomy import Anatomy
 from .errors import ModelError, ScanError
+from .fused import reads_diagonals
 from .heads import Head
 from .rank import r1, r95
 from .rotary import Rotary
@@ -196,6 +197,9 @@ class Moments:
         return frame
 
 
+_GRAM_TOKENS = 512
+
+
 class MomentSums:
     """Running sums of one scan. Raises ModelError where q and k cannot be read."""
 
@@ -237,41 +241,53 @@ class MomentSums:
                 (qk.q.name, self._adder(qk, "q", qk.q, real)),
                 (qk.k.name, self._adder(qk, "k", qk.k, real)),
                 (f"{prefix}.hook_in", self._adder(qk, "x", None, real)),
-                (f"{prefix}.hook_attn_scores", self._logit_adder(qk.layer, offsets, rows)),
+                (f"{prefix}.hook_attn_scores", self._logit_adder(qk.layer, real, offsets, rows)),
             ]
         return found
 
     def _adder(
         self, qk: rope.LayerQK, part: str, layout: rope.HookLayout | None, real: Tensor
     ) -> Callable[[Tensor, Any], None]:
+        every = bool(real.all())
+
         def add(tensor: Tensor, hook: Any) -> None:
             read = tensor if layout is None else layout.read(tensor, self.anatomy.d_head)
-            x = _wide(read[real.to(read.device)])  # [token, head, d_head], or [token, d_model]
-            layer = qk.layer
-            self.sums[f"sum_{part}"][layer] += x.sum(0).cpu()
-            self.sums[f"unit_{part}"][layer] += (
-                torch.nn.functional.normalize(x, dim=-1).sum(0).cpu()
-            )
+            x = read.flatten(0, 1) if every else read[real.to(read.device)]
+            x = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
+            heads = x.unsqueeze(0) if part == "x" else x.transpose(0, 1)  # [head, token, width]
+            lengths = torch.linalg.vector_norm(heads, dim=-1).clamp(min=1e-12)
+            both = torch.stack([torch.ones_like(lengths), 1 / lengths], dim=1) @ heads
+            shape = self.sums[f"sum_{part}"][qk.layer].shape
+            for name, total in (("sum", both[:, 0]), ("unit", both[:, 1])):
+                self.sums[f"{name}_{part}"][qk.layer] += total.double().cpu().view(shape)
             if part == "x":
                 return
-            heads = x.transpose(0, 1)
-            self.sums[f"gram_{part}"][layer] += (heads.mT @ heads).cpu()
+            self.sums[f"gram_{part}"][qk.layer] += _gram(heads).cpu()
             if qk.rotary is not None:
                 real_part, imag, _ = qk.rotary.split(x)
-                moduli = torch.hypot(real_part, imag).sum(0).cpu()
-                self.sums[f"abs_{part}"][layer, :, : qk.rotary.n_pairs] += moduli
+                moduli = torch.hypot(real_part, imag).sum(0, dtype=_widest(x)).cpu()
+                self.sums[f"abs_{part}"][qk.layer, :, : qk.rotary.n_pairs] += moduli
 
         return add
 
     def _logit_adder(
-        self, layer: int, offsets: Tensor, rows: Bool[Tensor, "batch query offset"]
+        self, layer: int, real: Tensor, offsets: Tensor, rows: Bool[Tensor, "batch query offset"]
     ) -> Callable[[Tensor, Any], None]:
-        def add(scores: Tensor, hook: Any) -> None:
+        everywhere = rows.sum((0, 1))
+
+        @reads_diagonals
+        def add(scores: Any, hook: Any) -> None:
+            if not isinstance(scores, Tensor):
+                sums = scores.logit_sums(len(offsets), real)
+                if sums is not None:
+                    self.sums["logits"][layer] += sums.double().sum(0).cpu()
+                    self.logit_rows[layer] += everywhere
+                    return
             taken = slash_rows(scores, offsets.to(scores.device))
             # Keys outside a sliding window are masked, not measured.
             seen = rows.to(scores.device) & (taken[:, 0] > torch.finfo(taken.dtype).min / 2)
             kept = taken.masked_fill(~seen[:, None], 0)
-            self.sums["logits"][layer] += _wide(kept).sum((0, 2)).cpu()
+            self.sums["logits"][layer] += kept.sum((0, 2), dtype=_widest(kept)).cpu()
             self.logit_rows[layer] += seen.sum((0, 1)).cpu()
 
         return add
@@ -297,6 +313,15 @@ class MomentSums:
         )
 
 
-def _wide(x: Tensor) -> Tensor:
-    """float64, or float32 on MPS, which has no float64."""
-    return x.float() if x.device.type == "mps" else x.double()
+def _gram(heads: Float[Tensor, "head token d_head"]) -> Float[Tensor, "head d_head d_head"]:
+    """XᵀX of each head: products in X's own precision over a few hundred tokens, float64 beyond."""
+    whole = heads.shape[1] // _GRAM_TOKENS * _GRAM_TOKENS
+    chunks = heads[:, :whole].unflatten(1, (-1, _GRAM_TOKENS))
+    rest = heads[:, whole:]
+    total = (rest.mT @ rest).to(_widest(heads))
+    return total + (chunks.mT @ chunks).sum(1, dtype=total.dtype) if whole else total
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    """float64, or float32 on MPS, which has none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64

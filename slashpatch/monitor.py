@@ -12,6 +12,7 @@ from torch import Tensor
 from . import anatomy as anatomies
 from .calls import Call, CallWatch
 from .errors import PatchError
+from .fused import reads_diagonals
 from .heads import Head
 from .scans import require_kappa
 from .slash import real_rows, slash_rows
@@ -130,7 +131,8 @@ class SlashMonitor:
             point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
         self._handles = []
 
-    def _accumulate(self, pattern: Float[Tensor, "batch head query key"], hook: Any) -> None:
+    @reads_diagonals
+    def _accumulate(self, pattern: Any, hook: Any) -> None:
         if self._watch is None:
             return
         call = self._watch.require()

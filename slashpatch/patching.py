@@ -17,6 +17,7 @@ from .calls import Call, CallWatch
 from .edits import Edit, Site, parse_edit
 from .errors import EditError, PatchError
 from .private import PrivateKeys, acquire, private_of
+from .symbolic import Pattern, Scores, noted
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -118,7 +119,7 @@ class _Attached:
         """Note a hook function that must fire; `mark` says which edit it acts for."""
         self.fired[name, what] = False
 
-        def noted(tensor: Tensor, hook: Any) -> Any:
+        def marked(tensor: Any, hook: Any) -> Any:
             call, model = self.watch.current, self._model()
             counts = call is None or not call.internal
             if counts and (model is None or layer >= anatomies.first_layer(model)):
@@ -126,10 +127,10 @@ class _Attached:
             self._touched = True
             return hook_fn(tensor, hook)
 
-        noted.slashpatch = mark or (self.serial, 0, self.edits[0])  # type: ignore[attr-defined]
-        noted.rewrites = mark is None  # type: ignore[attr-defined]
-        noted.__qualname__ = f"slashpatch {what}"
-        self.entries.append((name, noted))
+        marked.slashpatch = mark or (self.serial, 0, self.edits[0])  # type: ignore[attr-defined]
+        marked.rewrites = mark is None  # type: ignore[attr-defined]
+        marked.__qualname__ = f"slashpatch {what}"
+        self.entries.append((name, marked))
 
     def _hook(
         self,
@@ -139,11 +140,15 @@ class _Attached:
         name: str,
         axis: int,
         queries: rope.LayerQK | None = None,
-    ) -> Callable[..., Tensor]:
+    ) -> Callable[..., Any]:
         """A hook function that hands the edit its heads, found on `axis`, and puts them back."""
         layout = None if queries is None else queries.q
 
-        def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        def hook_fn(tensor: Any, hook: Any) -> Any:
+            if isinstance(tensor, (Scores, Pattern)):
+                site = site_now()
+                site.call.cached_columns(tensor.shape[-1])
+                return noted(tensor, site.heads, edit.diagonal_changes())
             canonical = tensor if layout is None else layout.read(tensor, self.anatomy.d_head)
             if canonical.ndim != 4 or canonical.shape[axis] != self.anatomy.n_heads:
                 raise PatchError(
@@ -215,7 +220,7 @@ class _Attached:
             def catch_sin(tensor: Tensor, hook: Any, layer: int = layer) -> None:
                 private.tables[layer, "sin"] = tensor
 
-            def rewrite(scores: Tensor, hook: Any, qk: rope.LayerQK = qk) -> Tensor:
+            def rewrite(scores: Any, hook: Any, qk: rope.LayerQK = qk) -> Any:
                 _require_first(hook)
                 return private.rewrite(qk, scores, self.watch.require())
 

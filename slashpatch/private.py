@@ -19,6 +19,7 @@ from torch import Tensor
 from .calls import Call, CallWatch
 from .errors import PatchError
 from .rope import LayerQK
+from .symbolic import Scores
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -80,9 +81,7 @@ class PrivateKeys:
         if qk.rotated_q is None:
             self.q[qk.layer] = q
 
-    def rewrite(
-        self, qk: LayerQK, scores: Float[Tensor, "batch head query key"], call: Call
-    ) -> Float[Tensor, "batch head query key"]:
+    def rewrite(self, qk: LayerQK, scores: Any, call: Call) -> Any:
         """Scores with those of heads that have private keys computed from them, once a pass.
 
         The mask is read off the scores: what was at the dtype's lowest number stays there.
@@ -93,6 +92,9 @@ class PrivateKeys:
         self._rewritten.add(qk.layer)
         rows = torch.stack([self._all_keys(qk, head, call) for head in heads], dim=2)
         n_keys = scores.shape[-1]
+        if isinstance(scores, Scores):
+            scores.attention.set_keys(heads, rows[:, -n_keys:])
+            return scores
         q = self.q[qk.layer][:, :, heads]
         if qk.rotated_q is None:
             q = self._rotate(qk, q)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import anatomy as anatomies
 from .anatomy import run_for_attention
+from .calls import by_matrix
 from .errors import ModelError, OffsetError, ScanError
+from .fused import fused, reads_diagonals, ways, why_not
 from .heads import Head
 from .moments import MomentSums
 from .patching import active_edits
@@ -19,14 +21,16 @@ from .prompts import PromptSet, prompt_set
 from .provenance import provenance
 from .report.progress import progress_over
 from .scans import Scan
-from .slash import as_offsets, real_rows, slash_rows
+from .slash import as_offsets, slash_sums
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-_ENGINES = ("auto", "bridge")
+_ENGINES = ("auto", "fused", "bridge")
 #: Bytes that one layer's attention of one batch may take; bounds the batch size.
 _PATTERN_BYTES = 256 * 2**20
+#: Tokens of one batch where no attention matrix is formed.
+_BATCH_TOKENS = 4096
 
 
 def scan(
@@ -48,8 +52,9 @@ def scan(
     Args:
         model: A TransformerBridge in evaluation mode.
         prompts: None for natural text, or a text, texts, a file, or token ids [batch, pos].
-        offsets: Δ ≥ 0: an int, ints, a range, or text such as "0-15".
-        engine: "bridge" reads TransformerLens' own attention pattern; "auto" picks for you.
+        offsets: Δ ≥ 0: an int, ints, a range, or text such as "0-15"; or "all".
+        engine: "fused" runs flash attention and never forms a pattern; "bridge" reads the one that
+            TransformerLens forms; "auto" takes the first where it is exact. Scores are the same.
         random_tokens: Uniform random tokens instead of natural text: out of distribution.
         n_prompts: How many natural or random prompts; at most so many pieces of a file.
         max_tokens: Their length; 512 when None, for texts no limit.
@@ -65,7 +70,8 @@ def scan(
         ModelError, PromptError, OffsetError, or ScanError for a pattern with NaN.
     """
     anatomy = anatomies.read(model)
-    wanted = as_offsets(offsets)
+    every = isinstance(offsets, str) and offsets.strip() == "all"
+    wanted = (0,) if every else as_offsets(offsets)
     if engine not in _ENGINES:
         raise ScanError(f"engine is one of {', '.join(_ENGINES)}; got {engine!r}")
     found = prompt_set(
@@ -77,6 +83,8 @@ def scan(
         seed=seed,
     )
     longest = max(len(tokens) for tokens in found.tokens)
+    if every:
+        wanted = tuple(range(longest))
     if wanted[-1] >= longest:
         raise OffsetError(
             f"offset {wanted[-1]} needs a prompt of at least {wanted[-1] + 1} tokens; "
@@ -97,15 +105,22 @@ def scan(
     shape = (anatomy.n_layers, anatomy.n_heads, len(wanted))
     sums, squares = torch.zeros(2, *shape, dtype=torch.float64)
     counts = torch.zeros(len(wanted), dtype=torch.int64)
-    batches = list(_batches(found, batch_size, anatomy.n_heads))
-    for indices in progress_over(batches, "scanning", show=progress, n=[len(b) for b in batches]):
-        prompts_now = [found.tokens[i] for i in indices]
-        means, counted = _scan_batch(model, anatomy, prompts_now, wanted, moments)
-        sums += means.sum(0)
-        squares += means.square().sum(0)
-        counts += counted
+    if engine == "auto":
+        engine = "bridge" if why_not(model) else "fused"
+    batches = list(_batches(found, batch_size, anatomy.n_heads, engine))
+    with fused(model) if engine == "fused" else by_matrix():
+        for indices in progress_over(
+            batches, "scanning", show=progress, n=[len(b) for b in batches]
+        ):
+            prompts_now = [found.tokens[i] for i in indices]
+            means, counted = _scan_batch(model, anatomy, prompts_now, wanted, moments)
+            sums += means.sum(0)
+            squares += means.square().sum(0)
+            counts += counted
+        went = ways(model)
     details = {
-        "engine": "bridge",
+        "engine": engine,
+        "engine_of_layers": went,
         "prompts": [{"source": found.source, "n": len(found.tokens), "digest": found.digest}],
         "seed": seed,
     }
@@ -122,15 +137,18 @@ def scan(
     )
 
 
-def _batches(found: PromptSet, batch_size: int | None, n_heads: int) -> Iterator[list[int]]:
+def _batches(
+    found: PromptSet, batch_size: int | None, n_heads: int, engine: str
+) -> Iterator[list[int]]:
     """Prompt indices of each batch: neighbours in length, so that little is padded."""
     if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
         raise ScanError(f"batch_size is an integer from 1; got {batch_size!r}")
     order = sorted(range(len(found.tokens)), key=lambda index: len(found.tokens[index]))
     batch: list[int] = []
     for index in order:
-        per_prompt = 4 * n_heads * len(found.tokens[index]) ** 2
-        limit = batch_size or max(1, _PATTERN_BYTES // per_prompt)
+        n_tokens = len(found.tokens[index])
+        most = _PATTERN_BYTES // (4 * n_heads * n_tokens**2)
+        limit = batch_size or max(1, _BATCH_TOKENS // n_tokens if engine == "fused" else most)
         if len(batch) >= limit:
             yield batch
             batch = []
@@ -151,15 +169,11 @@ def _scan_batch(
     n_pos = int(lengths.max())
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
     real = torch.arange(n_pos) < lengths[:, None]
-    wanted = torch.tensor(offsets)
-    rows = real_rows(real, n_pos, wanted)
     per_layer: list[Tensor | None] = [None] * anatomy.n_layers
 
-    def accumulate(pattern: Tensor, hook: Any) -> None:
-        taken = slash_rows(pattern, wanted.to(pattern.device))
-        # Padding may hold anything, NaN included: it is left out, not multiplied by zero.
-        kept = taken.masked_fill(~rows.to(pattern.device)[:, None], 0)
-        per_layer[hook.layer()] = sum_rows(kept)
+    @reads_diagonals
+    def accumulate(pattern: Any, hook: Any) -> None:
+        per_layer[hook.layer()] = slash_sums(pattern, offsets, real)
 
     hooks = [(anatomy.hook(layer, "pattern"), accumulate) for layer in range(anatomy.n_layers)]
     if moments is not None:
@@ -176,14 +190,6 @@ def _scan_batch(
             f"the attention pattern of {Head(layer, head)} has NaN or infinite entries; "
             "check the model's weights and dtype (fp16 overflows easily; try bfloat16 or float32)"
         )
-    n_rows = rows.sum(1)
+    n_rows = (lengths[:, None] - torch.tensor(offsets)).clamp(min=0)
     means = totals / n_rows.clamp(min=1)[:, None, None, :]
     return means, (n_rows > 0).sum(0)
-
-
-def sum_rows(
-    rows: Float[Tensor, "batch head query offset"],
-) -> Float[Tensor, "batch head offset"]:
-    """Sum over queries in float64, on the CPU (MPS has no float64: there the sum is float32)."""
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    return rows.sum(-2, dtype=wide).cpu().double()

@@ -15,17 +15,31 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import einops
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from .diagonals import diagonal_sums
 from .errors import OffsetError
 
 #: Beyond any model's context; stops a mistyped range from filling the memory.
 _MOST_OFFSETS = 2**21
+#: More offsets than this are summed along whole rows.
+_WHOLE_ROWS = 96
+
+
+@runtime_checkable
+class HasDiagonals(Protocol):
+    """An attention matrix that is not formed, and whose diagonals are known."""
+
+    shape: torch.Size
+
+    def slash_rows(self, offsets: Tensor) -> Tensor:
+        """Entries i → i−Δ, [batch, head, query, offset]."""
+        ...
 
 
 def as_offsets(spec: Any) -> tuple[int, ...]:
@@ -82,17 +96,48 @@ def slash_scores(
 
 
 def slash_rows(
-    pattern: Float[Tensor, "batch head query key"], offsets: Tensor
+    pattern: Float[Tensor, "batch head query key"] | HasDiagonals, offsets: Tensor
 ) -> Float[Tensor, "batch head query offset"]:
     """Attention of each query to the key `offset` tokens before it; 0 where there is no such key.
 
     Queries are the last rows of the key axis, as in cached decoding. `offsets` is an integer tensor
     [offset] on the pattern's device. One gather of query × offset entries; nothing T×T is copied.
+    What stands for a pattern that was not formed is asked for its diagonals.
     """
+    if not isinstance(pattern, Tensor):
+        return pattern.slash_rows(offsets)
     batch, head, n_queries, n_keys = pattern.shape
     index, valid = _diagonal_index(n_queries, n_keys, offsets)
     rows = pattern.gather(-1, index.expand(batch, head, -1, -1))
     return rows.masked_fill(~valid, 0.0)
+
+
+def slash_sums(
+    pattern: Any,
+    offsets: Sequence[int],
+    real: Bool[Tensor, "batch key"],
+) -> Float[Tensor, "batch head offset"]:
+    """Sums of attention i → i−Δ over real tokens i and i−Δ, in float64, on the CPU.
+
+    `pattern` is [batch, head, query, key], or stands for it. (MPS has no float64: there the sum is
+    float32.) Queries are the last rows of the key axis.
+    """
+    n_queries = pattern.shape[-2]
+    if not isinstance(pattern, Tensor):
+        return pattern.slash_sums(offsets, real[:, -n_queries:]).cpu().double()
+    wide = torch.float32 if pattern.device.type == "mps" else torch.float64
+    wanted = torch.tensor(offsets)
+    if len(offsets) > _WHOLE_ROWS:
+        if not bool(real.all()):
+            seen = real[:, None, None] & real[:, None, -n_queries:, None]
+            pattern = pattern.masked_fill(~seen.to(pattern.device), 0)
+        sums = diagonal_sums(pattern.detach().to(wide), pattern.shape[-1] - n_queries).cpu()
+        sums = torch.nn.functional.pad(sums, (0, max(0, int(wanted.max()) + 1 - sums.shape[-1])))
+        return sums[..., wanted].double()
+    rows = real_rows(real, n_queries, wanted).to(pattern.device)
+    taken = slash_rows(pattern.detach(), wanted.to(pattern.device))
+    # Padding may hold anything, NaN included: it is left out, not multiplied by zero.
+    return taken.masked_fill(~rows[:, None], 0).sum(-2, dtype=wide).cpu().double()
 
 
 def real_rows(

@@ -1,12 +1,10 @@
 import dataclasses
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import slashpatch as sp
-from slashpatch.edits.offsets import add_to_diagonals, has_keys, keep_diagonals, scale_diagonals
 from slashpatch.errors import BandError, EditError, HeadError, OffsetError
 
 some_heads = st.lists(
@@ -137,46 +135,6 @@ def test_what_can_be_typed(typed, printed):
 def test_what_cannot(typed, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         sp.parse_edit(typed)
-
-
-def entry_by_entry(matrix, offsets, past, change):
-    """The diagonals by their definition: query row r is token past + r."""
-    out = matrix.clone()
-    for row in range(matrix.shape[-2]):
-        for column in range(matrix.shape[-1]):
-            on = past + row - column in offsets
-            out[..., row, column] = change(matrix[..., row, column], on)
-    return out
-
-
-@given(
-    st.integers(0, 2**31),
-    st.integers(1, 6),
-    st.integers(0, 5),
-    st.lists(st.integers(0, 12), min_size=1, max_size=4, unique=True),
-)
-def test_diagonals(seed, n_queries, past, offsets):
-    matrix = torch.rand(
-        2, n_queries, n_queries + past, generator=torch.Generator().manual_seed(seed)
-    )
-    for made, change in (
-        (scale_diagonals(matrix, offsets, past, 0.5), lambda x, on: 0.5 * x if on else x),
-        (add_to_diagonals(matrix, offsets, past, 2.0), lambda x, on: x + 2 if on else x),
-        (keep_diagonals(matrix, offsets, past, -1.0), lambda x, on: x if on else 0 * x - 1),
-    ):
-        assert torch.equal(made, entry_by_entry(matrix, offsets, past, change))
-
-
-@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -torch.inf])
-def test_rows_without_keys_are_found(low):
-    scores = torch.zeros(3, 4).tril(1)  # past = 1
-    masked = scores.masked_fill(torch.ones(3, 4, dtype=torch.bool).triu(2), low)
-    assert has_keys(masked, 1).tolist() == [True, True, True]
-    masked[1, :3] = low
-    assert has_keys(masked, 1).tolist() == [True, False, True]
-    # A finite score in the future is no key.
-    masked[1, 3] = 5.0
-    assert has_keys(masked, 1).tolist() == [True, False, True]
 
 
 def test_an_edit_needs_a_head():

@@ -25,7 +25,7 @@ def test_a_forward_pass_gives_the_scores_of_a_scan(tiny, seed, batch, pos):
     tokens = random_tokens(batch, pos, seed)
     with sp.SlashMonitor(tiny, [0, 1]) as monitor:
         tiny(tokens)
-    scan = sp.scan(tiny, tokens, [0, 1])
+    scan = sp.scan(tiny, tokens, [0, 1], "bridge")
     torch.testing.assert_close(monitor.scores, scan.scores, atol=1e-6, rtol=0)
     assert monitor.n_rows.tolist() == [[batch * pos, batch * (pos - 1)]] * 2
 

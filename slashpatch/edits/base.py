@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..calls import Call
+from ..diagonals import DiagonalChange
 from ..errors import EditError, HeadError
 from ..heads import Head, HeadsLike, heads
 from ..rope import LayerQK
@@ -118,6 +119,17 @@ class Edit:
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Edit the head outputs, before the output projection."""
         return z
+
+    def diagonal_changes(self) -> tuple[DiagonalChange, ...]:
+        """What `on_scores` and `on_pattern` do, if that is all that they do: the fused engine
+        does the same without the matrix. Empty: they need the matrix itself.
+        """
+        return ()
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether the edit acts on scores or pattern otherwise than by `diagonal_changes`."""
+        return bool({"scores", "pattern"} & set(self.stages())) and not self.diagonal_changes()
 
     def stages(self) -> dict[str, Callable[[Site, Tensor], Tensor]]:
         """The hooks that this edit overrides, in the order in which they fire."""

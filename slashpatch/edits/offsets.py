@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from ..diagonals import DiagonalChange, has_keys
 from ..errors import EditError, OffsetError, PatchError
 from ..slash import as_offsets
 from .base import Edit, Site
@@ -19,47 +19,11 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 
-def scale_diagonals(
-    matrix: Float[Tensor, "*batch query key"], offsets: Sequence[int], past: int, factor: float
-) -> Float[Tensor, "*batch query key"]:
-    """Multiply entries (i, i−Δ) by `factor`; query row r is token past + r."""
-    scaled = matrix.clone()
-    for offset in offsets:
-        scaled.diagonal(past - offset, -2, -1).mul_(factor)
-    return scaled
-
-
-def keep_diagonals(
-    matrix: Float[Tensor, "*batch query key"], offsets: Sequence[int], past: int, fill: float
-) -> Float[Tensor, "*batch query key"]:
-    """`fill` everywhere but at entries (i, i−Δ); query row r is token past + r."""
-    kept = torch.full_like(matrix, fill)
-    for offset in offsets:
-        kept.diagonal(past - offset, -2, -1).copy_(matrix.diagonal(past - offset, -2, -1))
-    return kept
-
-
-def add_to_diagonals(
-    scores: Float[Tensor, "*batch query key"], offsets: Sequence[int], past: int, amount: float
-) -> Float[Tensor, "*batch query key"]:
-    """Add `amount` (−inf removes) to entries (i, i−Δ); query row r is token past + r."""
-    moved = scores.clone()
-    for offset in offsets:
-        moved.diagonal(past - offset, -2, -1).add_(amount)
-    return moved
-
-
-def has_keys(scores: Float[Tensor, "*batch query key"], past: int) -> Bool[Tensor, "*batch query"]:
-    """Whether a row has a key left: one that is neither in the future nor masked.
-
-    Masked keys carry the dtype's lowest number or −inf.
-    """
-    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(past)
-    masked = scores <= torch.finfo(scores.dtype).min / 2
-    return (visible & ~masked).any(-1)
-
-
 _LARGEST = 1e30
+
+
+def _log(factor: float) -> float:
+    return math.log(factor) if factor > 0 else -math.inf
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,11 +50,16 @@ class _DiagonalEdit(Edit):
         super().validate(anatomy)
         anatomy.require_offsets(self.offsets)
 
-    def _edit_scores(self, scores: Tensor, past: int) -> Tensor:
-        raise AssertionError("each diagonal edit says what it does to the logits")
+    def _amounts(self) -> tuple[float, float]:
+        """Factors on the attention at `offsets`, and elsewhere; each 0 or more."""
+        raise AssertionError("each diagonal edit says what it does")
 
-    def _edit_pattern(self, pattern: Tensor, past: int) -> Tensor:
-        raise AssertionError("each diagonal edit says what it does to the pattern")
+    def diagonal_changes(self) -> tuple[DiagonalChange, ...]:
+        """One change, of the logits when rows are renormalised."""
+        own, elsewhere = self._amounts()
+        if not getattr(self, "renormalize", True):
+            return (DiagonalChange("pattern", self.offsets, own, elsewhere),)
+        return (DiagonalChange("scores", self.offsets, _log(own), _log(elsewhere)),)
 
     def on_scores(
         self, site: Site, scores: Float[Tensor, "batch head query key"]
@@ -99,7 +68,7 @@ class _DiagonalEdit(Edit):
         if not getattr(self, "renormalize", True):
             return scores
         past = site.call.cached_columns(scores.shape[-1])
-        edited = self._edit_scores(scores, past)
+        edited = self.diagonal_changes()[0].on_matrix(scores, past)
         left = has_keys(edited, past)
         site.memory["emptied"] = has_keys(scores, past) & ~left
         # A row of nothing but −inf would give NaN, in the forward or in the backward pass; rows of
@@ -111,7 +80,8 @@ class _DiagonalEdit(Edit):
     ) -> Float[Tensor, "batch head query key"]:
         """The edited pattern (not renormalised), or zeros in the rows that lost all keys."""
         if not getattr(self, "renormalize", True):
-            return self._edit_pattern(pattern, site.call.cached_columns(pattern.shape[-1]))
+            past = site.call.cached_columns(pattern.shape[-1])
+            return self.diagonal_changes()[0].on_matrix(pattern, past)
         if "emptied" not in site.memory:
             raise PatchError(
                 f"{self}: its hook on the pattern ran without the one on the scores; use all hooks "
@@ -150,12 +120,8 @@ class ScaleOffsets(_DiagonalEdit):
             )
         object.__setattr__(self, "factor", float(self.factor))
 
-    def _edit_scores(self, scores: Tensor, past: int) -> Tensor:
-        amount = math.log(self.factor) if self.factor > 0 else -math.inf
-        return add_to_diagonals(scores, self.offsets, past, amount)
-
-    def _edit_pattern(self, pattern: Tensor, past: int) -> Tensor:
-        return scale_diagonals(pattern, self.offsets, past, self.factor)
+    def _amounts(self) -> tuple[float, float]:
+        return float(self.factor), 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -172,11 +138,8 @@ class KnockOut(_DiagonalEdit):
 
     renormalize: bool = True
 
-    def _edit_scores(self, scores: Tensor, past: int) -> Tensor:
-        return add_to_diagonals(scores, self.offsets, past, -math.inf)
-
-    def _edit_pattern(self, pattern: Tensor, past: int) -> Tensor:
-        return scale_diagonals(pattern, self.offsets, past, 0.0)
+    def _amounts(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,8 +155,5 @@ class KeepOnly(_DiagonalEdit):
 
     renormalize: bool = True
 
-    def _edit_scores(self, scores: Tensor, past: int) -> Tensor:
-        return keep_diagonals(scores, self.offsets, past, -math.inf)
-
-    def _edit_pattern(self, pattern: Tensor, past: int) -> Tensor:
-        return keep_diagonals(pattern, self.offsets, past, 0.0)
+    def _amounts(self) -> tuple[float, float]:
+        return 1.0, 0.0
