@@ -265,10 +265,10 @@ def run_for_attention(
     attention_mask: Tensor | None,
     hooks: Iterable[tuple[str, Any]],
 ) -> None:
-    """One forward pass for the sake of its hooks: logits of the last token only, where possible."""
-    kwargs: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
-        kwargs["logits_to_keep"] = 1
+    """One forward pass for the sake of its hooks: no more logits than one, and no KV cache."""
+    known = inspect.signature(model.original_model.forward).parameters
+    wanted = {"logits_to_keep": 1, "use_cache": False}
+    kwargs: dict[str, Any] = {name: wanted[name] for name in wanted if name in known}
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask.to(tokens.device)
     model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type=None, **kwargs)

@@ -17,6 +17,8 @@ from .options import (
     Dtype,
     DtypeOption,
     EditOption,
+    Engine,
+    EngineOption,
     JsonOption,
     KappaOption,
     ModelOption,
@@ -87,6 +89,7 @@ def scan(
         Path | None, typer.Option(metavar="FILE", help="Draw the heads as .png, .svg or .pdf.")
     ] = None,
     as_json: JsonOption = False,
+    engine: EngineOption = Engine.auto,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
@@ -108,18 +111,20 @@ def scan(
         if path is not None:
             require_writable(path)
     bridge = _load(model, device, dtype)
-    common = {
+    saved = out is not None and out.suffix == ".safetensors"
+    common: dict[str, Any] = {
         "offsets": wanted,
+        "engine": engine.value,
         "n_prompts": prompts,
         "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
         "seed": seed,
     }
     with patch(bridge, *(edit or ())):
         if random_tokens:
-            found, control = run_scan(bridge, random_tokens=True, **common), None
+            found, control = run_scan(bridge, random_tokens=True, moments=saved, **common), None
         else:
-            found = run_scan(bridge, text, **common)
-            control = run_scan(bridge, random_tokens=True, **common)
+            found = run_scan(bridge, text, moments=saved, **common)
+            control = run_scan(bridge, random_tokens=True, moments=False, **common)
     if out is not None and out.suffix == ".safetensors":
         found.save(out)
     elif out is not None:

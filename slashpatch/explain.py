@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from . import rope
 from .anatomy import run_for_attention
 from .edits import DropBand, Edit, FreezeBand, RankOne
 from .errors import HeadError, ModelError
-from .fused import fused, reads_diagonals, why_not
+from .fused import fused_where_exact, reads_diagonals
 from .heads import Head, HeadsLike, heads, require_heads
 from .moments import Profile
 from .patching import patch
@@ -213,6 +212,7 @@ def _explanations(
         random_tokens=True,
         n_prompts=len(tokens),
         max_tokens=longest,
+        moments=False,
         seed=seed,
         progress=progress,
     )
@@ -268,7 +268,7 @@ def _edited_scores(
     counts = torch.zeros(len(wanted))
     jobs = [(prompt, label) for prompt in tokens for label in tries]
     intact: dict[int, Tensor] = {}
-    with contextlib.nullcontext() if why_not(model) else fused(model):
+    with fused_where_exact(model):
         for prompt, label in progress_over(jobs, "trying edits", show=progress):
             if label == next(iter(tries)):
                 intact = _intact_z(model, prompt)

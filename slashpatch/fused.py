@@ -56,6 +56,13 @@ def fused(model: TransformerBridge) -> Iterator[TransformerBridge]:
             del _engines[model]
 
 
+@contextlib.contextmanager
+def fused_where_exact(model: TransformerBridge) -> Iterator[TransformerBridge]:
+    """`fused`, or the model as it is where `why_not` says something."""
+    with contextlib.nullcontext() if why_not(model) else fused(model):
+        yield model
+
+
 def ways(model: TransformerBridge) -> list[str]:
     """How each layer went in the last pass: "flash", "blocks" (of rows) or "bridge" (matrix)."""
     engine = _engines.get(model)

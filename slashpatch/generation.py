@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import PromptError
+from .fused import fused_where_exact
 from .monitor import SlashMonitor
 from .patching import patch
 from .prompts import prompt_set
@@ -31,7 +32,7 @@ def continuation(
     The likeliest token at each step, or a sample by `seed`. Raises PromptError.
     """
     tokens = _prompt_tokens(model, prompt, max_new_tokens)
-    with torch.random.fork_rng(enabled=sample):
+    with torch.random.fork_rng(enabled=sample), fused_where_exact(model):
         if sample:
             torch.manual_seed(seed)
         out = model.generate(tokens, max_new_tokens=max_new_tokens, do_sample=sample, verbose=False)
@@ -57,6 +58,7 @@ def watched(
     written = tokens[0].tolist()
     text = model.tokenizer.decode
     with contextlib.ExitStack() as stack:
+        stack.enter_context(fused_where_exact(model))
         stack.enter_context(patch(model, *edits))
         monitor = stack.enter_context(SlashMonitor(model, offsets, kappa))
         stream = model.generate_stream(

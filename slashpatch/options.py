@@ -25,6 +25,17 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
+class Engine(str, Enum):
+    """Which attention runs."""
+
+    auto = "auto"
+    fused = "fused"
+    bridge = "bridge"
+
+
+EngineOption = Annotated[
+    Engine, typer.Option(help="Flash attention, TransformerLens' own, or the first if exact.")
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(

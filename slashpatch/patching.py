@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from . import anatomy as anatomies
@@ -99,7 +98,7 @@ class _Attached:
             _ = call.real  # refuses masks under which columns do not count tokens
             private = private_of(self._model()) if qk is not None else None
             frequencies = {} if private is None else private.frequencies
-            return Site(layer, heads, call, state, memory, qk, frequencies)
+            return Site(layer, heads, self.anatomy.n_heads, call, state, memory, qk, frequencies)
 
         hook_fn: Callable[..., Any]
         for stage, act in edit.stages().items():
@@ -178,17 +177,12 @@ class _Attached:
         """The shared keys go on untouched; the edit's heads get edited copies of their own."""
         layout, private = self._qk[layer].k, self._private
         assert private is not None
-        group = self.anatomy.n_heads // self.anatomy.n_kv_heads
 
         def hook_fn(tensor: Tensor, hook: Any) -> None:
             site = site_now()
             shared = layout.read(tensor, self.anatomy.d_head)
-            own = [
-                private.keys.get((layer, head), shared[:, :, head // group]) for head in site.heads
-            ]
-            edited = act(site, torch.stack(own, dim=2)).to(shared.dtype)
-            for column, head in enumerate(site.heads):
-                private.keys[layer, head] = edited[:, :, column]
+            n_heads = self.anatomy.n_heads
+            private.edit_keys(layer, site.heads, shared, n_heads, lambda own: act(site, own))
 
         return layout.name, hook_fn
 

@@ -28,19 +28,20 @@ if TYPE_CHECKING:
 class PrivateKeys:
     """Private keys of one model; shared by all patches on it, so that edits of one head compose.
 
-    During a pass: `keys` holds the edited pre-RoPE keys by (layer, head), `q` the queries (rotated
-    where a hook carries those) and `tables` cos and sin by layer. Between passes: rotated keys by
-    KV cache.
+    During a pass, by layer: `keys` holds pre-RoPE keys of every query head and `heads` says which
+    are a head's own, `q` the queries (rotated where a hook carries those), `tables` cos and sin,
+    `frequencies` θ of every head as edits left them. Between passes: rotated keys by KV cache.
     """
 
     def __init__(self, model: TransformerBridge) -> None:
-        self.keys: dict[tuple[int, int], Float[Tensor, "batch pos d_head"]] = {}
+        self.keys: dict[int, Float[Tensor, "batch pos head d_head"]] = {}
+        self.heads: dict[int, list[int]] = {}
         self.q: dict[int, Float[Tensor, "batch pos head d_head"]] = {}
         self.tables: dict[tuple[int, str], Tensor] = {}
-        self.frequencies: dict[tuple[str, int, int], Tensor] = {}
-        self._rotated: dict[tuple[int, int], Tensor] = {}
+        self.frequencies: dict[tuple[str, int], Float[Tensor, "head pair"]] = {}
+        self._rotated: dict[int, tuple[list[int], Tensor]] = {}
         self._rewritten: set[int] = set()
-        self._cached: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Tensor]] = (
+        self._cached: weakref.WeakKeyDictionary[Any, dict[int, tuple[list[int], Tensor]]] = (
             weakref.WeakKeyDictionary()
         )
         #: The last layer's newest shared key, which depends on the whole prompt: tells whether the
@@ -66,7 +67,10 @@ class PrivateKeys:
         self._watch.close()
 
     def _clear(self) -> None:
-        for store in (self.keys, self.q, self.tables, self.frequencies, self._rotated):
+        stores: tuple[dict[Any, Any], ...] = (
+            self.keys, self.heads, self.q, self.tables, self.frequencies, self._rotated
+        )  # fmt: skip
+        for store in stores:
             store.clear()
         self._rewritten.clear()
 
@@ -75,6 +79,23 @@ class PrivateKeys:
             self._cached[cache] = dict(self._rotated)
             self._witness[cache] = cache.layers[-1].keys[:, :, -1].clone()
         self._clear()
+
+    def edit_keys(
+        self,
+        layer: int,
+        heads: list[int],
+        shared: Float[Tensor, "batch pos kv_head d_head"],
+        n_heads: int,
+        act: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Let `act` edit the heads' own copies of the shared keys, after earlier edits of them."""
+        if layer not in self.keys:
+            self.keys[layer] = shared.repeat_interleave(n_heads // shared.shape[2], dim=2)
+            self.heads[layer] = []
+        whole = self.keys[layer].clone()
+        whole[:, :, heads] = act(whole[:, :, heads]).to(whole.dtype)
+        self.keys[layer] = whole
+        self.heads[layer] = sorted({*self.heads[layer], *heads})
 
     def note_queries(self, qk: LayerQK, q: Float[Tensor, "batch pos head d_head"]) -> None:
         """Keep a layer's pre-RoPE queries if no hook carries the rotated ones; the last count."""
@@ -86,11 +107,11 @@ class PrivateKeys:
 
         The mask is read off the scores: what was at the dtype's lowest number stays there.
         """
-        heads = sorted(head for layer, head in self.keys if layer == qk.layer)
+        heads = self.heads.get(qk.layer, [])
         if not heads or qk.layer in self._rewritten:
             return scores
         self._rewritten.add(qk.layer)
-        rows = torch.stack([self._all_keys(qk, head, call) for head in heads], dim=2)
+        rows = self._all_keys(qk, heads, call)
         n_keys = scores.shape[-1]
         if isinstance(scores, Scores):
             scores.attention.set_keys(heads, rows[:, -n_keys:])
@@ -116,21 +137,24 @@ class PrivateKeys:
         )
         return qk.rotary.turn_by(x, cos, sin)
 
-    def _all_keys(self, qk: LayerQK, head: int, call: Call) -> Float[Tensor, "batch key d_head"]:
+    def _all_keys(
+        self, qk: LayerQK, heads: list[int], call: Call
+    ) -> Float[Tensor, "batch key own d_head"]:
         """Rotated keys of the cached tokens and then of the new ones."""
-        new = self.keys[qk.layer, head]
-        new = self._rotate(qk, new[:, :, None])[:, :, 0]
+        new = self._rotate(qk, self.keys[qk.layer][:, :, heads])
         if call.past:
-            cached = self._cached.get(call.cache, {}).get((qk.layer, head))
-            if cached is None or cached.shape[:2] != (call.batch, call.past):
+            known, cached = self._cached.get(call.cache, {}).get(qk.layer, ([], new[:, :0]))
+            if known != heads or cached.shape[:2] != (call.batch, call.past):
+                lacking = next((head for head in heads if head not in known), heads[0])
+                n_known = cached.shape[1] if lacking in known else 0
                 raise PatchError(
-                    f"L{qk.layer}H{head} has keys of its own for "
-                    f"{0 if cached is None else cached.shape[1]} of {call.past} cached tokens; the "
-                    "cache was cropped, reordered or started elsewhere. Start inside the patch"
+                    f"L{qk.layer}H{lacking} has keys of its own for {n_known} of {call.past} "
+                    "cached tokens; the cache was cropped, reordered or started elsewhere. Start "
+                    "inside the patch"
                 )
             self._refuse_reordered(qk, call)
             new = torch.cat([cached, new], dim=1)
-        self._rotated[qk.layer, head] = new
+        self._rotated[qk.layer] = heads, new
         return new
 
     def _refuse_reordered(self, qk: LayerQK, call: Call) -> None:

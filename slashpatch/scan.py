@@ -43,6 +43,7 @@ def scan(
     n_prompts: int = 8,
     max_tokens: int | None = None,
     batch_size: int | None = None,
+    moments: bool = True,
     profile_offsets: int = 64,
     seed: int = 0,
     progress: bool | None = None,
@@ -59,6 +60,8 @@ def scan(
         n_prompts: How many natural or random prompts; at most so many pieces of a file.
         max_tokens: Their length; 512 when None, for texts no limit.
         batch_size: Prompts per forward pass; picked by memory when None. Does not change scores.
+        moments: Whether to gather what `Scan.rank_one` and `Scan.profile` tell, which costs about
+            as much again as the slash scores do.
         profile_offsets: Offsets from 0 whose mean logits `Scan.profile` tells.
         seed: Of the natural and random prompts.
         progress: Whether to show a bar; when None, on a terminal only.
@@ -92,14 +95,16 @@ def scan(
         )
     if isinstance(profile_offsets, bool) or profile_offsets < 1:
         raise ScanError(f"profile_offsets is an integer from 1; got {profile_offsets!r}")
-    moments, refusal = None, None
+    gathered, refusal = None, None
     try:
+        if not moments:
+            raise ModelError("the scan was told not to gather them")
         if any("key" in edit.stages() for edit in active_edits(model)):
             raise ModelError(
                 "active edits give heads keys of their own, and rank and profiles would be of the "
                 "shared ones"
             )
-        moments = MomentSums(model, anatomy, profile_offsets)
+        gathered = MomentSums(model, anatomy, profile_offsets)
     except ModelError as error:
         refusal = str(error)
     shape = (anatomy.n_layers, anatomy.n_heads, len(wanted))
@@ -113,7 +118,7 @@ def scan(
             batches, "scanning", show=progress, n=[len(b) for b in batches]
         ):
             prompts_now = [found.tokens[i] for i in indices]
-            means, counted = _scan_batch(model, anatomy, prompts_now, wanted, moments)
+            means, counted = _scan_batch(model, anatomy, prompts_now, wanted, gathered)
             sums += means.sum(0)
             squares += means.square().sum(0)
             counts += counted
@@ -133,7 +138,7 @@ def scan(
         counts,
         found.n_tokens,
         provenance(model, **details),
-        None if moments is None else moments.finish(),
+        None if gathered is None else gathered.finish(),
     )
 
 

@@ -437,7 +437,7 @@ def test_more_than_one_mask_a_pass_is_kept_apart():
 def test_explain_is_the_same(tiny, monkeypatch):
     prompts = random_tokens(2, 20)
     ours = sp.explain(tiny, "L0H1", prompts, kappa=0.0).to_row()
-    for name in ("explain", "scan"):
+    for name in ("fused", "scan"):
         module = importlib.import_module(f"slashpatch.{name}")
         monkeypatch.setattr(module, "why_not", lambda model: "not now")
     theirs = sp.explain(tiny, "L0H1", prompts, kappa=0.0).to_row()

@@ -34,16 +34,31 @@ class Site:
     Tensors that an edit gets and returns hold these heads only, in this order, so an edit cannot
     reach another head. `memory` lasts from one hook of the pass to the next; `state` is what the
     edit's `prepare` returned for this layer; `qk` is there for edits of queries and keys;
-    `frequencies` holds, by (stage, layer, head), those that edits gave a head so far in this pass.
+    `frequencies` holds, by (stage, layer), θ [head, pair] as edits left it so far in this pass.
     """
 
     layer: int
     heads: list[int]
+    n_heads: int
     call: Call
     state: Any = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     qk: LayerQK | None = None
-    frequencies: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    frequencies: dict[tuple[str, int], Float[Tensor, "head pair"]] = field(default_factory=dict)
+
+    def theta(self, stage: str) -> Float[Tensor, "own pair"]:
+        """The frequencies that these heads' queries or keys have by now in this pass."""
+        table = self.frequencies.get((stage, self.layer))
+        own = self.rotary.inv_freq
+        return own.expand(len(self.heads), -1) if table is None else table[self.heads]
+
+    def set_theta(self, stage: str, new: Float[Tensor, "own pair"]) -> None:
+        """Note new frequencies of these heads, for the edits that come after."""
+        table = self.frequencies.get((stage, self.layer))
+        own = self.rotary.inv_freq
+        table = own.repeat(self.n_heads, 1) if table is None else table.clone()
+        table[self.heads] = new.to(table)
+        self.frequencies[stage, self.layer] = table
 
     @property
     def rotary(self) -> Rotary:

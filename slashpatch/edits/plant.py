@@ -51,7 +51,7 @@ class PlantSlash(_RotaryEdit):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The constant direction, turned back by the offset."""
         rotary = site.rotary
-        _forget_frequencies(site, "query")
+        site.set_theta("query", rotary.inv_freq.expand(len(site.heads), -1))
         amplitude = self.strength / (abs(rotary.scale) * rotary.n_pairs * rotary.gain**2)
         constant = amplitude * _ones(site, q)
         return rotary.turn(constant, -self.offset * rotary.inv_freq.to(q.device))
@@ -60,14 +60,9 @@ class PlantSlash(_RotaryEdit):
         self, site: Site, k: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The constant direction."""
-        _forget_frequencies(site, "key")
+        # What is planted has the layer's own frequencies, whatever edits came before.
+        site.set_theta("key", site.rotary.inv_freq.expand(len(site.heads), -1))
         return _ones(site, k)
-
-
-def _forget_frequencies(site: Site, stage: str) -> None:
-    """What is planted has the layer's own frequencies, whatever edits came before."""
-    for head in site.heads:
-        site.frequencies.pop((stage, site.layer, head), None)
 
 
 def _ones(site: Site, x: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class ShiftSlash(_RotaryEdit):
         self, site: Site, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries turned back by `by` tokens."""
-        return site.rotary.turn(q, -self.by * _current(site, "query").to(q.device))
+        return site.rotary.turn(q, -self.by * site.theta("query").to(q.device))
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,10 +148,9 @@ class _FrequencyEdit(_RotaryEdit):
 
     def _turned(self, site: Site, x: Tensor, stage: str) -> Tensor:
         """x before RoPE such that RoPE will turn it to θ', whatever edits came before."""
-        current = _current(site, stage)
+        current = site.theta(stage)
         new = self.changed(site, current)
-        for head, frequencies in zip(site.heads, new, strict=True):
-            site.frequencies[stage, site.layer, head] = frequencies
+        site.set_theta(stage, new)
         positions = site.call.rope_positions.to(x.device)[:, :, None, None]
         return site.rotary.turn(x, positions.double() * (new - current).to(x.device))
 
@@ -166,14 +165,6 @@ class _FrequencyEdit(_RotaryEdit):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Keys of the head's own that RoPE will turn to the new frequencies."""
         return self._turned(site, k, "key")
-
-
-def _current(site: Site, stage: str) -> Float[Tensor, "head pair"]:
-    """The frequencies that the site's heads have by now in this pass."""
-    own = site.rotary.inv_freq
-    return torch.stack(
-        [site.frequencies.get((stage, site.layer, head), own) for head in site.heads]
-    )
 
 
 @dataclass(frozen=True, repr=False)
