@@ -35,6 +35,7 @@ format: .venv/developed
 
 bench: .venv/developed
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/fused.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

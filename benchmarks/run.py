@@ -1,51 +1,31 @@
 """What slashpatch costs, beside the same run without it. `make bench`; takes a few minutes.
 
-Both sides of a ratio alternate within one run; medians are reported. Results go to
-benchmarks/results.json with the machine and versions.
+Edits, monitors and loading; `fused.py` times the fused engine. Both sides of a ratio alternate
+within one run; medians are reported. Results go to benchmarks/results.json with the machine and
+versions.
 """
 
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from common import (
+    ROUNDS,
+    THREADS,
+    paired,
+    said,
+    seconds,
+    write_readme_table,
+    write_results,
+)
 from rich.console import Console
 from rich.table import Table
 
 import slashpatch as sp
 from slashpatch.prompts import prompt_set
 from slashpatch.provenance import provenance
-
-HERE = Path(__file__).parent
-THREADS = 2
-ROUNDS = 5
-
-
-def seconds(run):
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def paired(ours, plain, rounds=ROUNDS):
-    """Median seconds of both and the median of their ratios, taken in turns after a warm-up."""
-    ours(), plain()
-    pairs = [(seconds(ours), seconds(plain)) for _ in range(rounds)]
-    return {
-        "seconds": statistics.median(a for a, _ in pairs),
-        "plain_seconds": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(a / b for a, b in pairs),
-        "rounds": rounds,
-    }
 
 
 def fastest_start(*arguments):
@@ -57,37 +37,20 @@ def fastest_start(*arguments):
     )
 
 
-def processor():
-    """The processor's name, where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
-
-
-def write_readme_table(results):
-    """Put the figures between the README's markers."""
-    machine, versions = results["machine"], results["versions"]
+def readme_lines(figures, plain, source):
+    """The table for the README."""
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, torch {versions['torch']}, "
-        f"transformer-lens {versions['transformer-lens']}, {results['model']}; "
-        f"medians of {ROUNDS}, both sides of a ratio in turns.",
+        f"{said(source)}; medians of {ROUNDS}, both sides of a ratio in turns.",
         "",
         "| figure | with slashpatch | without | ratio |",
         "|---|---|---|---|",
     ]
-    for name, row in results["ratios"].items():
+    for name, row in figures.items():
         lines.append(
             f"| {name} | {row['seconds']:.2f} s | {row['plain_seconds']:.2f} s "
             f"| {row['ratio']:.2f} |"
         )
-    lines += [f"| {name} | {value:.2f} s | | |" for name, value in results["seconds"].items()]
-    readme = HERE.parent / "README.md"
-    before, _, rest = readme.read_text().partition("<!-- bench: begin -->")
-    after = rest.partition("<!-- bench: end -->")[2]
-    table = "\n".join(lines)
-    readme.write_text(f"{before}<!-- bench: begin -->\n{table}\n<!-- bench: end -->{after}")
+    return [*lines, *(f"| {name} | {value:.2f} s | | |" for name, value in plain.items())]
 
 
 def main():
@@ -133,8 +96,8 @@ def main():
     }
     monitor = partial(sp.SlashMonitor, model)
     figures = {
-        "scan of 16 offsets / forward, 1 x 1,024 tokens": paired(
-            lambda: sp.scan(model, one, range(16)), forward
+        "scan of 16 offsets by the bridge / forward, 1 x 1,024 tokens": paired(
+            lambda: sp.scan(model, one, range(16), "bridge"), forward
         ),
         "forward with KnockOut on 8 heads / forward, 1,024 tokens": paired(
             under(knock_out, forward), forward
@@ -161,20 +124,10 @@ def main():
         "slashpatch --help": fastest_start("--help"),
         "slashpatch --version": fastest_start("--version"),
     }
-    results = {
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": THREADS,
-            "system": platform.platform(),
-        },
-        **provenance(model),
-        "ratios": figures,
-        "seconds": plain,
-    }
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_readme_table(results)
-    console.print(f"{processor()}, {THREADS} threads, torch {torch.__version__}")
+    source = provenance(model)
+    write_results("edits", {"ratios": figures, "seconds": plain}, source)
+    write_readme_table("bench", readme_lines(figures, plain, source))
+    console.print(said(source))
     table = Table("figure", "ours (s)", "plain (s)", "ratio")
     for name, row in figures.items():
         table.add_row(

@@ -111,3 +111,26 @@ with sp.patch(model, knock_out):
 
 logits = model.run_with_hooks(prompt, fwd_hooks=sp.hooks(model, knock_out))
 print("next token:", repr(model.tokenizer.decode(logits[0, -1].argmax())))
+
+# %% [markdown]
+# ## 5. Every offset, on a longer prompt
+#
+# Scans never form the attention matrix where flash attention is exact: the log-sum-exp of each row
+# and one dot product give S[i, i−Δ]. So every offset can be asked for. Offsets close to the length
+# of the prompt rest on few rows, and most of those read the first token.
+
+# %%
+length = 128 if SMALL else 2048
+every = sp.scan(model, n_prompts=1, max_tokens=length, offsets="all", moments=False)
+print(f"engine: {every.provenance['engine']}, {length} tokens")
+curve = every.scores[slash.head.layer, slash.head.head]
+for offset in (1, 2, 4, 8, 16, 32, 64):
+    print(f"{slash.head} at Δ={offset:<3} {float(curve[offset]):.4f}")
+
+# Inside `sp.fused`, every hook but scores and pattern fires as ever, edits and monitors included.
+with sp.fused(model), sp.patch(model, knock_out), sp.SlashMonitor(model) as monitor:
+    _, cache = model.run_with_cache(prompt, names_filter=f"blocks.{slash.head.layer}.attn.hook_z")
+print(
+    f"{slash.head} without its diagonal:",
+    float(monitor.scores[slash.head.layer, slash.head.head, slash.offset]),
+)

@@ -244,6 +244,7 @@ def run_probe(
     """
     with (
         torch.no_grad(),
+        torch.autocast(torch.device(model.cfg.device).type, enabled=False),
         internal_passes(),
         forming_matrices(by_matrix),
         suspended(model),

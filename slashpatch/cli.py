@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,9 +25,10 @@ from .options import (
     SeedOption,
     TokensOption,
 )
+from .output import console as new_console
+from .output import print_json, require_suffix
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformer_lens.model_bridge import TransformerBridge
 
 app = typer.Typer(
@@ -105,8 +105,8 @@ def scan(
     require_kappa(kappa)
     if text is not None and random_tokens:
         raise EditError("give --text or --random-tokens, not both")
-    _require_suffix(out, (".safetensors", *TABLE_SUFFIXES))
-    _require_suffix(plot, (".png", ".svg", ".pdf"))
+    require_suffix(out, (".safetensors", *TABLE_SUFFIXES))
+    require_suffix(plot, (".png", ".svg", ".pdf"))
     for path in (out, plot):
         if path is not None:
             require_writable(path)
@@ -137,11 +137,11 @@ def scan(
 
         save_figure(scan_figure(found, control, kappa), plot)
     if as_json:
-        _print_json(_scan_record(found, control, kappa))
+        print_json(_scan_record(found, control, kappa))
         return
     from .report.tables import heatmap, scan_table, side_by_side
 
-    console = _console()
+    console = new_console()
     left = heatmap(found.scores.nan_to_num(0).amax(-1), _title(found))
     if control is None:
         console.print(left)
@@ -228,7 +228,7 @@ def explain(
     if out is not None:
         if not every:
             raise OutputError("--out goes with --all")
-        _require_suffix(out, TABLE_SUFFIXES)
+        require_suffix(out, TABLE_SUFFIXES)
         require_writable(out)
     bridge = _load(model, device, dtype)
     common: dict[str, Any] = {
@@ -237,11 +237,11 @@ def explain(
         "kappa": kappa,
         "seed": seed,
     }
-    console = _console()
+    console = new_console()
     if chosen is not None:
         one = explain_one(bridge, chosen, text, offset=offset, **common)
         if as_json:
-            _print_json(one.to_dict())
+            print_json(one.to_dict())
         else:
             from .report.explanation import explanation_report
 
@@ -251,7 +251,7 @@ def explain(
     if out is not None:
         write_table(frame, out)
     if as_json:
-        _print_json({"heads": frame.to_dict(orient="records")})
+        print_json({"heads": frame.to_dict(orient="records")})
         return
     from .report.explanation import explanations_table
 
@@ -290,12 +290,12 @@ def generate(
         plain = continuation(bridge, prompt, max_new_tokens, sample, seed)
     if as_json:
         record = {"prompt": prompt, "edits": [str(one) for one in edits]}
-        _print_json({**record, "plain": plain, "edited": edited})
+        print_json({**record, "plain": plain, "edited": edited})
         return
     from .report.words import marked_pair
 
-    top, bottom = marked_pair(plain, edited, _console().is_terminal)
-    console = _console()
+    top, bottom = marked_pair(plain, edited, new_console().is_terminal)
+    console = new_console()
     plain_text: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
     console.print("intact", style="bold", **plain_text)
     console.print(top, **plain_text)
@@ -334,11 +334,11 @@ def watch(
     bridge = _load(model, device, dtype)
     steps = watched(bridge, prompt, edits, wanted, kappa, max_new_tokens, top)
     if as_json:
-        _print_json({"prompt": prompt, "edits": [str(one) for one in edits], "steps": list(steps)})
+        print_json({"prompt": prompt, "edits": [str(one) for one in edits], "steps": list(steps)})
         return
     from .report.live import show_live
 
-    show_live(prompt, steps, _console())
+    show_live(prompt, steps, new_console())
 
 
 @app.command()
@@ -352,45 +352,16 @@ def demo(
     """The story in about a minute: find a slash head, remove its diagonal, see what it carried."""
     from .demo import tell
 
-    console = None if as_json else _console()
+    console = None if as_json else new_console()
     record = tell(_load(model, device, dtype), console, seed)
     if as_json:
-        _print_json(record)
+        print_json(record)
 
 
 def _load(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:
     from .models import load
 
     return load(model, device.value if device else None, dtype.value)
-
-
-def _require_suffix(path: Path | None, suffixes: tuple[str, ...]) -> None:
-    if path is not None and path.suffix not in suffixes:
-        raise OutputError(
-            f"cannot write {str(path)!r}: expected a name that ends in {', '.join(suffixes)}"
-        )
-
-
-def _console() -> Console:
-    """Stdout; plain text, wide enough for the tables, where it is no terminal."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=120, no_color=True)
-
-
-def _print_json(record: dict[str, Any]) -> None:
-    """One JSON document; NaN, which JSON lacks, is null."""
-    print(json.dumps(_without_nan(record), ensure_ascii=False, indent=1, allow_nan=False))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from . import anatomy as anatomies
 from .anatomy import Anatomy, probe_tokens, run_probe, tolerance
-from .attention import Attention, Mask
 from .calls import Call, CallWatch, matrix_is_needed
+from .edited import EditedAttention
 from .errors import FusedError, ModelError
+from .mask import Mask
 from .symbolic import WAYS_OUT, Keys, MaskArgument, Scores
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def fused(model: TransformerBridge) -> Iterator[TransformerBridge]:
     Patches, monitors and scans work inside, nested in any order; results equal those of
     TransformerLens' own attention within the dtype's rounding. Output rows of padding are zero
     before the output projection. Windows, soft-capping, and new tokens after cached ones go by
-    blocks of rows. Under gradients, edited heads are computed row by row.
+    blocks of rows; so do, under gradients, edited heads and layers with sinks. Do not copy the
+    model inside.
 
     Raises ModelError for a model whose attention does not take part, FusedError where somebody
     else's hook sits on `hook_attn_scores` or `hook_pattern`: they are not formed here.
@@ -128,7 +130,7 @@ def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
     finally:
         engine.close()
     for layer in range(anatomy.n_layers):
-        if not engine.layers[layer].way:
+        if engine.layers[layer].way not in ("flash", "blocks"):
             raise ModelError(
                 f"slashpatch cannot run this model fused: the attention of layer {layer} "
                 f"({type(model.blocks[layer].attn).__name__}) does not hand its keys on where "
@@ -167,42 +169,39 @@ class _Layer:
     """One layer's attention while the engine runs."""
 
     def __init__(self, engine: _Engine, index: int, attn: Any) -> None:
-        self.engine = engine
         self.index = index
         self.attn = attn
         self.way = ""
-        self._values: Tensor | None = None
-        self._keys = type("LayerKeys", (Keys,), {"scores": staticmethod(self._scores)})
         original = attn._update_kv_cache
 
         def update(k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
             k, v = original(k, v, **kwargs)
-            if not self.engine.active or self.index in self.engine.by_matrix:
-                self.way = "bridge"
+            self.way = "bridge"
+            if matrix_is_needed() or index in engine.by_matrix:
                 return k, v
-            self._values = v
-            return k.as_subclass(self._keys), v
+
+            def scores(q: Tensor, k: Tensor) -> Scores:
+                values = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+                return Scores(index, q, k, values, self._done)
+
+            return Keys.mark(k, scores), v
 
         attn.__dict__["_update_kv_cache"] = update
 
-    def _scores(self, q: Tensor, k: Tensor) -> Scores:
-        v = self._values
-        assert v is not None
-        self._values = None
-        return Scores(
-            self.index, q, k, v.repeat_interleave(q.shape[1] // v.shape[1], 1), self._done
-        )
-
-    def _done(self, attention: Attention) -> None:
+    def _done(self, attention: EditedAttention) -> None:
         self.way = attention.way
-
-    def forget(self) -> None:
-        """Let go of what a pass that was broken off has left."""
-        self._values = None
 
     def close(self) -> None:
         """The layer as it was."""
         del self.attn.__dict__["_update_kv_cache"]
+
+
+#: Configurations under our name by id: what they said before, and how many engines use them.
+_lent: dict[int, tuple[Any, Any, int]] = {}
+
+
+def _implementation(config: Any) -> Any:
+    return config._attn_implementation_internal
 
 
 class _Engine:
@@ -213,7 +212,6 @@ class _Engine:
 
         AttentionMaskInterface.register(_NAME, _mask_of_pass)
         self.users = 0
-        self.active = False
         self.by_matrix: set[int] = set()
         self._model = weakref.ref(model)
         configs = {
@@ -221,11 +219,13 @@ class _Engine:
             for module in model.original_model.modules()
             if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
         }
-        self._configs = [(one, one._attn_implementation_internal) for one in configs.values()]
-        for config, _ in self._configs:
+        self._configs = list(configs.values())
+        for config in self._configs:
+            _, before, users = _lent.get(id(config), (config, _implementation(config), 0))
+            _lent[id(config)] = (config, before, users + 1)
             config._attn_implementation_internal = _NAME
         self.layers = [_Layer(self, index, block.attn) for index, block in enumerate(model.blocks)]
-        self._watch = CallWatch(model.original_model, self._start, self._end)
+        self._watch = CallWatch(model.original_model, self._start)
 
     def refuse_hooks(self) -> None:
         """Raise FusedError if somebody else's hook sits on scores or pattern."""
@@ -234,8 +234,7 @@ class _Engine:
             refuse_hooks(model)
 
     def _start(self, call: Call) -> None:
-        self.active = not matrix_is_needed()
-        if not self.active:
+        if matrix_is_needed():
             return
         self.refuse_hooks()
         self.by_matrix = {
@@ -246,17 +245,17 @@ class _Engine:
             and handle.user_hook.slashpatch[2].needs_matrix
         }
 
-    def _end(self, call: Call, output: Any) -> None:
-        for layer in self.layers:
-            layer.forget()
-
     def close(self) -> None:
         """The model as it was."""
         self._watch.close()
         for layer in self.layers:
             layer.close()
-        for config, implementation in self._configs:
-            config._attn_implementation_internal = implementation
+        for config in self._configs:
+            _, before, users = _lent.pop(id(config))
+            if users > 1:  # a model that shares it still runs fused
+                _lent[id(config)] = (config, before, users - 1)
+            else:
+                config._attn_implementation_internal = before
 
 
 def _mask_of_pass(

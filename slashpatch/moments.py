@@ -63,6 +63,7 @@ class Moments:
         unit_q: Sum of queries, each divided by its length; `unit_k`, `unit_x` likewise.
         abs_q: Sum of the modulus of each rotary pair; `abs_k` likewise.
         logits: Sum of unmasked logits i → i−Δ for Δ from 0; `logit_rows` says of how many.
+            (A logit that an edit removed counts as masked.)
         inv_freq: θ of each layer, NaN for a layer without RoPE.
         gain: Gain of each layer's rotation; `scale` of its logits.
         pairing: Layout of each layer's pairs: "half", "adjacent", or "" without RoPE.
@@ -80,7 +81,7 @@ class Moments:
     abs_q: Float[Tensor, "layer head pair"]
     abs_k: Float[Tensor, "layer kv_head pair"]
     logits: Float[Tensor, "layer head offset"]
-    logit_rows: Int[Tensor, "layer offset"]
+    logit_rows: Int[Tensor, "layer head offset"]
     inv_freq: Float[Tensor, "layer pair"]
     gain: Float[Tensor, "layer"]
     scale: Float[Tensor, "layer"]
@@ -125,7 +126,7 @@ class Moments:
     def profile(self, head: Head) -> Profile:
         """Mean logit by offset, measured and predicted. Raises ModelError without RoPE."""
         rotary = self.rotary(head.layer)
-        rows = self.logit_rows[head.layer]
+        rows = self.logit_rows[head.layer, head.head]
         measured = self.logits[head.layer, head.head] / rows
         seen = rows > 0
         offsets = torch.arange(len(measured))[seen]
@@ -227,11 +228,11 @@ class MomentSums:
             "logits": zeros(n_heads, n_offsets),
         }
         self.n_tokens = torch.tensor(0)
-        self.logit_rows = torch.zeros(n_layers, n_offsets, dtype=torch.int64)
+        self.logit_rows = torch.zeros(n_layers, n_heads, n_offsets, dtype=torch.int64)
 
     def hooks(self, real: Bool[Tensor, "batch pos"]) -> list[tuple[str, Callable[..., None]]]:
         """Hooks that add one batch to the sums; padding is left out."""
-        offsets = torch.arange(self.logit_rows.shape[1])
+        offsets = torch.arange(self.logit_rows.shape[-1])
         rows = real_rows(real, real.shape[1], offsets)
         self.n_tokens = self.n_tokens + real.sum()
         found = []
@@ -285,10 +286,11 @@ class MomentSums:
                     return
             taken = slash_rows(scores, offsets.to(scores.device))
             # Keys outside a sliding window are masked, not measured.
-            seen = rows.to(scores.device) & (taken[:, 0] > torch.finfo(taken.dtype).min / 2)
-            kept = taken.masked_fill(~seen[:, None], 0)
+            lowest = torch.finfo(taken.dtype).min / 2
+            seen = rows.to(scores.device)[:, None] & (taken > lowest)
+            kept = taken.masked_fill(~seen, 0)
             self.sums["logits"][layer] += kept.sum((0, 2), dtype=_widest(kept)).cpu()
-            self.logit_rows[layer] += seen.sum((0, 1)).cpu()
+            self.logit_rows[layer] += seen.sum((0, 2)).cpu()
 
         return add
 

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
 def fingerprint(model: TransformerBridge) -> str:
-    """SHA-256 over name, shape and row sums of every weight's bits, first 16 hex digits.
+    """SHA-256 over name, shape and a checksum of every row of every weight, first 16 hex digits.
 
-    Sums of integers that wrap around, so it is the same on every machine. Tells two models of the
-    same shape apart, also where single heads were changed or exchanged.
+    Of the bits themselves, in integers, so it is the same on every machine. Tells two models of the
+    same shape apart, also where single heads were changed, negated or exchanged.
     """
     sha = hashlib.sha256()
     seen = set()
@@ -29,12 +30,28 @@ def fingerprint(model: TransformerBridge) -> str:
         if weight.device.type == "meta" or place in seen:
             continue
         seen.add(place)
-        bits = weight.detach().contiguous()
-        rows = bits.view(1, -1) if bits.ndim < 2 else bits.flatten(0, -2)
-        whole = rows.shape[-1] * rows.element_size() % 4 == 0
-        rows = rows.view(torch.int32) if whole else rows.view(torch.int8).to(torch.int32)
-        sha.update(rows.sum(-1, dtype=torch.int32).cpu().numpy().tobytes())
+        sha.update(_row_checksums(weight.detach()).cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def _row_checksums(weight: Tensor) -> Tensor:
+    """int32 per row, that wraps around: bits mixed, times an odd number that depends on the column.
+
+    Without the mixing, the sign bit would be lost in pairs; without the numbers, the order.
+    """
+    weight = weight.contiguous()
+    rows = weight.view(1, -1) if weight.ndim < 2 else weight.flatten(0, -2)
+    whole = rows.shape[-1] * rows.element_size() % 4 == 0
+    rows = rows.view(torch.int32) if whole else rows.view(torch.int8).to(torch.int32)
+    odd = torch.arange(rows.shape[-1], device=rows.device) * 2654435761 % 2**31 * 2 + 1
+    odd = (odd - 2**31).to(torch.int32)
+    few = max(1, _AT_ONCE // max(1, rows.shape[-1]))  # what stays in the processor's cache
+    return torch.cat(
+        [((part ^ (part >> 15)) * odd).sum(-1, dtype=torch.int32) for part in rows.split(few)]
+    )
+
+
+_AT_ONCE = 2**19
 
 
 def _name(model: TransformerBridge) -> str:

@@ -166,12 +166,14 @@ def _read_layer(
         if order is None:
             raise refusal(f"{name} has shape {list(seen[name].shape)}, which is no known layout")
         sites[point] = HookLayout(name, order)
-    scores = seen[_name(layer, "hook_attn_scores")].double()
+    scores = seen[_name(layer, "hook_attn_scores")]
+    masked = scores <= torch.finfo(scores.dtype).min / 2  # in the future, or beyond a window
+    scores = scores.double()
     q, k = (sites[p].read(seen[sites[p].name].double(), a.d_head) for p in ("hook_q", "hook_k"))
     k = einops.repeat(k, "b p kv d -> b p (kv group) d", group=a.n_heads // a.n_kv_heads)
     attention = model.blocks[layer].attn.original_component
     scale = float(getattr(attention, "scaling", a.d_head**-0.5))
-    visible = torch.ones(n_pos, n_pos, dtype=torch.bool, device=scores.device).tril()
+    visible = torch.ones(n_pos, n_pos, dtype=torch.bool, device=scores.device).tril() & ~masked
     largest = float(scores.masked_fill(~visible, 0).abs().max())
     limit = tolerance(model) * max(largest, 1e-3)
     fits: list[tuple[float, LayerQK]] = []

@@ -22,7 +22,7 @@ from .slash import as_offsets
 if TYPE_CHECKING:
     import pandas as pd
 
-_FORMAT = "slashpatch-scan-2"
+_FORMAT = "slashpatch-scan-3"
 
 
 class SlashHead(NamedTuple):
@@ -236,7 +236,7 @@ class Scan:
             and m.gram_k.shape == (*m.sum_k.shape, d_head)
             and m.sum_k.shape[0] == n_layers
             and m.logits.shape == (n_layers, n_heads, n_offsets)
-            and m.logit_rows.shape == (n_layers, n_offsets)
+            and m.logit_rows.shape == m.logits.shape
             and m.inv_freq.shape == (n_layers, m.abs_q.shape[-1])
             and len(m.pairing) == n_layers
         )

@@ -3,21 +3,19 @@
 Definition (arXiv 2601.08297, as described in its abstract and authors' page): for one prompt of N
 tokens, score(Δ) = 1/(N−Δ) · Σ_{i≥Δ} S[i, i−Δ], with S the causal attention after the softmax.
 
-`slash_scores` is the readable reference. `slash_rows` serves the hot path: no copy of a T×T matrix,
-queries that sit at the end of a longer key axis (KV cache). `slash_scores_blocked` starts from
-rotated queries and keys and never holds more than a block of rows.
+`slash_scores` is the readable reference. `slash_rows` and `slash_sums` serve the hot path: no copy
+of a T×T matrix, queries that sit at the end of a longer key axis (KV cache), and attention that was
+never formed.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import einops
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -157,35 +155,3 @@ def _diagonal_index(
     query = torch.arange(n_keys - n_queries, n_keys, device=offsets.device)
     index = query[:, None] - offsets
     return index.clamp(min=0), index >= 0
-
-
-def slash_scores_blocked(
-    q: Float[Tensor, "batch pos head d_head"],
-    k: Float[Tensor, "batch pos kv_head d_head"],
-    offsets: Sequence[int],
-    scale: float | None = None,
-    block: int = 256,
-) -> Float[Tensor, "batch head offset"]:
-    """Slash scores from *rotated* queries and keys, `block` rows at a time.
-
-    Equals `slash_scores(softmax(scale · q kᵀ))` under a causal mask, without ever holding more than
-    `block` rows of it. `scale` defaults to 1/√d_head. Query head h reads the keys of kv_head
-    h // (head / kv_head). Scores are float64. Source: ours (definition of arXiv 2601.08297).
-    """
-    batch, n_pos, n_heads, d_head = q.shape
-    n_kv_heads = k.shape[2]
-    scale = 1 / math.sqrt(d_head) if scale is None else scale
-    grouped = einops.rearrange(q, "b p (kv group) d -> b p kv group d", kv=n_kv_heads)
-    wanted = torch.tensor(offsets, device=q.device)
-    sums = torch.zeros(batch, n_heads, len(offsets), dtype=torch.float64, device=q.device)
-    for start in range(0, n_pos, block):
-        stop = min(start + block, n_pos)
-        # Keys after the block's last row are masked for every row of it: leave them out.
-        logits = scale * torch.einsum(
-            "bqgrd,bkgd->bgrqk", grouped[:, start:stop], k[:, :stop]
-        ).flatten(1, 2)
-        future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
-        pattern = logits.masked_fill(future, -math.inf).softmax(-1)
-        sums += slash_rows(pattern, wanted).sum(-2, dtype=torch.float64)
-    rows = torch.tensor([max(n_pos - offset, 0) for offset in offsets], device=q.device)
-    return sums / rows  # 0/0 = NaN where the prompt is too short, as in the reference

@@ -3,8 +3,8 @@
 TransformerLens multiplies queries with keys, scales, caps, masks, takes the softmax and multiplies
 with the values, each step an operation on a query × key matrix. Here those operations meet objects
 that note what is asked and form no matrix: the same code runs, every other hook fires where it
-always does, and the product with the values comes from `Attention`. An operation that is not among
-these is refused by name, so nothing is passed over in silence.
+always does, and the product with the values comes from `EditedAttention`. An operation that is not
+among these is refused by name, so nothing is passed over in silence.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .attention import Attention, Mask
 from .diagonals import DiagonalChange
+from .edited import EditedAttention
 from .errors import FusedError
+from .mask import Mask
 
 #: How to get at what the fused engine does not form.
 WAYS_OUT = (
@@ -72,16 +73,27 @@ class MaskArgument:
 class Keys(Tensor):
     """Keys whose product with queries is noted and not formed; anything else is done as usual.
 
-    Each fused layer has a subclass of its own, which says what becomes of the product.
+    What is made of them are such keys too. `scores` says what becomes of the product.
     """
 
     scores: Callable[[Tensor, Tensor], Any]
 
     @classmethod
+    def mark(cls, k: Tensor, scores: Callable[[Tensor, Tensor], Any]) -> Keys:
+        """The same keys, marked."""
+        marked = k.as_subclass(cls)
+        marked.scores = scores
+        return marked
+
+    @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is(func, "matmul") and len(args) == 2 and isinstance(args[1], Keys):
-            return cls.scores(args[0], args[1].as_subclass(Tensor).mT)
-        return super().__torch_function__(func, types, args, kwargs or {})
+            return args[1].scores(args[0], args[1].as_subclass(Tensor).mT)
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        source = next((arg for arg in args if isinstance(arg, Keys)), None)
+        if isinstance(made, Keys) and source is not None:
+            made.scores = source.scores
+        return made
 
 
 class _Symbol:
@@ -115,6 +127,13 @@ class _Symbol:
     def __getitem__(self, index: Any) -> Any:
         raise self.refused("indexing")
 
+    def _no_arithmetic(self, *others: Any) -> Any:
+        raise self.refused("arithmetic")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _no_arithmetic
+    __rtruediv__ = __matmul__ = __pow__ = __neg__ = __lt__ = __gt__ = __le__ = _no_arithmetic
+    __ge__ = __iter__ = __len__ = __float__ = __setitem__ = _no_arithmetic
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         symbol = next((arg for arg in args if isinstance(arg, _Symbol)), None)
@@ -142,7 +161,7 @@ class Scores(_Symbol):
     what = "scores"
 
     def __init__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, done: Callable[[Attention], None]
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, done: Callable[[EditedAttention], None]
     ) -> None:
         super().__init__(layer, q, (*q.shape[:3], k.shape[-2]))
         self._q, self._k, self._v = q, k, v
@@ -150,7 +169,7 @@ class Scores(_Symbol):
         self._scale, self._cap = 1.0, 1.0
         self._capped = False
         self._mask: Mask | None = None
-        self._attention: Attention | None = None
+        self._attention: EditedAttention | None = None
 
     def __mul__(self, factor: Any) -> Scores:
         if isinstance(factor, Tensor) and factor.numel() == 1:
@@ -171,7 +190,8 @@ class Scores(_Symbol):
     def __add__(self, mask: Any) -> Scores:
         if not isinstance(mask, MaskArgument) or self._mask is not None:
             raise self.refused(
-                f"the addition of {_shown(mask)} (a bias, or an attention mask of your own making)"
+                f"the addition of {_shown(mask)} (a bias, an attention "
+                "mask of your own making, or the model's attention set anew inside fused)"
             )
         self._mask = mask.mask
         return self
@@ -204,12 +224,12 @@ class Scores(_Symbol):
         raise self.refused(_named(func))
 
     @property
-    def attention(self) -> Attention:
+    def attention(self) -> EditedAttention:
         """The attention that these scores stand for, once they are masked."""
         if self._attention is None:
             if self._mask is None:
                 raise self.refused("a softmax without a causal mask")
-            self._attention = Attention(
+            self._attention = EditedAttention(
                 self._q, self._k, self._v, self._mask, self._scale,
                 self._cap if self._capped else None,
             )  # fmt: skip
@@ -236,15 +256,15 @@ class Pattern(_Symbol):
         layer: int,
         like: Tensor,
         shape: tuple[int, ...],
-        attention: Attention,
-        done: Callable[[Attention], None],
+        attention: EditedAttention,
+        done: Callable[[EditedAttention], None],
     ) -> None:
         super().__init__(layer, like, shape)
-        self._attention: Attention | None = attention
+        self._attention: EditedAttention | None = attention
         self._done = done
 
     @property
-    def attention(self) -> Attention:
+    def attention(self) -> EditedAttention:
         """The attention that this stands for, until it has met the values."""
         if self._attention is None:
             raise self.refused("anything after the pass")

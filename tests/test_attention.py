@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slashpatch import attention as module
+from slashpatch import edited as module
 from slashpatch import flash
-from slashpatch.attention import Attention, Mask
 from slashpatch.diagonals import DiagonalChange
+from slashpatch.edited import EditedAttention as Attention
+from slashpatch.mask import Mask
 
 SCALE = 0.3
 change = st.one_of(

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import importlib
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -390,6 +392,109 @@ def test_an_edit_of_ones_own_gets_the_matrix(tiny):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class HalfAndOut(sp.KnockOut):
+    """A built-in edit that somebody has changed."""
+
+    def on_scores(self, site, scores):
+        return super().on_scores(site, scores / 2)
+
+
+def test_what_a_subclass_overrides_is_not_passed_over(tiny):
+    tokens = random_tokens(2, 12)
+    edit = HalfAndOut("L0H1", 1)
+    theirs, _, _ = run(tiny, tokens, "bridge", edit)
+    ours, _, way = run(tiny, tokens, "fused", edit)
+    assert way == ["bridge", "flash"]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_threads_do_not_mix():
+    model = tiny_model(seed=5)
+    batches = [random_tokens(1, 64, seed) for seed in range(4)]
+    with torch.no_grad():
+        expected = [model(tokens) for tokens in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def work(index):
+        with torch.no_grad():
+            return max(
+                float((model(batches[index]) - expected[index]).abs().max()) for _ in range(15)
+            )
+
+    try:
+        with sp.fused(model), ThreadPoolExecutor(4) as pool:
+            off = list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert max(off) < 1e-3
+
+
+def test_models_that_share_a_configuration():
+    first = llama(seed=6)
+    second = type(first)(first.config).eval()
+    models = [bridge(first), bridge(second)]
+    config = models[1].original_model.config
+    assert config is models[0].original_model.config
+    tokens = random_tokens(1, 12)
+    with torch.no_grad():
+        expected = models[1](tokens)
+        contexts = [sp.fused(model) for model in models]
+        for context in contexts:
+            context.__enter__()
+        contexts[0].__exit__(None, None, None)
+        torch.testing.assert_close(models[1](tokens), expected, atol=1e-4, rtol=1e-4)
+        contexts[1].__exit__(None, None, None)
+        assert torch.equal(models[1](tokens), expected)
+    assert config._attn_implementation == "eager"
+
+
+def test_autocast_leaves_no_refusal_behind():
+    model = tiny_model(seed=7)
+    tokens = random_tokens(1, 12)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = model(tokens)
+        with sp.fused(model):
+            found = model(tokens)
+    scale = float(expected.abs().max())
+    assert float((found - expected).abs().max()) < 16 * torch.finfo(torch.bfloat16).eps * scale
+    assert why_not(model) is None
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [sp.KnockOut("L0H0", 1)],
+        [sp.KnockOut("L0H2", [0, 1])],
+        [sp.KeepOnly(["L0H0", "L1H1"], 17)],
+        [sp.ScaleOffsets("L1H3", [0, 2], 2.0)],
+    ],
+    ids=str,
+)
+def test_profiles_under_edits_of_scores_are_the_same(tiny, edits):
+    tokens = random_tokens(2, 20)
+    with sp.patch(tiny, *edits):
+        found = [sp.scan(tiny, tokens, 1, engine).moments for engine in ("bridge", "fused")]
+    assert torch.equal(found[0].logit_rows, found[1].logit_rows)
+    torch.testing.assert_close(found[0].logits, found[1].logits, atol=1e-3, rtol=1e-4)
+    assert found[0].logits.isfinite().all()
+
+
+def test_gradients_with_sinks():
+    model = family("gpt-oss sinks")
+    tokens = random_tokens(2, 12)
+    found = []
+    for inside in (contextlib.nullcontext(), sp.fused(model)):
+        model.zero_grad()
+        with inside:
+            model(tokens).float().logsumexp(-1).sum().backward()
+        found.append([block.attn.original_component.sinks.grad.clone() for block in model.blocks])
+    assert float(found[0][1].abs().max()) > 0
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "edits", [[], [sp.KnockOut("L0H1", 1), sp.KeepOnly("L1H2", 1)], [sp.ShiftSlash("L0H0", 1)],
               [sp.FreezeBand("L1H1", "high")]], ids=str
@@ -551,6 +656,8 @@ def test_what_stands_for_a_matrix_refuses_all_else(tiny):
     for act in (
         lambda: pattern.sum(),
         lambda: pattern[0],
+        lambda: pattern * 2,
+        lambda: 1 - pattern,
         lambda: torch.exp(pattern),
         lambda: torch.stack([pattern, pattern]),
         lambda: pattern.slash_rows(torch.tensor([1])),  # the pass is over

@@ -19,12 +19,12 @@ COMMANDS = [
 
 def test_there_is_nothing_else_to_run():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
     assert len(COMMANDS) == 5
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("code", PYTHON, ids=["library", "hooks"])
+@pytest.mark.parametrize("code", PYTHON, ids=["library", "hooks", "fused"])
 def test_python_blocks_run(code, capsys):
     assert len(code.strip().splitlines()) <= 12
     exec(compile(code, "README.md", "exec"), {})

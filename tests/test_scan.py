@@ -12,7 +12,7 @@ from slashpatch.errors import ModelError, OffsetError, OutputError, PromptError,
 from slashpatch.provenance import fingerprint
 from slashpatch.slash import slash_scores
 
-from .tiny import N_CTX, random_tokens, tiny_model
+from .tiny import N_CTX, bridge, llama, random_tokens, tiny_model
 
 
 def direct(model, prompts, offsets):
@@ -228,12 +228,34 @@ def test_scans_under_hooks_of_somebody_are_marked(tiny):
             intact + other
 
 
-def test_a_changed_head_changes_the_fingerprint():
-    model = tiny_model(seed=3)
+def zeroed(w):
+    w[:, 8:16] = 0
+
+
+def negated(w):
+    w.neg_()
+
+
+def half_negated(w):
+    w[:, 8:16].neg_()
+
+
+def exchanged(w):
+    w[:, :16] = w[:, :16].roll(8, dims=1)
+
+
+def rows_exchanged(w):
+    w[:16] = w[:16].roll(8, dims=0)
+
+
+@pytest.mark.parametrize("change", [zeroed, negated, half_negated, exchanged, rows_exchanged])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_changed_head_changes_the_fingerprint(change, dtype):
+    model = bridge(llama(seed=3).to(dtype))
     before = fingerprint(model)
-    assert fingerprint(tiny_model(seed=3)) == before
+    assert fingerprint(bridge(llama(seed=3).to(dtype))) == before
     with torch.no_grad():
-        model.original_model.model.layers[1].self_attn.o_proj.weight[:, 8:16] = 0
+        change(model.original_model.model.layers[1].self_attn.o_proj.weight)
     assert fingerprint(model) != before
 
 

@@ -11,7 +11,7 @@ from slashpatch.slash import (
     real_rows,
     slash_rows,
     slash_scores,
-    slash_scores_blocked,
+    slash_sums,
 )
 
 sizes = st.integers(1, 20)
@@ -58,34 +58,23 @@ def test_rows_of_a_cached_step_are_the_last_rows(seed, pos, offsets, data):
     assert torch.equal(step, whole[:, :, -last:])
 
 
-@given(seeds, sizes, some_offsets, st.integers(1, 7), st.sampled_from([(4, 4), (4, 2), (6, 1)]))
-def test_blocked_equals_dense(seed, pos, offsets, block, heads):
-    n_heads, n_kv_heads = heads
-    generator = torch.Generator().manual_seed(seed)
-    q = 2 * torch.randn(2, pos, n_heads, 8, generator=generator, dtype=torch.float64)
-    k = torch.randn(2, pos, n_kv_heads, 8, generator=generator, dtype=torch.float64)
-    keys = k.repeat_interleave(n_heads // n_kv_heads, dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(8)
-    future = torch.ones(pos, pos, dtype=torch.bool).triu(1)
-    dense = slash_scores(scores.masked_fill(future, -math.inf).softmax(-1), offsets)
-    blocked = slash_scores_blocked(q, k, offsets, block=block)
-    torch.testing.assert_close(blocked, dense, equal_nan=True)
-
-
-def test_blocked_never_holds_more_than_a_block_of_rows(monkeypatch):
-    largest = 0
-    einsum = torch.einsum
-
-    def spy(*args):
-        nonlocal largest
-        out = einsum(*args)
-        largest = max(largest, out.numel())
-        return out
-
-    monkeypatch.setattr(torch, "einsum", spy)
-    q = torch.randn(1, 100, 2, 4)
-    slash_scores_blocked(q, q, [0, 1], block=10)
-    assert largest <= 2 * 10 * 100
+@given(seeds, sizes, st.data())
+def test_sums_equal_the_reference_by_gathering_and_by_whole_rows(seed, pos, data):
+    pattern = causal_pattern(seed, 2, 3, pos)
+    real = torch.ones(2, pos, dtype=torch.bool)
+    first = data.draw(st.integers(0, pos - 1))
+    real[0, :first] = False  # padding on the left, which may hold anything
+    pattern[0, :, :first] = torch.nan
+    pattern[0, :, :, :first] = torch.nan
+    n_rows = [[max(0, n - offset) for offset in range(pos)] for n in (pos - first, pos)]
+    single = [slash_scores(pattern[:1, :, first:, first:], range(pos)),
+              slash_scores(pattern[1:], range(pos))]  # fmt: skip
+    rows = torch.tensor(n_rows)[:, None]
+    expected = (torch.cat(single) * rows).masked_fill(rows == 0, 0)
+    for most in (0, 1000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("slashpatch.slash._WHOLE_ROWS", most)
+            torch.testing.assert_close(slash_sums(pattern, range(pos), real), expected)
 
 
 def test_padding_on_either_side_leaves_the_same_rows():

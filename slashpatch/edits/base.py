@@ -143,8 +143,18 @@ class Edit:
 
     @property
     def needs_matrix(self) -> bool:
-        """Whether the edit acts on scores or pattern otherwise than by `diagonal_changes`."""
-        return bool({"scores", "pattern"} & set(self.stages())) and not self.diagonal_changes()
+        """Whether the edit acts on scores or pattern otherwise than by `diagonal_changes`.
+
+        Also where a class overrides one of those hooks after the class that says the changes.
+        """
+        acts = [f"on_{stage}" for stage in ("scores", "pattern") if stage in self.stages()]
+        if not acts:
+            return False
+
+        def depth(name: str) -> int:
+            return next(i for i, one in enumerate(type(self).__mro__) if name in vars(one))
+
+        return not self.diagonal_changes() or depth("diagonal_changes") > min(map(depth, acts))
 
     def stages(self) -> dict[str, Callable[[Site, Tensor], Tensor]]:
         """The hooks that this edit overrides, in the order in which they fire."""

@@ -1,0 +1,92 @@
+"""What every benchmark shares: threads, timing in turns, the machine, results and README tables."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+THREADS = 2
+ROUNDS = 5
+
+
+def seconds(run):
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def in_turns(runs, rounds=ROUNDS):
+    """Seconds of each run in each round, the runs taken in turns after a warm-up."""
+    for run in runs.values():
+        run()
+    found = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].append(seconds(run))
+    return found
+
+
+def ratio(found, ours, plain):
+    """Median seconds of two runs, and the median of their ratios round by round."""
+    pairs = list(zip(found[ours], found[plain], strict=True))
+    return {
+        "seconds": statistics.median(a for a, _ in pairs),
+        "plain_seconds": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "rounds": len(pairs),
+    }
+
+
+def paired(ours, plain, rounds=ROUNDS):
+    """Median seconds of both and the median of their ratios."""
+    return ratio(in_turns({"ours": ours, "plain": plain}, rounds), "ours", "plain")
+
+
+def machine():
+    """Processor (where Linux tells), cores, threads and system."""
+    processor = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if "model name" in line]
+        processor = names[0].split(":")[1].strip() if names else processor
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": THREADS,
+        "system": platform.platform(),
+    }
+
+
+def write_results(part, figures, provenance):
+    """Put one benchmark's figures into results.json, beside the other's."""
+    whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    whole[part] = {"machine": machine(), **provenance, **figures}
+    RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def write_readme_table(part, lines):
+    """Put a table between the README's markers for `part`."""
+    readme = HERE.parent / "README.md"
+    before, begin, rest = readme.read_text().partition(f"<!-- {part}: begin -->")
+    _, end, after = rest.partition(f"<!-- {part}: end -->")
+    if not (begin and end):
+        raise SystemExit(f"README.md has no markers for {part}")
+    table = "\n".join(lines)
+    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+
+
+def said(provenance):
+    """One line on machine, versions and model."""
+    versions, here = provenance["versions"], machine()
+    return (
+        f"{here['processor']}, {THREADS} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, transformer-lens {versions['transformer-lens']}, "
+        f"{provenance['model']} in {provenance['dtype']}"
+    )

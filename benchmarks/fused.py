@@ -1,0 +1,207 @@
+"""What the fused engine costs beside Transformers' own SDPA forward pass. Part of `make bench`.
+
+Both sides of a ratio run in turns in one process; each peak of memory has a process of its own.
+`python benchmarks/fused.py` takes about half an hour on two cores, most of it from 8,192 tokens on.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from common import THREADS, in_turns, ratio, said, seconds, write_readme_table, write_results
+
+#: Tokens of the prompt, and rounds.
+LENGTHS = {1024: 7, 2048: 5, 4096: 3, 8192: 2}
+BRIDGE_AT, MEMORY_AT, LONGEST = 4096, 8192, 32768
+#: The patterns of all layers at 4,096 tokens are 18 GB; half of them are cached.
+CACHED_LAYERS = 15
+
+
+def tokens_of(model, n_tokens):
+    """A prompt of the built-in text, repeated where it is longer than the context."""
+    import torch
+
+    from slashpatch.prompts import prompt_set
+
+    text = prompt_set(model, n_prompts=1, max_tokens=min(n_tokens, 1024)).tokens[0]
+    return text.repeat(-(-n_tokens // len(text)))[:n_tokens][None].to(torch.int64)
+
+
+def sdpa_model():
+    """The default model as Transformers itself runs it."""
+    import transformers
+
+    import slashpatch as sp
+
+    bridge = sp.load(device="cpu")
+    plain = type(bridge.original_model)(bridge.original_model.config).eval()
+    del bridge
+    assert isinstance(plain, transformers.PreTrainedModel)
+    plain.config._attn_implementation = "sdpa"  # weights are random: the time is the same
+    return plain
+
+
+def sdpa_forward(plain, tokens):
+    """One forward pass, logits of the last token, no KV cache: as the scan does it."""
+    import torch
+
+    with torch.no_grad():
+        plain(tokens, logits_to_keep=1, use_cache=False)
+
+
+def times(model, plain):
+    """Seconds and ratios at every length."""
+    import torch
+
+    import slashpatch as sp
+    from slashpatch.anatomy import run_for_attention
+
+    eight = [
+        entry.head
+        for entry in sp.scan(model, tokens_of(model, 256), 1, moments=False).slash_heads()
+    ][:8]
+    knock_out = sp.KnockOut(eight, 1)
+    figures = {}
+    for n_tokens, rounds in LENGTHS.items():
+        tokens = tokens_of(model, n_tokens)
+
+        def forward(tokens=tokens):
+            with torch.no_grad(), sp.fused(model):
+                run_for_attention(model, tokens, None, [])
+
+        def knocked_out(tokens=tokens):
+            with torch.no_grad(), sp.fused(model), sp.patch(model, knock_out):
+                run_for_attention(model, tokens, None, [])
+
+        def scan(tokens=tokens, offsets=range(16), moments=False):
+            sp.scan(model, tokens, offsets, "fused", moments=moments)
+
+        runs = {
+            "SDPA forward": lambda tokens=tokens: sdpa_forward(plain, tokens),
+            "fused forward": forward,
+            "scan of 16 offsets": scan,
+            "scan of 16 offsets, with rank and profile sums": lambda scan=scan: scan(moments=True),
+            "fused forward with KnockOut on 8 heads": knocked_out,
+        }
+        if n_tokens == BRIDGE_AT:
+            runs["scan of all offsets"] = lambda scan=scan: scan(offsets="all")
+        print(f"{n_tokens:,} tokens, {rounds} rounds of {len(runs)} runs", flush=True)
+        found = in_turns(runs, rounds)
+        for name in runs:
+            if name != "SDPA forward":
+                plain_name = "fused forward" if "KnockOut" in name else "SDPA forward"
+                label = f"{name} / {plain_name}, {n_tokens:,} tokens"
+                figures[label] = ratio(found, name, plain_name)
+                print(f"  {label}: {figures[label]['ratio']:.3f}", flush=True)
+        if n_tokens == BRIDGE_AT:
+            names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(CACHED_LAYERS)]
+
+            def cached(tokens=tokens, names=names):
+                with torch.no_grad():
+                    model.run_with_cache(
+                        tokens, names_filter=names, return_type=None, logits_to_keep=1
+                    )
+
+            took = [seconds(cached) for _ in range(2)]
+            own = sorted(found["scan of 16 offsets"])
+            median = own[len(own) // 2]
+            label = f"run_with_cache of patterns (bridge) / scan, {n_tokens:,} tokens"
+            figures[label] = {
+                "seconds": min(took),
+                "plain_seconds": median,
+                "ratio": min(took) / median,
+                "rounds": len(took),
+            }
+            print(f"  {label}: {figures[label]['ratio']:.3f}", flush=True)
+    return figures
+
+
+def peak_of(what, n_tokens):
+    """Run this file for one run alone, and read the peak that it reports."""
+    command = [sys.executable, __file__, what, str(n_tokens)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def alone(what, n_tokens):
+    """One run in this process; prints its seconds and its peak resident memory as JSON."""
+    import torch
+
+    import slashpatch as sp
+
+    torch.set_num_threads(THREADS)
+    if what == "sdpa":
+        model = sp.load(device="cpu")
+        tokens = tokens_of(model, n_tokens)
+        del model
+        plain = sdpa_model()
+        gc.collect()  # the bridge that was loaded for its tokenizer and configuration
+
+        def run():
+            sdpa_forward(plain, tokens)
+    else:
+        model = sp.load(device="cpu")
+        model.cfg.n_ctx = max(model.cfg.n_ctx, n_tokens)  # beyond the trained context: cost only
+        tokens = tokens_of(model, n_tokens)
+
+        def run():
+            sp.scan(model, tokens, range(16), "fused", moments="moments" in what)
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of loading
+    took = seconds(run)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": took, "gigabytes": peak * 1024 / 1e9}))
+
+
+def main():
+    """Time, then memory, then tables."""
+    import torch
+
+    import slashpatch as sp
+    from slashpatch.provenance import provenance
+
+    memory = {
+        f"SDPA forward, {MEMORY_AT:,} tokens": peak_of("sdpa", MEMORY_AT),
+        f"scan of 16 offsets, {MEMORY_AT:,} tokens": peak_of("scan", MEMORY_AT),
+        f"the same with rank and profile sums, {MEMORY_AT:,} tokens": peak_of(
+            "scan-moments", MEMORY_AT
+        ),
+        f"scan of 16 offsets, {LONGEST:,} tokens": peak_of("scan", LONGEST),
+    }
+    for name, row in memory.items():
+        print(f"{name}: {row['gigabytes']:.2f} GB, {row['seconds']:.0f} s", flush=True)
+    torch.set_num_threads(THREADS)
+    model = sp.load(device="cpu")
+    source = provenance(model)
+    print(said(source))
+    figures = times(model, sdpa_model())
+    write_results("fused", {"ratios": figures, "peaks": memory}, source)
+    plain = memory[f"SDPA forward, {MEMORY_AT:,} tokens"]["gigabytes"]
+    rows = [
+        f"| {name} | {row['seconds']:.2f} s | {row['plain_seconds']:.2f} s | {row['ratio']:.2f} |"
+        for name, row in figures.items()
+    ]
+    lines = [
+        f"{said(source)}; medians, both sides of a ratio in turns.",
+        "",
+        "| figure | with slashpatch | beside | ratio |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        "| peak memory, each in a process of its own | GB | beside SDPA | seconds |",
+        "|---|---|---|---|",
+    ]
+    for name, row in memory.items():
+        extra = f"{row['gigabytes'] / plain - 1:+.0%}" if f"{MEMORY_AT:,}" in name else ""
+        lines.append(f"| {name} | {row['gigabytes']:.2f} | {extra} | {row['seconds']:.0f} |")
+    write_readme_table("fused", lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        alone(sys.argv[1], int(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,43 @@
+"""What the commands print, and where: tables on a console, one JSON document, refused paths."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import OutputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def require_suffix(path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Raise OutputError for a path whose suffix says nothing that we write."""
+    if path is not None and path.suffix not in suffixes:
+        raise OutputError(
+            f"cannot write {str(path)!r}: expected a name that ends in {', '.join(suffixes)}"
+        )
+
+
+def console() -> Console:
+    """Stdout; plain text, wide enough for the tables, where it is no terminal."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120, no_color=True)
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """One JSON document; NaN, which JSON lacks, is null."""
+    print(json.dumps(_without_nan(record), ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
