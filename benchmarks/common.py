@@ -22,9 +22,9 @@ def seconds(run):
     return time.perf_counter() - start
 
 
-def in_turns(runs, rounds=ROUNDS):
-    """Seconds of each run in each round, the runs taken in turns after a warm-up."""
-    for run in runs.values():
+def in_turns(runs, rounds=ROUNDS, warm_up=True):
+    """Seconds of each run in each round, the runs taken in turns, after each ran once."""
+    for run in runs.values() if warm_up else ():
         run()
     found = {name: [] for name in runs}
     for _ in range(rounds):
