@@ -152,10 +152,10 @@ class Attention:
         self.way = "blocks"
         return torch.cat(outs, dim=-2), torch.cat(lses, dim=-1)
 
-    def blocks(self, n_heads: int | None = None) -> list[tuple[Tensor, tuple[int, int]]]:
+    def blocks(self) -> list[tuple[Tensor, tuple[int, int]]]:
         """Rows of each block, and the key columns (start, stop) that they may read."""
-        mask, n_heads = self.mask, n_heads or self.q.shape[1]
-        size = max(16, min(512, BLOCK_ENTRIES // (mask.batch * n_heads * mask.n_keys)))
+        mask = self.mask
+        size = max(16, min(512, BLOCK_ENTRIES // (mask.batch * self.q.shape[1] * mask.n_keys)))
         found = []
         for start in range(0, mask.n_queries, size):
             stop = min(start + size, mask.n_queries)

@@ -119,22 +119,23 @@ class EditedAttention(Attention):
         """The whole changed matrix of "scores" or "pattern": the dense reference."""
         every = torch.arange(self.mask.n_queries, device=self.q.device)[None, None]
         logits = self.dense(range(self.q.shape[1]), every, (0, self.mask.n_keys))
-        past = self.mask.past
-        for heads, changes in self._groups():
-            part = logits[:, heads]
-            for change in changes:
-                part = change.on_matrix(part, past) if change.stage == "scores" else part
-            logits[:, heads] = part
+        logits = self._changed_matrix(logits, "scores", self.mask.past)
         if stage == "scores":
             return logits
         lse = self.log_sum(logits, range(self.q.shape[1]))
         pattern = (logits - lse[..., None]).exp()
+        return self._changed_matrix(pattern, "pattern", self.mask.past)
+
+    def _changed_matrix(
+        self, matrix: Float[Tensor, "batch head row key"], stage: str, past: int
+    ) -> Float[Tensor, "batch head row key"]:
+        """Rows of scores or pattern, changed in place; row r is the token in column past + r."""
         for heads, changes in self._groups():
-            part = pattern[:, heads]
+            part = matrix[:, heads]
             for change in changes:
-                part = change.on_matrix(part, past) if change.stage == "pattern" else part
-            pattern[:, heads] = part
-        return pattern
+                part = change.on_matrix(part, past) if change.stage == stage else part
+            matrix[:, heads] = part
+        return matrix
 
     def _groups(self) -> list[tuple[list[int], tuple[DiagonalChange, ...]]]:
         """Heads that share their changes."""
@@ -252,17 +253,14 @@ class EditedAttention(Attention):
         mask, n_rows = self.mask, rows.shape[-1]
         size = max(1, BLOCK_ENTRIES // (mask.batch * len(heads) * mask.n_keys))
         v = wide(self.of(self.v, heads))
-        columns = torch.arange(mask.n_keys, device=rows.device)
         outs, lses = [], []
         for start in range(0, n_rows, size):
             part = rows[..., start : start + size]
             logits = self.dense(heads, part, (0, mask.n_keys))
-            offsets = part[..., None] + mask.past - columns
-            logits = logits + total_at(changes, "scores", offsets).to(logits.dtype)
+            tokens = (part + mask.past).expand(*logits.shape[:3])
+            logits = _on_rows(logits, tokens, changes, "scores")
             lse = self.log_sum(logits, heads)
-            weights = (logits - lse[..., None]).exp()
-            if any(change.stage == "pattern" for change in changes):
-                weights = weights * total_at(changes, "pattern", offsets).to(weights.dtype)
+            weights = _on_rows((logits - lse[..., None]).exp(), tokens, changes, "pattern")
             outs.append(weights @ v)
             lses.append(lse)
         return torch.cat(outs, dim=-2), torch.cat(lses, dim=-1)
@@ -287,20 +285,35 @@ class EditedAttention(Attention):
             else:
                 logits = self.dense(heads, block[None, None], (0, n_keys)).detach()
             past = mask.past + first
-            for own, changes in self._groups():
-                part = logits[:, own]
-                for change in changes:
-                    part = change.on_matrix(part, past) if change.stage == "scores" else part
-                logits[:, own] = part
+            logits = self._changed_matrix(logits, "scores", past)
             pattern = logits.sub_(lse[:, :, first:last, None]).exp_()
-            for own, changes in self._groups():
-                part = pattern[:, own]
-                for change in changes:
-                    part = change.on_matrix(part, past) if change.stage == "pattern" else part
-                pattern[:, own] = part
+            pattern = self._changed_matrix(pattern, "pattern", past)
             found = diagonal_sums(pattern, past)
             sums[..., : found.shape[-1]] += found
         return sums
+
+
+def _on_rows(
+    matrix: Float[Tensor, "batch own row key"],
+    tokens: Int[Tensor, "batch own row"],
+    changes: Sequence[DiagonalChange],
+    stage: str,
+) -> Float[Tensor, "batch own row key"]:
+    """A copy of any rows of a matrix, changed; `tokens` says which key column each row's is."""
+    for change in changes:
+        if change.stage != stage:
+            continue
+        offsets = torch.tensor(change.offsets, device=matrix.device)
+        columns = tokens[..., None] - offsets
+        inside, columns = columns >= 0, columns.clamp(min=0)
+        own = matrix.gather(-1, columns)
+        new = own + change.amount if stage == "scores" else own * change.amount
+        # What is asked of a key that is not there goes to a spare column.
+        rest = torch.full_like(matrix, change.elsewhere) if change.removes_the_rest else matrix
+        spare = torch.nn.functional.pad(rest, (0, 1))
+        columns = torch.where(inside, columns, matrix.shape[-1])
+        matrix = spare.scatter(-1, columns, new)[..., :-1]
+    return matrix
 
 
 def _rest_removed(changes: Sequence[DiagonalChange], stage: str) -> bool:
