@@ -56,6 +56,11 @@ class Attention:
         self.k[:, list(heads)] = keys.transpose(1, 2).to(self.k.dtype)
         self._base = None
 
+    def set_sinks(self, sinks: Float[Tensor, "head"]) -> None:
+        """Let a sink take part in each row."""
+        self.sinks = sinks
+        self._base = None
+
     def logit_sums(
         self, n_offsets: int, real: Bool[Tensor, "batch key"]
     ) -> Float[Tensor, "batch head offset"] | None:

@@ -49,6 +49,11 @@ class EditedAttention(Attention):
         super().set_keys(heads, keys)
         self._edited = None
 
+    def set_sinks(self, sinks: Float[Tensor, "head"]) -> None:
+        """Let a sink take part in each row."""
+        super().set_sinks(sinks)
+        self._edited = None
+
     def logit_sums(
         self, n_offsets: int, real: Bool[Tensor, "batch key"]
     ) -> Float[Tensor, "batch head offset"] | None:

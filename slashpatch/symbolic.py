@@ -217,7 +217,7 @@ class Scores(_Symbol):
         if _is(func, "cat") and len(args[0]) == 2 and args[0][0] is self:
             sink = args[0][1]
             if sink.shape[-1] == 1 and kwargs.get("dim", args[1] if len(args) > 1 else 0) == -1:
-                self.attention.sinks = sink[0, :, 0, 0]
+                self.attention.set_sinks(sink[0, :, 0, 0])
                 return self
         if _is(func, "softmax"):
             return Pattern(self.layer, self._q, self.shape, self.attention, self._done)

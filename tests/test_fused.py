@@ -481,6 +481,20 @@ def test_profiles_under_edits_of_scores_are_the_same(tiny, edits):
     assert found[0].logits.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["gpt-oss sinks", "gemma2 soft-cap", "neox joint, partial"])
+def test_scans_of_edited_families(name):
+    """With sums for profiles, which read the scores before a sink takes part."""
+    model = family(name)
+    tokens = random_tokens(2, 20)
+    edits = [sp.KnockOut(["L0H1", "L1H2"], 1), sp.KeepOnly("L1H0", [0, 3])]
+    with sp.patch(model, *edits):
+        found = [sp.scan(model, tokens, range(4), engine) for engine in ("bridge", "fused")]
+    torch.testing.assert_close(found[0].scores, found[1].scores, atol=1e-5, rtol=0)
+    _, expected, _ = run(model, tokens, "bridge", *edits)
+    _, hooked, _ = run(model, tokens, "fused", *edits)
+    assert_same(hooked, expected)
+
+
 def test_gradients_with_sinks():
     model = family("gpt-oss sinks")
     tokens = random_tokens(2, 12)
