@@ -64,10 +64,15 @@ def machine():
     }
 
 
+def read_results(part):
+    """What was measured before, or nothing."""
+    return json.loads(RESULTS.read_text()).get(part, {}) if RESULTS.exists() else {}
+
+
 def write_results(part, figures, provenance):
     """Put one benchmark's figures into results.json, beside the other's."""
     whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    whole[part] = {"machine": machine(), **provenance, **figures}
+    whole[part] = {**figures, "machine": machine(), **provenance}
     RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -1,20 +1,32 @@
 """What the fused engine costs beside Transformers' own SDPA forward pass. Part of `make bench`.
 
 Both sides of a ratio run in turns in one process; each peak of memory has a process of its own.
-`python benchmarks/fused.py` takes about half an hour on two cores, most of it from 8,192 tokens on.
+`python benchmarks/fused.py [times] [peaks]` takes about half an hour on two cores.
 """
 
 import gc
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from common import THREADS, in_turns, ratio, said, seconds, write_readme_table, write_results
+from common import (
+    THREADS,
+    in_turns,
+    ratio,
+    read_results,
+    said,
+    seconds,
+    write_readme_table,
+    write_results,
+)
 
 #: Tokens of the prompt, and rounds.
-LENGTHS = {1024: 7, 2048: 5, 4096: 3, 8192: 2}
+LENGTHS = {1024: 7, 2048: 3, 4096: 2, 8192: 1}
 BRIDGE_AT, MEMORY_AT, LONGEST = 4096, 8192, 32768
+#: The same run's peak differs by 0.3 GB from process to process: medians of this many.
+PROCESSES = 3
 #: The patterns of all layers at 4,096 tokens are 18 GB; half of them are cached.
 CACHED_LAYERS = 15
 
@@ -130,6 +142,7 @@ def alone(what, n_tokens):
     import torch
 
     import slashpatch as sp
+    from slashpatch.anatomy import run_for_attention
 
     torch.set_num_threads(THREADS)
     if what == "sdpa":
@@ -137,7 +150,6 @@ def alone(what, n_tokens):
         tokens = tokens_of(model, n_tokens)
         del model
         plain = sdpa_model()
-        gc.collect()  # the bridge that was loaded for its tokenizer and configuration
 
         def run():
             sdpa_forward(plain, tokens)
@@ -147,56 +159,79 @@ def alone(what, n_tokens):
         tokens = tokens_of(model, n_tokens)
 
         def run():
-            sp.scan(model, tokens, range(16), "fused", moments="moments" in what)
+            if what == "forward":
+                with torch.no_grad(), sp.fused(model):
+                    run_for_attention(model, tokens, None, [])
+            else:
+                sp.scan(model, tokens, range(16), "fused", moments="moments" in what)
 
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of loading
+    before = resident("VmRSS")
     took = seconds(run)
+    print(json.dumps({"seconds": took, "gigabytes": resident("VmHWM"), "before": before}))
+
+
+def resident(field):
+    """Resident memory of this process in GB: now (VmRSS) or at its peak (VmHWM)."""
     status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": took, "gigabytes": peak * 1024 / 1e9}))
+    return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024 / 1e9
 
 
-def main():
-    """Time, then memory, then tables."""
-    import torch
-
-    import slashpatch as sp
-    from slashpatch.provenance import provenance
-
-    memory = {
-        f"SDPA forward, {MEMORY_AT:,} tokens": peak_of("sdpa", MEMORY_AT),
-        f"scan of 16 offsets, {MEMORY_AT:,} tokens": peak_of("scan", MEMORY_AT),
-        f"the same with rank and profile sums, {MEMORY_AT:,} tokens": peak_of(
-            "scan-moments", MEMORY_AT
-        ),
-        f"scan of 16 offsets, {LONGEST:,} tokens": peak_of("scan", LONGEST),
+def peaks():
+    """Median peak of memory, and seconds, of runs that each had a process of their own."""
+    wanted = {
+        f"SDPA forward, {MEMORY_AT:,} tokens": ("sdpa", MEMORY_AT, PROCESSES),
+        f"fused scan of 16 offsets, {MEMORY_AT:,} tokens": ("scan", MEMORY_AT, PROCESSES),
+        f"fused scan of 16 offsets, {LONGEST:,} tokens": ("scan", LONGEST, 1),
     }
-    for name, row in memory.items():
-        print(f"{name}: {row['gigabytes']:.2f} GB, {row['seconds']:.0f} s", flush=True)
-    torch.set_num_threads(THREADS)
-    model = sp.load(device="cpu")
-    source = provenance(model)
-    print(said(source))
-    figures = times(model, sdpa_model())
-    write_results("fused", {"ratios": figures, "peaks": memory}, source)
-    plain = memory[f"SDPA forward, {MEMORY_AT:,} tokens"]["gigabytes"]
-    rows = [
-        f"| {name} | {row['seconds']:.2f} s | {row['plain_seconds']:.2f} s | {row['ratio']:.2f} |"
-        for name, row in figures.items()
-    ]
+    found = {}
+    for name, (what, n_tokens, times) in wanted.items():
+        rows = [peak_of(what, n_tokens) for _ in range(times)]
+        found[name] = {
+            key: statistics.median(row[key] for row in rows) for key in ("seconds", "gigabytes")
+        }
+        found[name]["every"] = [row["gigabytes"] for row in rows]
+        print(f"{name}: {found[name]}", flush=True)
+    return found
+
+
+def readme_lines(figures, memory, source):
+    """The tables for the README."""
     lines = [
         f"{said(source)}; medians, both sides of a ratio in turns.",
         "",
         "| figure | with slashpatch | beside | ratio |",
         "|---|---|---|---|",
-        *rows,
-        "",
-        "| peak memory, each in a process of its own | GB | beside SDPA | seconds |",
-        "|---|---|---|---|",
     ]
+    for name, row in figures.items():
+        ours, plain = (f"{row[key]:.2f} s" for key in ("seconds", "plain_seconds"))
+        lines.append(f"| {name} | {ours} | {plain} | {row['ratio']:.2f} |")
+    lines += ["", "| peak memory, a process each | GB | seconds |", "|---|---|---|"]
     for name, row in memory.items():
-        extra = f"{row['gigabytes'] / plain - 1:+.0%}" if f"{MEMORY_AT:,}" in name else ""
-        lines.append(f"| {name} | {row['gigabytes']:.2f} | {extra} | {row['seconds']:.0f} |")
+        lines.append(f"| {name} | {row['gigabytes']:.2f} | {row['seconds']:.0f} |")
+    return lines
+
+
+def main(parts):
+    """Measure `times`, `peaks` or both; what is not measured now stays as it was."""
+    import torch
+
+    import slashpatch as sp
+    from slashpatch.provenance import provenance
+
+    torch.set_num_threads(THREADS)
+    model = sp.load(device="cpu")
+    source = provenance(model)
+    print(said(source))
+    figures = read_results("fused")
+    if "times" in parts:
+        figures["ratios"] = times(model, sdpa_model())
+    del model
+    if "peaks" in parts:
+        figures["peaks"] = peaks()
+    write_results("fused", figures, source)
+    lines = readme_lines(figures.get("ratios", {}), figures.get("peaks", {}), source)
     write_readme_table("fused", lines)
 
 
@@ -204,4 +239,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         alone(sys.argv[1], int(sys.argv[2]))
     else:
-        main()
+        main(sys.argv[1:] or ["times", "peaks"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,43 +16,44 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+_known: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
+
+
 def fingerprint(model: TransformerBridge) -> str:
-    """SHA-256 over name, shape and a checksum of every row of every weight, first 16 hex digits.
+    """SHA-256 over name, shape and bits of every weight, first 16 hex digits.
 
-    Of the bits themselves, in integers, so it is the same on every machine. Tells two models of the
-    same shape apart, also where single heads were changed, negated or exchanged.
+    Remembered until a weight is replaced or changed, which its version, its place and the sums of
+    its rows tell.
     """
+    weights = _distinct_weights(model)
+    mark = hashlib.sha256()
+    for name, weight in weights.items():
+        changes = 0 if weight.is_inference() else weight._version
+        place = (name, weight.data_ptr(), changes, weight.shape, weight.dtype)
+        mark.update(repr(place).encode())
+        if weight.device.type != "meta" and weight.ndim:
+            mark.update(weight.sum(-1).float().cpu().numpy().tobytes())
+    if model in _known and _known[model][0] == mark.hexdigest():
+        return _known[model][1]
     sha = hashlib.sha256()
-    seen = set()
-    for name, weight in sorted(model.original_model.state_dict().items()):
+    for name, weight in weights.items():
         sha.update(f"{name}{list(weight.shape)}{weight.dtype}".encode())
-        # The bridge lists a tensor under several names.
+        if weight.device.type != "meta":
+            bits = weight.contiguous().cpu().reshape(-1).view(torch.uint8)
+            sha.update(bits.numpy().data)
+    _known[model] = (mark.hexdigest(), sha.hexdigest()[:16])
+    return _known[model][1]
+
+
+def _distinct_weights(model: TransformerBridge) -> dict[str, Tensor]:
+    """By the first of its names: the bridge lists a tensor under several."""
+    found, seen = {}, set()
+    for name, weight in sorted(model.original_model.state_dict().items()):
         place = (weight.data_ptr(), weight.shape, weight.stride())
-        if weight.device.type == "meta" or place in seen:
-            continue
-        seen.add(place)
-        sha.update(_row_checksums(weight.detach()).cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
-def _row_checksums(weight: Tensor) -> Tensor:
-    """int32 per row, that wraps around: bits mixed, times an odd number that depends on the column.
-
-    Without the mixing, the sign bit would be lost in pairs; without the numbers, the order.
-    """
-    weight = weight.contiguous()
-    rows = weight.view(1, -1) if weight.ndim < 2 else weight.flatten(0, -2)
-    whole = rows.shape[-1] * rows.element_size() % 4 == 0
-    rows = rows.view(torch.int32) if whole else rows.view(torch.int8).to(torch.int32)
-    odd = torch.arange(rows.shape[-1], device=rows.device) * 2654435761 % 2**31 * 2 + 1
-    odd = (odd - 2**31).to(torch.int32)
-    few = max(1, _AT_ONCE // max(1, rows.shape[-1]))  # what stays in the processor's cache
-    return torch.cat(
-        [((part ^ (part >> 15)) * odd).sum(-1, dtype=torch.int32) for part in rows.split(few)]
-    )
-
-
-_AT_ONCE = 2**19
+        if weight.device.type == "meta" or place not in seen:
+            found[name] = weight.detach()
+            seen.add(place)
+    return found
 
 
 def _name(model: TransformerBridge) -> str:
