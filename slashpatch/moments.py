@@ -198,7 +198,8 @@ class Moments:
         return frame
 
 
-_GRAM_TOKENS = 512
+#: Tokens at a time: what fits the processor's cache.
+_SOME_TOKENS = 1024
 
 
 class MomentSums:
@@ -253,23 +254,30 @@ class MomentSums:
 
         def add(tensor: Tensor, hook: Any) -> None:
             read = tensor if layout is None else layout.read(tensor, self.anatomy.d_head)
-            x = read.flatten(0, 1) if every else read[real.to(read.device)]
-            x = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
-            heads = x.unsqueeze(0) if part == "x" else x.transpose(0, 1)  # [head, token, width]
-            lengths = torch.linalg.vector_norm(heads, dim=-1).clamp(min=1e-12)
-            both = torch.stack([torch.ones_like(lengths), 1 / lengths], dim=1) @ heads
-            shape = self.sums[f"sum_{part}"][qk.layer].shape
-            for name, total in (("sum", both[:, 0]), ("unit", both[:, 1])):
-                self.sums[f"{name}_{part}"][qk.layer] += total.double().cpu().view(shape)
-            if part == "x":
-                return
-            self.sums[f"gram_{part}"][qk.layer] += _gram(heads).cpu()
-            if qk.rotary is not None:
-                real_part, imag, _ = qk.rotary.split(x)
-                moduli = torch.hypot(real_part, imag).sum(0, dtype=_widest(x)).cpu()
-                self.sums[f"abs_{part}"][qk.layer, :, : qk.rotary.n_pairs] += moduli
+            tokens = read.flatten(0, 1) if every else read[real.to(read.device)]
+            for some in tokens.detach().split(_SOME_TOKENS):
+                self._add(qk, part, some)
 
         return add
+
+    def _add(self, qk: rope.LayerQK, part: str, tokens: Tensor) -> None:
+        """Add some tokens, [token, head, d_head] or [token, d_model]: products and sums in their
+        own precision (float32 at least), float64 beyond.
+        """
+        x = tokens.unsqueeze(0) if part == "x" else tokens.transpose(0, 1)
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x = x.contiguous()  # [head, token, width]
+        lengths = torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-12)
+        both = torch.stack([torch.ones_like(lengths), 1 / lengths], dim=1) @ x
+        found = {"sum": both[:, 0], "unit": both[:, 1]}
+        if part != "x":
+            found["gram"] = x.mT @ x
+            if qk.rotary is not None:
+                found["abs"] = torch.hypot(*qk.rotary.split(x)[:2]).sum(1)
+        for name, total in found.items():
+            sums = self.sums[f"{name}_{part}"][qk.layer]
+            sums = sums[:, : total.shape[-1]] if name == "abs" else sums
+            sums += total.cpu().double().view(sums.shape)
 
     def _logit_adder(
         self, layer: int, real: Tensor, offsets: Tensor, rows: Bool[Tensor, "batch query offset"]
@@ -313,15 +321,6 @@ class MomentSums:
             scale=torch.tensor([qk.scale for qk in self.layers], dtype=torch.float64),
             pairing=tuple(r.pairing if r else "" for r in rotaries),
         )
-
-
-def _gram(heads: Float[Tensor, "head token d_head"]) -> Float[Tensor, "head d_head d_head"]:
-    """XᵀX of each head: products in X's own precision over a few hundred tokens, float64 beyond."""
-    whole = heads.shape[1] // _GRAM_TOKENS * _GRAM_TOKENS
-    chunks = heads[:, :whole].unflatten(1, (-1, _GRAM_TOKENS))
-    rest = heads[:, whole:]
-    total = (rest.mT @ rest).to(_widest(heads))
-    return total + (chunks.mT @ chunks).sum(1, dtype=total.dtype) if whole else total
 
 
 def _widest(x: Tensor) -> torch.dtype:
