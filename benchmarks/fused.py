@@ -25,8 +25,8 @@ from common import (
 #: Tokens of the prompt, and rounds.
 LENGTHS = {1024: 7, 2048: 3, 4096: 2, 8192: 1}
 BRIDGE_AT, MEMORY_AT, LONGEST = 4096, 8192, 32768
-#: The same run's peak differs by 0.3 GB from process to process: medians of this many.
-PROCESSES = 3
+#: The same run's peak differs by 0.3 GB from process to process: the median of this many.
+PROCESSES = 2
 #: The patterns of all layers at 4,096 tokens are 18 GB; half of them are cached.
 CACHED_LAYERS = 15
 
@@ -179,21 +179,18 @@ def resident(field):
 
 
 def peaks():
-    """Median peak of memory, and seconds, of runs that each had a process of their own."""
+    """Peak of memory, and seconds, of runs that each had a process of their own, one by one."""
     wanted = {
         f"SDPA forward, {MEMORY_AT:,} tokens": ("sdpa", MEMORY_AT, PROCESSES),
         f"fused scan of 16 offsets, {MEMORY_AT:,} tokens": ("scan", MEMORY_AT, PROCESSES),
         f"fused scan of 16 offsets, {LONGEST:,} tokens": ("scan", LONGEST, 1),
     }
-    found = {}
     for name, (what, n_tokens, times) in wanted.items():
         rows = [peak_of(what, n_tokens) for _ in range(times)]
-        found[name] = {
-            key: statistics.median(row[key] for row in rows) for key in ("seconds", "gigabytes")
-        }
-        found[name]["every"] = [row["gigabytes"] for row in rows]
-        print(f"{name}: {found[name]}", flush=True)
-    return found
+        row = {key: statistics.median(one[key] for one in rows) for key in ("seconds", "gigabytes")}
+        row["every"] = [one["gigabytes"] for one in rows]
+        print(f"{name}: {row}", flush=True)
+        yield name, row
 
 
 def readme_lines(figures, memory, source):
@@ -228,8 +225,14 @@ def main(parts):
     if "times" in parts:
         figures["ratios"] = times(model, sdpa_model())
     del model
-    if "peaks" in parts:
-        figures["peaks"] = peaks()
+    save(figures, source)
+    for name, row in peaks() if "peaks" in parts else ():
+        figures.setdefault("peaks", {})[name] = row
+        save(figures, source)  # the last of them takes minutes
+
+
+def save(figures, source):
+    """What was measured so far, into results.json and the README."""
     write_results("fused", figures, source)
     lines = readme_lines(figures.get("ratios", {}), figures.get("peaks", {}), source)
     write_readme_table("fused", lines)

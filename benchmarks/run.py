@@ -125,7 +125,7 @@ def main():
         "slashpatch --version": fastest_start("--version"),
     }
     source = provenance(model)
-    write_results("edits", {"ratios": figures, "seconds": plain}, source)
+    write_results("costs", {"ratios": figures, "seconds": plain}, source)
     write_readme_table("bench", readme_lines(figures, plain, source))
     console.print(said(source))
     table = Table("figure", "ours (s)", "plain (s)", "ratio")
