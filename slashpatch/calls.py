@@ -137,7 +137,8 @@ class CallWatch:
     """Follows the forward passes of one model; `current` is the one under way.
 
     `on_start(call)` and `on_end(call, output)` run around each forward pass; `output` is None after
-    an exception. The watch ends with `close()`, or when nothing refers to it any more.
+    an exception. The watch ends with `close()`, or when nothing refers to it any more (its
+    hooks then go at the next pass).
     """
 
     def __init__(
@@ -155,7 +156,10 @@ class CallWatch:
         # to forget without its keyword arguments.
         def start(module: Any, args: Any, kwargs: Any = None) -> None:
             watch = this()
-            if watch is not None and kwargs is not None:
+            if watch is None:
+                # Not when it was freed: the collector may run while torch goes through its hooks.
+                _remove(handles)
+            elif kwargs is not None:
                 watch.current = _read(args, kwargs)
                 if watch.on_start is not None:
                     watch.on_start(watch.current)
@@ -167,15 +171,14 @@ class CallWatch:
                 if watch.on_end is not None:
                     watch.on_end(call, output)
 
-        handles = (
+        handles = self._handles = (
             hf_model.register_forward_pre_hook(start, with_kwargs=True),
             hf_model.register_forward_hook(end, with_kwargs=True, always_call=True),
         )
-        self._finalizer = weakref.finalize(self, _remove, handles)
 
     def close(self) -> None:
         """Stop watching."""
-        self._finalizer()
+        _remove(self._handles)
 
     def require(self) -> Call:
         """The forward pass under way. Raises PatchError outside one."""

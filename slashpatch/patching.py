@@ -247,6 +247,8 @@ class _Attached:
         """Stop following the model; the hook functions are removed by whoever added them."""
         self.watch.close()
         self._end_private()
+        if self._private is not None and not self._private.users:
+            self._private.close()
 
     def require_fired(self) -> None:
         """Raise PatchError for the first hook that never fired."""

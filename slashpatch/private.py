@@ -192,8 +192,7 @@ def private_of(model: TransformerBridge | None) -> PrivateKeys | None:
 
 def _release(model: weakref.ref[Any], private: PrivateKeys) -> None:
     private.users -= 1
-    if private.users == 0:
-        private.close()
+    if private.users == 0:  # its hooks go with it, at the next pass
         found = model()
         if found is not None:
             _shared.pop(found, None)
