@@ -204,9 +204,10 @@ def readme_lines(figures, memory, source):
     for name, row in figures.items():
         ours, plain = (f"{row[key]:.2f} s" for key in ("seconds", "plain_seconds"))
         lines.append(f"| {name} | {ours} | {plain} | {row['ratio']:.2f} |")
-    lines += ["", "| peak memory, a process each | GB | seconds |", "|---|---|---|"]
+    lines += ["", "| peak memory, a process each | GB | of each process |", "|---|---|---|"]
     for name, row in memory.items():
-        lines.append(f"| {name} | {row['gigabytes']:.2f} | {row['seconds']:.0f} |")
+        every = ", ".join(f"{one:.2f}" for one in row["every"])
+        lines.append(f"| {name} | {row['gigabytes']:.2f} | {every} |")
     return lines
 
 
