@@ -23,10 +23,10 @@ from common import (
 )
 
 #: Tokens of the prompt, and rounds.
-LENGTHS = {1024: 7, 2048: 3, 4096: 2, 8192: 1}
+LENGTHS = {1024: 9, 2048: 5, 4096: 3, 8192: 2}
 BRIDGE_AT, MEMORY_AT, LONGEST = 4096, 8192, 32768
 #: The same run's peak differs by 0.3 GB from process to process: the median of this many.
-PROCESSES = 2
+PROCESSES = 3
 #: The patterns of all layers at 4,096 tokens are 18 GB; half of them are cached.
 CACHED_LAYERS = 15
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         parse_edit,
     )
     from .effects.copying import copied_lags, copying_losses
-    from .explain import Explanation, explain, explain_all
+    from .explain import explain, explain_all
+    from .explanations import Explanation
     from .fused import fused
     from .models import load
     from .monitor import SlashMonitor
@@ -45,7 +46,8 @@ _HOMES = {
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
     "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
     "effects.copying": "copied_lags copying_losses",
-    "explain": "Explanation explain explain_all",
+    "explain": "explain explain_all",
+    "explanations": "Explanation",
     "fused": "fused",
     "models": "load",
     "monitor": "SlashMonitor",

@@ -21,8 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .calls import by_matrix as forming_matrices
-from .calls import internal_passes
+from .calls import by_matrix, internal_passes
 from .errors import ModelError, OffsetError
 from .heads import Head, HeadsLike, heads, require_heads
 from .slash import as_offsets
@@ -236,7 +235,7 @@ def run_probe(
     model: TransformerBridge,
     tokens: Tensor,
     hooks: list[tuple[str, Any]],
-    by_matrix: bool = True,
+    matrices: bool = True,
 ) -> None:
     """One forward pass for the sake of `hooks` alone. Raises ModelError if the model cannot run.
 
@@ -246,7 +245,7 @@ def run_probe(
         torch.no_grad(),
         torch.autocast(torch.device(model.cfg.device).type, enabled=False),
         internal_passes(),
-        forming_matrices(by_matrix),
+        by_matrix(matrices),
         suspended(model),
         warnings.catch_warnings(),
     ):

@@ -25,8 +25,7 @@ from .options import (
     SeedOption,
     TokensOption,
 )
-from .output import console as new_console
-from .output import print_json, require_suffix
+from .output import new_console, print_json, require_suffix
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -120,17 +120,6 @@ class EditedAttention(Attention):
         sums = torch.nn.functional.pad(sums, (0, max(0, max(offsets) + 1 - sums.shape[-1])))
         return sums[..., torch.tensor(offsets, device=sums.device)]
 
-    def matrix(self, stage: str) -> Float[Tensor, "batch head query key"]:
-        """The whole changed matrix of "scores" or "pattern": the dense reference."""
-        every = torch.arange(self.mask.n_queries, device=self.q.device)[None, None]
-        logits = self.dense(range(self.q.shape[1]), every, (0, self.mask.n_keys))
-        logits = self._changed_matrix(logits, "scores", self.mask.past)
-        if stage == "scores":
-            return logits
-        lse = self.log_sum(logits, range(self.q.shape[1]))
-        pattern = (logits - lse[..., None]).exp()
-        return self._changed_matrix(pattern, "pattern", self.mask.past)
-
     def _changed_matrix(
         self, matrix: Float[Tensor, "batch head row key"], stage: str, past: int
     ) -> Float[Tensor, "batch head row key"]:
@@ -243,10 +232,10 @@ class EditedAttention(Attention):
         scores = tuple(change for change in changes if change.stage == "scores")
         new_out, new_lse = self._afresh(heads, scores, rows + start)
         keep = chosen.gather(-1, rows)  # heads with fewer such rows get others too
-        wide = rows[..., None].expand(*rows.shape, out.shape[-1])
-        new_out = torch.where(keep[..., None], new_out.to(out.dtype), out.gather(2, wide))
+        places = rows[..., None].expand(*rows.shape, out.shape[-1])
+        new_out = torch.where(keep[..., None], new_out.to(out.dtype), out.gather(2, places))
         new_lse = torch.where(keep, new_lse, lse.gather(2, rows))
-        return out.scatter(2, wide, new_out), lse.scatter(2, rows, new_lse)
+        return out.scatter(2, places, new_out), lse.scatter(2, rows, new_lse)
 
     def _afresh(
         self,
@@ -281,15 +270,15 @@ class EditedAttention(Attention):
             mask.batch, len(heads), mask.n_keys, dtype=widest(q.device), device=q.device
         )
         simple = mask.plain and mask.real is None
-        for block, _ in self.blocks():
+        for block, (left, right) in self.blocks():
             first, last = int(block[0]), int(block[-1]) + 1
-            n_keys = mask.past + last
+            right = min(right, mask.past + last)  # keys in the future have no offset
             if simple:
                 # Entries in the future are never read, so they need no mask.
-                logits = self._capped(q[:, :, first:last] @ k[:, :, :n_keys].mT)
+                logits = self._capped(q[:, :, first:last] @ k[:, :, left:right].mT)
             else:
-                logits = self.dense(heads, block[None, None], (0, n_keys)).detach()
-            past = mask.past + first
+                logits = self.dense(heads, block[None, None], (left, right)).detach()
+            past = mask.past + first - left
             logits = self._changed_matrix(logits, "scores", past)
             pattern = logits.sub_(lse[:, :, first:last, None]).exp_()
             pattern = self._changed_matrix(pattern, "pattern", past)

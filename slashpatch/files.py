@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import OutputError
+from .errors import OutputError, SlashpatchError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 TABLE_SUFFIXES = (".csv", ".json", ".parquet")
 
@@ -73,3 +75,42 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         )
     with written_whole(path) as file:
         writers[suffix](file)
+
+
+def save_tensors(
+    path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Write a .safetensors file with a header of JSON values, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with written_whole(path) as file:
+        save_file(tensors, file, metadata={"slashpatch": json.dumps(header)})
+
+
+def load_tensors(
+    path: str | os.PathLike[str],
+    format: str,
+    build: Callable[[dict[str, Any], dict[str, Tensor]], Any],
+    error: type[SlashpatchError],
+) -> Any:
+    """What `build` makes of a header and tensors that `save_tensors` wrote with this format.
+
+    Raises `error` for any other file, and where `build` cannot make anything of the parts.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("slashpatch", "{}"))
+            if header.get("format") != format:
+                raise error(f"{str(path)!r} holds nothing of the format {format}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return build(header, tensors)
+    except FileNotFoundError:
+        raise error(f"no file {str(path)!r}; expected one of the format {format}") from None
+    except error:
+        raise
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as why:
+        raise error(
+            f"{str(path)!r} is no file of the format {format}: {type(why).__name__}: {why}"
+        ) from None

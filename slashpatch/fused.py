@@ -49,7 +49,7 @@ def fused(model: TransformerBridge) -> Iterator[TransformerBridge]:
         engine = _engines[model] = _Engine(model)
     engine.users += 1
     try:
-        engine.refuse_hooks()
+        refuse_hooks(model)
         yield model
     finally:
         engine.users -= 1
@@ -124,7 +124,7 @@ def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
     run_probe(model, tokens, hooks(found[0]))
     engine = _Engine(model)
     try:
-        run_probe(model, tokens, hooks(found[1]), by_matrix=False)
+        run_probe(model, tokens, hooks(found[1]), matrices=False)
     except (FusedError, ModelError) as error:
         raise ModelError(f"slashpatch cannot run this model fused: {error}") from error
     finally:
@@ -200,10 +200,6 @@ class _Layer:
 _lent: dict[int, tuple[Any, Any, int]] = {}
 
 
-def _implementation(config: Any) -> Any:
-    return config._attn_implementation_internal
-
-
 class _Engine:
     """What is changed in a model while it runs fused."""
 
@@ -221,25 +217,21 @@ class _Engine:
         }
         self._configs = list(configs.values())
         for config in self._configs:
-            _, before, users = _lent.get(id(config), (config, _implementation(config), 0))
+            fresh = (config, config._attn_implementation_internal, 0)
+            _, before, users = _lent.get(id(config), fresh)
             _lent[id(config)] = (config, before, users + 1)
             config._attn_implementation_internal = _NAME
         self.layers = [_Layer(self, index, block.attn) for index, block in enumerate(model.blocks)]
         self._watch = CallWatch(model.original_model, self._start)
 
-    def refuse_hooks(self) -> None:
-        """Raise FusedError if somebody else's hook sits on scores or pattern."""
-        model = self._model()
-        if model is not None:
-            refuse_hooks(model)
-
     def _start(self, call: Call) -> None:
-        if matrix_is_needed():
+        model = self._model()
+        if matrix_is_needed() or model is None:
             return
-        self.refuse_hooks()
+        refuse_hooks(model)
         self.by_matrix = {
             int(point.name.split(".")[1])
-            for point in _matrix_points(self._model())
+            for point in _matrix_points(model)
             for handle in point.fwd_hooks
             if hasattr(handle.user_hook, "slashpatch")
             and handle.user_hook.slashpatch[2].needs_matrix

@@ -21,7 +21,7 @@ def require_suffix(path: Path | None, suffixes: tuple[str, ...]) -> None:
         )
 
 
-def console() -> Console:
+def new_console() -> Console:
     """Stdout; plain text, wide enough for the tables, where it is no terminal."""
     from rich.console import Console
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .errors import HeadError, ScanError
-from .files import written_whole
+from .files import load_tensors, save_tensors
 from .heads import Head, HeadsLike, heads, require_heads
 from .moments import Moments, Profile
 from .slash import as_offsets
@@ -191,8 +190,6 @@ class Scan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file, whole or not at all. Raises OutputError or ScanError."""
-        from safetensors.torch import save_file
-
         if Path(path).suffix != ".safetensors":
             raise ScanError(f"a scan is saved as .safetensors; got {str(path)!r}")
         header = {
@@ -205,8 +202,7 @@ class Scan:
         if self.moments is not None:
             header["pairing"] = list(self.moments.pairing)
             tensors |= {f"moments.{name}": t for name, t in self.moments.tensors().items()}
-        with written_whole(path) as file:
-            save_file(tensors, file, metadata={"slashpatch": json.dumps(header)})
+        save_tensors(path, header, tensors)
 
     def _validate(self, written: Any) -> None:
         """Raise ScanError for parts that do not fit together."""
@@ -244,14 +240,8 @@ class Scan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scan:
         """Read what `save` wrote. Raises ScanError for anything else."""
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("slashpatch", "{}"))
-                if header.get("format") != _FORMAT:
-                    raise ScanError(f"{str(path)!r} holds no scan of the format {_FORMAT}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        def build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Scan:
             moments = {
                 name.removeprefix("moments."): tensor
                 for name, tensor in tensors.items()
@@ -268,21 +258,9 @@ class Scan:
             )
             scan._validate(header["offsets"])
             return scan
-        except FileNotFoundError:
-            raise ScanError(f"no file {str(path)!r}; expected one that Scan.save wrote") from None
-        except (
-            SafetensorError,
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ) as error:
-            if isinstance(error, ScanError):
-                raise
-            raise ScanError(
-                f"{str(path)!r} is no file that Scan.save wrote: {type(error).__name__}: {error}"
-            ) from None
+
+        found: Scan = load_tensors(path, _FORMAT, build, ScanError)
+        return found
 
 
 def require_kappa(kappa: float) -> None:

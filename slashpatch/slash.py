@@ -25,8 +25,9 @@ from .errors import OffsetError
 
 #: Beyond any model's context; stops a mistyped range from filling the memory.
 _MOST_OFFSETS = 2**21
-#: More offsets than this are summed along whole rows.
+#: More offsets than this are summed along whole rows, so many rows at a time.
 _WHOLE_ROWS = 96
+_ROWS = 256
 
 
 @runtime_checkable
@@ -126,16 +127,32 @@ def slash_sums(
     wide = torch.float32 if pattern.device.type == "mps" else torch.float64
     wanted = torch.tensor(offsets)
     if len(offsets) > _WHOLE_ROWS:
-        if not bool(real.all()):
-            seen = real[:, None, None] & real[:, None, -n_queries:, None]
-            pattern = pattern.masked_fill(~seen.to(pattern.device), 0)
-        sums = diagonal_sums(pattern.detach().to(wide), pattern.shape[-1] - n_queries).cpu()
+        sums = _all_sums(pattern.detach(), real.to(pattern.device), wide).cpu()
         sums = torch.nn.functional.pad(sums, (0, max(0, int(wanted.max()) + 1 - sums.shape[-1])))
         return sums[..., wanted].double()
     rows = real_rows(real, n_queries, wanted).to(pattern.device)
     taken = slash_rows(pattern.detach(), wanted.to(pattern.device))
     # Padding may hold anything, NaN included: it is left out, not multiplied by zero.
     return taken.masked_fill(~rows[:, None], 0).sum(-2, dtype=wide).cpu().double()
+
+
+def _all_sums(
+    pattern: Float[Tensor, "batch head query key"],
+    real: Bool[Tensor, "batch key"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch head key"]:
+    """Sums over real tokens along every diagonal, some rows at a time."""
+    n_queries, n_keys = pattern.shape[-2:]
+    past, padded = n_keys - n_queries, not bool(real.all())
+    sums = torch.zeros(*pattern.shape[:2], n_keys, dtype=dtype, device=pattern.device)
+    for start in range(0, n_queries, _ROWS):
+        stop = min(start + _ROWS, n_queries)
+        rows = pattern[:, :, start:stop, : past + stop].to(dtype)
+        if padded:
+            seen = real[:, past + start : past + stop, None] & real[:, None, : past + stop]
+            rows = rows.masked_fill(~seen[:, None], 0)
+        sums[..., : past + stop] += diagonal_sums(rows, past + start)
+    return sums
 
 
 def real_rows(

@@ -47,7 +47,7 @@ class MaskArgument:
         """As a mask of zeros and lowest numbers is."""
         return True
 
-    def to(self, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> MaskArgument:
+    def to(self, *args: Any, **kwargs: Any) -> MaskArgument:
         """Itself: layers ask for their scores' dtype or device."""
         return self
 
@@ -318,7 +318,7 @@ def _named(func: Any) -> str:
 
 def _is(func: Any, name: str) -> bool:
     """Whether a torch function is `name` in one of its spellings."""
-    return _named(func) in (name, f"__{name}__", f"_{name}", f"__r{name}__")
+    return _named(func) in (name, f"__{name}__", f"__r{name}__")
 
 
 def _shown(value: Any) -> str:

@@ -146,7 +146,6 @@ def test_equals_the_matrix(seed, size, window, padding, softcap, with_sinks, mad
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MOST_OFFSETS", 0)  # by whole rows
         torch.testing.assert_close(ours.weight_sums(every, rows), sums, **close)
-    torch.testing.assert_close(ours.matrix("pattern") * real, (pattern * real).float(), **close)
 
 
 def test_small_remainders_are_computed_afresh():
@@ -175,13 +174,13 @@ def test_low_precision_within_its_rounding(dtype):
     ours.change([1], gone)
     out, pattern = by_matrix(q, k, v, mask, None, None, [([1], gone)])
     assert ours.output().dtype == dtype
-    # The output is rounded once; inside, the kernel rounds weights (at most 1) before the values.
-    limit = 4 * torch.finfo(dtype).eps * float(v.abs().max())
+    # The output is rounded once (eps/2), as is each weight before its value (eps/2 of their mean);
+    # as much again for the kernel's running sums.
+    limit = 2 * torch.finfo(dtype).eps * float(v.abs().max())
     assert float((ours.output().double() - out).abs().max()) < limit
-    # Logits are of float32; what the kernel adds up to the log-sum-exp is rounded term by term,
-    # either way, so that most of the rounding goes out in the sum.
+    # Logits are of float32; the terms of the kernel's log-sum-exp are rounded, by eps/2 each.
     off = (ours.weights((0, 1)).double() - diagonals_of(pattern, (0, 1))).abs().max()
-    assert float(off) < torch.finfo(dtype).eps / 8
+    assert float(off) < torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("made", [[], [([1], DiagonalChange("scores", (1,), -math.inf, 0.0))]])

@@ -5,7 +5,7 @@ import torch
 
 import slashpatch as sp
 from slashpatch.errors import HeadError, ScanError
-from slashpatch.explain import verdict
+from slashpatch.explanations import verdict
 from slashpatch.moments import Profile
 from slashpatch.report.explanation import sparkline
 

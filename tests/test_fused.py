@@ -133,7 +133,11 @@ def run(model, tokens, engine, *edits, **kwargs):
 
 
 def assert_same(ours, theirs, real=None):
-    """Equal within float32, where tokens are real; in every hook that fired."""
+    """Equal within float32, where tokens are real; in every hook that fired.
+
+    A logit's terms are of order 100 here and it is known to 100 · eps · √d_head, about 5e-5, which
+    is the relative error of a weight; two layers with a residual stream make four of it.
+    """
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         one, other = ours[name], tensor
@@ -338,14 +342,6 @@ def test_other_hooks_on_the_matrix_are_refused(tiny, name):
     finally:
         tiny.reset_hooks()
     assert state_of(tiny)[0] == {"eager"}
-
-
-def test_attentions_that_are_asked_for_say_why_they_are_not_there(tiny):
-    with sp.fused(tiny), torch.no_grad():
-        out = tiny.original_model(random_tokens(1, 8), output_attentions=True)
-    for pattern in out.attentions or ():
-        with pytest.raises(FusedError, match="does not form the pattern of layer"):
-            pattern.sum()
 
 
 @pytest.mark.parametrize(

@@ -454,7 +454,7 @@ def test_bases_that_do_not_fit(tiny, tmp_path):
     with pytest.raises(EditError, match="rank is an integer from 1 to 8"):
         sp.fit_rank_one(tiny, "L0H1", random_tokens(2, 20), rank=9)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    with pytest.raises(EditError, match="no file that Basis.save wrote"):
+    with pytest.raises(EditError, match="is no file of the format slashpatch-basis"):
         sp.RankOne("L0H1", basis=tmp_path / "junk.safetensors")
 
 

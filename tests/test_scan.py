@@ -174,10 +174,10 @@ def test_files_that_are_no_scan(tmp_path):
     with pytest.raises(ScanError, match="no file"):
         sp.Scan.load(tmp_path / "absent.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    with pytest.raises(ScanError, match="no file that Scan.save wrote"):
+    with pytest.raises(ScanError, match="is no file of the format slashpatch-scan"):
         sp.Scan.load(tmp_path / "junk.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ScanError, match="holds no scan"):
+    with pytest.raises(ScanError, match="holds nothing of the format slashpatch-scan"):
         sp.Scan.load(tmp_path / "other.safetensors")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from .. import anatomy as anatomies
 from .. import rope
 from ..errors import EditError, PatchError
-from ..files import written_whole
+from ..files import load_tensors, save_tensors
 from ..heads import Head, HeadsLike, heads
 from ..prompts import prompt_set
 from ..provenance import provenance
@@ -72,8 +71,6 @@ class Basis:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file, whole or not at all. Raises OutputError or EditError."""
-        from safetensors.torch import save_file
-
         if Path(path).suffix != ".safetensors":
             raise EditError(f"a basis is saved as .safetensors; got {str(path)!r}")
         header = {
@@ -82,32 +79,21 @@ class Basis:
             "provenance": self.provenance,
         }
         tensors = {"q": self.q.contiguous(), "k": self.k.contiguous()}
-        with written_whole(path) as file:
-            save_file(tensors, file, metadata={"slashpatch": json.dumps(header)})
+        save_tensors(path, header, tensors)
         self.path.append(str(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Basis:
         """Read what `save` wrote. Raises EditError for anything else."""
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("slashpatch", "{}"))
-                if header.get("format") != _FORMAT:
-                    raise EditError(f"{str(path)!r} holds no basis of the format {_FORMAT}")
-                q, k = (file.get_tensor(name) for name in ("q", "k"))
-            found = cls(heads(header["heads"]), q, k, dict(header["provenance"]), [str(path)])
-            found._validate()
-            return found
-        except FileNotFoundError:
-            raise EditError(
-                f"no file {str(path)!r}; expected a basis that Basis.save wrote"
-            ) from None
-        except EditError:
-            raise
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise EditError(f"{str(path)!r} is no file that Basis.save wrote: {e}") from None
+        def build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Basis:
+            own, q, k = heads(header["heads"]), tensors["q"], tensors["k"]
+            basis = cls(own, q, k, dict(header["provenance"]), [str(path)])
+            basis._validate()
+            return basis
+
+        found: Basis = load_tensors(path, _FORMAT, build, EditError)
+        return found
 
     def _validate(self) -> None:
         """Raise EditError unless the directions are orthonormal, a set for each head."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from ..explain import Explanation
+    from ..explanations import Explanation
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -31,7 +31,7 @@ def sparkline(values: Sequence[float | int]) -> str:
 
 def explanation_report(one: Explanation) -> Group:
     """The explanation as a rich renderable."""
-    from ..explain import RULE
+    from ..explanations import RULE
 
     parts: list[Text | Table] = [
         Text(f"{one.head} at Δ={one.offset}: {one.verdict}", style="bold"),
