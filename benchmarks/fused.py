@@ -6,9 +6,11 @@ Both sides of a ratio run in turns in one process; each peak of memory has a pro
 
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from common import (
@@ -25,8 +27,10 @@ from common import (
 #: Tokens of the prompt, and rounds.
 LENGTHS = {1024: 9, 2048: 5, 4096: 3, 8192: 2}
 BRIDGE_AT, MEMORY_AT, LONGEST = 4096, 8192, 32768
-#: The same run's peak differs by 0.3 GB from process to process: the median of this many.
+#: Processes of each peak, of which the median counts.
 PROCESSES = 3
+#: From this size on freed memory goes back to the system at once (see `peak_of`).
+THRESHOLD = 2**20
 #: The patterns of all layers at 4,096 tokens are 18 GB; half of them are cached.
 CACHED_LAYERS = 15
 
@@ -41,17 +45,12 @@ def tokens_of(model, n_tokens):
     return text.repeat(-(-n_tokens // len(text)))[:n_tokens][None].to(torch.int64)
 
 
-def sdpa_model():
-    """The default model as Transformers itself runs it."""
-    import transformers
+def sdpa_model(config):
+    """The default model as Transformers itself runs it, from its configuration."""
+    from transformers import LlamaForCausalLM
 
-    import slashpatch as sp
-
-    bridge = sp.load(device="cpu")
-    plain = type(bridge.original_model)(bridge.original_model.config).eval()
-    del bridge
-    assert isinstance(plain, transformers.PreTrainedModel)
-    plain.config._attn_implementation = "sdpa"  # weights are random: the time is the same
+    plain = LlamaForCausalLM(config).eval()  # weights are random: the time is the same
+    plain.config._attn_implementation = "sdpa"
     return plain
 
 
@@ -130,14 +129,21 @@ def times(model, plain):
     return figures
 
 
-def peak_of(what, n_tokens):
-    """Run this file for one run alone, and read the peak that it reports."""
-    command = [sys.executable, __file__, what, str(n_tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def peak_of(what, n_tokens, config, threshold):
+    """Run this file for one run alone, and read the peak that it reports.
+
+    `threshold` (bytes) is from which size on the C library returns freed memory to the system at
+    once; by default it moves, and the peak then tells how the heap was fragmented by chance.
+    """
+    command = [sys.executable, __file__, what, str(n_tokens), config]
+    own = {} if threshold is None else {"MALLOC_MMAP_THRESHOLD_": str(threshold)}
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **own}
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def alone(what, n_tokens):
+def alone(what, n_tokens, config):
     """One run in this process; prints its seconds and its peak resident memory as JSON."""
     import torch
 
@@ -146,10 +152,11 @@ def alone(what, n_tokens):
 
     torch.set_num_threads(THREADS)
     if what == "sdpa":
-        model = sp.load(device="cpu")
-        tokens = tokens_of(model, n_tokens)
-        del model
-        plain = sdpa_model()
+        import transformer_lens  # noqa: F401  # both sides with the same libraries in memory
+        from transformers import LlamaConfig
+
+        plain = sdpa_model(LlamaConfig.from_json_file(config))
+        tokens = torch.randint(0, plain.config.vocab_size, (1, n_tokens))
 
         def run():
             sdpa_forward(plain, tokens)
@@ -178,19 +185,25 @@ def resident(field):
     return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024 / 1e9
 
 
-def peaks():
+def peaks(config):
     """Peak of memory, and seconds, of runs that each had a process of their own, one by one."""
     wanted = {
-        f"SDPA forward, {MEMORY_AT:,} tokens": ("sdpa", MEMORY_AT, PROCESSES),
-        f"fused scan of 16 offsets, {MEMORY_AT:,} tokens": ("scan", MEMORY_AT, PROCESSES),
-        f"fused scan of 16 offsets, {LONGEST:,} tokens": ("scan", LONGEST, 1),
+        f"{name}, {MEMORY_AT:,} tokens{said}": (what, MEMORY_AT, PROCESSES, threshold)
+        for said, threshold in (("", THRESHOLD), (", allocator as it comes", None))
+        for name, what in (("SDPA forward", "sdpa"), ("fused scan of 16 offsets", "scan"))
     }
-    for name, (what, n_tokens, times) in wanted.items():
-        rows = [peak_of(what, n_tokens) for _ in range(times)]
-        row = {key: statistics.median(one[key] for one in rows) for key in ("seconds", "gigabytes")}
-        row["every"] = [one["gigabytes"] for one in rows]
-        print(f"{name}: {row}", flush=True)
-        yield name, row
+    wanted[f"fused scan of 16 offsets, {LONGEST:,} tokens"] = ("scan", LONGEST, 1, THRESHOLD)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/config.json"
+        config.to_json_file(path)
+        for name, (what, n_tokens, times, threshold) in wanted.items():
+            rows = [peak_of(what, n_tokens, path, threshold) for _ in range(times)]
+            row = {
+                key: statistics.median(one[key] for one in rows) for key in ("seconds", "gigabytes")
+            }
+            row["every"] = [one["gigabytes"] for one in rows]
+            print(f"{name}: {row}", flush=True)
+            yield name, row
 
 
 def readme_lines(figures, memory, source):
@@ -221,14 +234,17 @@ def main(parts):
     torch.set_num_threads(THREADS)
     model = sp.load(device="cpu")
     source = provenance(model)
+    config = model.original_model.config
     print(said(source))
     figures = read_results("fused")
     if "times" in parts:
-        figures["ratios"] = times(model, sdpa_model())
+        figures["ratios"] = times(model, sdpa_model(config))
     del model
     save(figures, source)
-    for name, row in peaks() if "peaks" in parts else ():
-        figures.setdefault("peaks", {})[name] = row
+    if "peaks" in parts:
+        figures["peaks"] = {}
+    for name, row in peaks(config) if "peaks" in parts else ():
+        figures["peaks"][name] = row
         save(figures, source)  # the last of them takes minutes
 
 
@@ -240,7 +256,7 @@ def save(figures, source):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        alone(sys.argv[1], int(sys.argv[2]))
+    if len(sys.argv) == 4:
+        alone(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     else:
         main(sys.argv[1:] or ["times", "peaks"])
