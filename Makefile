@@ -1,9 +1,9 @@
-# make demo | test | fast | lint | format | bench | clean.  Needs Python >= 3.10 with venv and pip.
+# make demo | test | fast | lint | format | bench | families | clean.  Needs Python >= 3.10 with venv and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test fast lint format bench clean
+.PHONY: demo test fast lint format bench families clean
 
 # Constraints are the tested versions; where one has no file for this Python, pip says so.
 .venv/installed: pyproject.toml constraints.txt
@@ -36,6 +36,9 @@ format: .venv/developed
 bench: .venv/developed
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/fused.py
+
+families: .venv/developed
+	$(BIN)/python -m tests.zoo
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

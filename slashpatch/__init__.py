@@ -12,6 +12,7 @@ from .errors import SlashpatchError
 from .heads import Head, heads
 
 if TYPE_CHECKING:
+    from .checks import check
     from .edits import (
         AblateHeads,
         Basis,
@@ -37,12 +38,14 @@ if TYPE_CHECKING:
     from .models import load
     from .monitor import SlashMonitor
     from .patching import hooks, patch
+    from .reports import Check, Report
     from .scan import scan
     from .scans import Scan, SlashHead
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "checks": "check",
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
     "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
     "effects.copying": "copied_lags copying_losses",
@@ -52,6 +55,7 @@ _HOMES = {
     "models": "load",
     "monitor": "SlashMonitor",
     "patching": "hooks patch",
+    "reports": "Check Report",
     "scan": "scan",
     "scans": "Scan SlashHead",
 }
@@ -60,6 +64,7 @@ _LAZY = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = [
     "AblateHeads",
     "Basis",
+    "Check",
     "DropBand",
     "Edit",
     "Explanation",
@@ -69,6 +74,7 @@ __all__ = [
     "KnockOut",
     "PlantSlash",
     "RankOne",
+    "Report",
     "ScaleBand",
     "ScaleOffsets",
     "Scan",
@@ -78,6 +84,7 @@ __all__ = [
     "SlashMonitor",
     "SlashpatchError",
     "SwapBands",
+    "check",
     "copied_lags",
     "copying_losses",
     "explain",

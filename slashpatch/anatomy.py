@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,21 +24,22 @@ from torch import Tensor
 from .calls import by_matrix, internal_passes
 from .errors import ModelError, OffsetError
 from .heads import Head, HeadsLike, heads, require_heads
+from .native import NativeRuns
+from .precision import MASKED, rounding
 from .slash import as_offsets
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _PROBE_TOKENS = 6
-#: Largest difference allowed between two ways to the same number, per dtype: a few hundred
-#: roundings of a value of order 1.
-#: Attention is computed in float32 in float64 models too.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What slashpatch knows of a model. All layers have the same heads."""
+    """What slashpatch knows of a model. All layers have the same heads.
+
+    `kwargs` are the arguments of the forward pass, of those that save work, that it takes.
+    """
 
     n_layers: int
     n_heads: int
@@ -46,6 +47,7 @@ class Anatomy:
     d_head: int
     n_ctx: int
     d_vocab: int
+    kwargs: tuple[str, ...] = ()
 
     def hook(self, layer: int, site: str) -> str:
         """Hook point name of `scores`, `pattern` or `z` in `layer`."""
@@ -128,8 +130,15 @@ def _read(model: TransformerBridge) -> Anatomy:
             + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
             + "; slashpatch needs scores, pattern and z of every layer"
         )
+    latent = [i for i, block in enumerate(model.blocks) if hasattr(block.attn, "hook_kv_latent")]
+    if latent:
+        raise ModelError(
+            f"slashpatch refuses {cfg.architecture}: layer {latent[0]} has latent attention (MLA), "
+            "where only a part of each query is rotated and all heads share one rotated key; "
+            "expected queries and keys per head"
+        )
     _verify(model, anatomy)
-    return anatomy
+    return replace(anatomy, kwargs=_saving(model, anatomy))
 
 
 @contextmanager
@@ -143,6 +152,22 @@ def suspended(model: TransformerBridge) -> Iterator[None]:
     finally:
         for point, hooks in saved:
             point._forward_hooks = hooks
+
+
+@contextmanager
+def kept_frequencies(model: TransformerBridge) -> Iterator[None]:
+    """Leave rotary modules as they are: dynamic RoPE remembers the longest prompt that it saw."""
+    saved = [
+        (module, dict(module._buffers), dict(vars(module)))
+        for module in model.original_model.modules()
+        if hasattr(module, "original_inv_freq")
+    ]
+    try:
+        yield
+    finally:
+        for module, buffers, attributes in saved:
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
 
 
 class _Probe:
@@ -173,7 +198,7 @@ class _Probe:
         functions = {"scores": self.on_scores, "pattern": self.on_pattern, "z": self.on_z}
         return [(self.anatomy.hook(self.layer, site), fn) for site, fn in functions.items()]
 
-    def check(self, tolerance: float) -> None:
+    def check(self) -> None:
         scores, pattern, z = self.scores, self.pattern, self.z
         if scores is None or pattern is None or z is None:
             site = "scores" if scores is None else "pattern" if pattern is None else "z"
@@ -183,11 +208,13 @@ class _Probe:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if float(pattern.masked_fill(visible, 0).abs().max()) > 0:
             raise self._refusal("its attention looks at later tokens; expected causal attention")
-        if float(scores.masked_fill(visible, -torch.inf).max()) > torch.finfo(scores.dtype).min / 2:
+        if float(scores.masked_fill(visible, -torch.inf).max()) > MASKED:
             raise self._refusal("its scores hook fires before the causal mask is applied")
         total = pattern.double().sum(-1, keepdim=True)
         expected = scores.double().masked_fill(~visible, -torch.inf).softmax(-1)
         off = float((pattern.double() / total - expected).abs().max())
+        # Weights are at most 1; each is rounded, as is each exponential, and so is their sum.
+        tolerance = 4 * rounding(pattern.dtype)
         if not off <= tolerance or float(total.max()) > 1 + tolerance:
             raise self._refusal(
                 f"its pattern is not the softmax of its scores (largest difference {off:.2g}); "
@@ -228,7 +255,23 @@ def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
     tokens = probe_tokens(anatomy.d_vocab).to(model.cfg.device)
     run_probe(model, tokens, [pair for probe in probes for pair in probe.hooks()])
     for probe in probes:
-        probe.check(tolerance(model))
+        try:
+            probe.check()
+        except ModelError as error:
+            attn = model.blocks[probe.layer].attn
+            raise ModelError(f"{error} (its attention is of {type(attn).__name__})") from None
+    if model.compatibility_mode:
+        return  # weights may be folded into split projections that the wrapped attention lacks
+    with NativeRuns(model) as native:
+        run_probe(model, tokens, native.hooks())
+    for layer, off, allowed, unknown in native.found:
+        if not unknown and off > allowed:
+            raise ModelError(
+                f"slashpatch refuses this model at layer {layer}: TransformerLens' attention "
+                f"({type(model.blocks[layer].attn).__name__}) differs by {off:.2g} from the one of "
+                f"Transformers that it wraps (allowed {allowed:.2g}), so its hooks carry what the "
+                "model does not compute"
+            )
 
 
 def run_probe(
@@ -236,6 +279,7 @@ def run_probe(
     tokens: Tensor,
     hooks: list[tuple[str, Any]],
     matrices: bool = True,
+    kwargs: dict[str, Any] | None = None,
 ) -> None:
     """One forward pass for the sake of `hooks` alone. Raises ModelError if the model cannot run.
 
@@ -247,16 +291,33 @@ def run_probe(
         internal_passes(),
         by_matrix(matrices),
         suspended(model),
+        kept_frequencies(model),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # what they warn of is what is being found out
         try:
-            model.run_with_hooks(tokens, fwd_hooks=hooks)
+            model.run_with_hooks(tokens, fwd_hooks=hooks, **(kwargs or {}))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise ModelError(
                 f"slashpatch refuses this model: a short forward pass failed "
                 f"({type(error).__name__}: {error})"
             ) from error
+
+
+#: Arguments that keep a pass from computing what only its hooks are wanted for.
+_SAVING = {"logits_to_keep": 1, "use_cache": False}
+
+
+def _saving(model: TransformerBridge, anatomy: Anatomy) -> tuple[str, ...]:
+    """Those of `_SAVING` that the model has, and can run with."""
+    known = inspect.signature(model.original_model.forward).parameters
+    found = tuple(name for name in _SAVING if name in known)
+    tokens = probe_tokens(anatomy.d_vocab).to(model.cfg.device)
+    try:
+        run_probe(model, tokens, [], kwargs={name: _SAVING[name] for name in found})
+    except ModelError:  # TransformerLens runs OLMo in low precision with a KV cache only
+        return tuple(name for name in found if name != "use_cache")
+    return found
 
 
 def run_for_attention(
@@ -266,14 +327,7 @@ def run_for_attention(
     hooks: Iterable[tuple[str, Any]],
 ) -> None:
     """One forward pass for the sake of its hooks: no more logits than one, and no KV cache."""
-    known = inspect.signature(model.original_model.forward).parameters
-    wanted = {"logits_to_keep": 1, "use_cache": False}
-    kwargs: dict[str, Any] = {name: wanted[name] for name in wanted if name in known}
+    kwargs: dict[str, Any] = {name: _SAVING[name] for name in read(model).kwargs}
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask.to(tokens.device)
     model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type=None, **kwargs)
-
-
-def tolerance(model: TransformerBridge) -> float:
-    """Largest difference, relative to values of order 1, that the model's dtype explains."""
-    return _TOLERANCE.get(next(model.original_model.parameters()).dtype, 1e-4)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .commands.check import check
 from .errors import EditError, OutputError, SlashpatchError
 from .options import (
     Device,
@@ -20,6 +21,7 @@ from .options import (
     EngineOption,
     JsonOption,
     KappaOption,
+    ModelArgument,
     ModelOption,
     OffsetsOption,
     SeedOption,
@@ -61,13 +63,7 @@ def _root(
 
 @app.command()
 def scan(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Scan this text instead of the built-in.")
     ] = None,
@@ -355,6 +351,9 @@ def demo(
     record = tell(_load(model, device, dtype), console, seed)
     if as_json:
         print_json(record)
+
+
+app.command()(check)
 
 
 def _load(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:

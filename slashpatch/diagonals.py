@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .precision import MASKED
+
 
 @dataclass(frozen=True)
 class DiagonalChange:
@@ -65,10 +67,10 @@ def total_at(
 def has_keys(scores: Float[Tensor, "*batch query key"], past: int) -> Bool[Tensor, "*batch query"]:
     """Whether a row has a key left: one that is neither in the future nor masked.
 
-    Masked keys carry the dtype's lowest number or −inf.
+    Masked keys carry a dtype's lowest number or −inf.
     """
     visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(past)
-    masked = scores <= torch.finfo(scores.dtype).min / 2
+    masked = scores <= MASKED
     return (visible & ~masked).any(-1)
 
 

@@ -9,19 +9,21 @@ from the KV cache, are marked, so that their product with the queries is noted a
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import anatomy as anatomies
-from .anatomy import Anatomy, probe_tokens, run_probe, tolerance
+from .anatomy import Anatomy, probe_tokens, run_probe
 from .calls import Call, CallWatch, matrix_is_needed
 from .edited import EditedAttention
 from .errors import FusedError, ModelError
 from .mask import Mask
+from .precision import MASKED, rounding
 from .symbolic import WAYS_OUT, Keys, MaskArgument, Scores
 
 if TYPE_CHECKING:
@@ -113,32 +115,47 @@ def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
             "otherwise; leave engine='auto', or load the model without it"
         )
     tokens = probe_tokens(anatomy.d_vocab).to(model.cfg.device)
-    found: list[dict[int, Tensor]] = [{}, {}]
+    right: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
+    largest: dict[int, float] = {}
 
-    def hooks(into: dict[int, Tensor]) -> list[tuple[str, Callable[..., None]]]:
-        def keep(z: Tensor, hook: Any) -> None:
-            into[hook.layer()] = z.detach().double().cpu()
+    def keep(z: Tensor, hook: Any) -> None:
+        right[hook.layer()] = z
 
-        return [(anatomy.hook(layer, "z"), keep) for layer in range(anatomy.n_layers)]
+    def compare(z: Tensor, hook: Any) -> Tensor:
+        found[hook.layer()] = z
+        return right[hook.layer()]  # so that each layer is compared on the same input
 
-    run_probe(model, tokens, hooks(found[0]))
+    def keep_scores(scores: Tensor, hook: Any) -> None:
+        masked = scores <= MASKED
+        largest[hook.layer()] = float(scores.masked_fill(masked, 0).abs().max())
+
+    layers = range(anatomy.n_layers)
+    hooks: list[tuple[str, Callable[..., Any]]] = [
+        (anatomy.hook(layer, "scores"), keep_scores) for layer in layers
+    ]
+    run_probe(model, tokens, hooks + [(anatomy.hook(layer, "z"), keep) for layer in layers])
     engine = _Engine(model)
     try:
-        run_probe(model, tokens, hooks(found[1]), matrices=False)
+        hooks = [(anatomy.hook(layer, "z"), compare) for layer in layers]
+        run_probe(model, tokens, hooks, matrices=False)
     except (FusedError, ModelError) as error:
         raise ModelError(f"slashpatch cannot run this model fused: {error}") from error
     finally:
         engine.close()
-    for layer in range(anatomy.n_layers):
+    for layer in layers:
         if engine.layers[layer].way not in ("flash", "blocks"):
             raise ModelError(
                 f"slashpatch cannot run this model fused: the attention of layer {layer} "
                 f"({type(model.blocks[layer].attn).__name__}) does not hand its keys on where "
                 "slashpatch expects it"
             )
-        right, z = (one[layer] for one in found)
-        limit = tolerance(model) * max(float(right.abs().max()), 1e-3)
-        off = float((z - right).abs().max())
+        # The product, its scale and its mask are rounded by half an eps each, on either side,
+        # which scales a weight by as much; so are weights and outputs.
+        eps = rounding(right[layer].dtype)
+        limit = math.expm1(min(3 * eps * largest[layer], 1.0)) + 8 * eps
+        limit *= max(float(right[layer].abs().max()), 1e-3)  # the first token's z is its value
+        off = float((found[layer].double() - right[layer].double()).abs().max())
         if not off <= limit:
             raise ModelError(
                 f"slashpatch cannot run this model fused: z of layer {layer} differs by {off:.2g} "
@@ -276,6 +293,11 @@ def _mask_of_pass(
             "expects a dynamic one"
         )
 
+    from transformers.masking_utils import causal_mask_function
+
+    # Falcon asks for a matrix that it may add to, of a rule that is causal all the same.
+    causal = allow_is_causal_skip or mask_function is causal_mask_function
+
     def allows(prompt: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_function(prompt, torch.zeros_like(prompt), query, key)
 
@@ -291,10 +313,10 @@ def _mask_of_pass(
         n_queries=q_length,
         n_keys=kv_length,
         first_key=kv_offset,
-        causal=allow_is_causal_skip,
+        causal=causal,
         window=local_size,
         # Where Transformers would rely on the kernel's own causal mask, padding apart.
-        plain=allow_is_causal_skip and (local_size is None or kv_length < local_size),
+        plain=causal and (local_size is None or kv_length < local_size),
         real=real,
         device=torch.device(device),
     )

@@ -21,6 +21,8 @@ from .anatomy import Anatomy
 from .errors import ModelError, ScanError
 from .fused import reads_diagonals
 from .heads import Head
+from .precision import MASKED
+from .qk import HookLayout, LayerQK
 from .rank import r1, r95
 from .rotary import Rotary
 from .slash import real_rows, slash_rows
@@ -208,6 +210,8 @@ class MomentSums:
     def __init__(self, model: TransformerBridge, anatomy: Anatomy, n_offsets: int) -> None:
         self.anatomy = anatomy
         self.layers = rope.read(model)
+        #: Of layers whose frequencies follow the prompt's length: those of these prompts.
+        self.rotaries: dict[int, Rotary] = {}
         n_pairs = max((qk.rotary.n_pairs for qk in self.layers if qk.rotary), default=0)
         n_layers, n_heads, n_kv = anatomy.n_layers, anatomy.n_heads, anatomy.n_kv_heads
         d_head, d_model = anatomy.d_head, model.cfg.d_model
@@ -248,19 +252,36 @@ class MomentSums:
         return found
 
     def _adder(
-        self, qk: rope.LayerQK, part: str, layout: rope.HookLayout | None, real: Tensor
+        self, qk: LayerQK, part: str, layout: HookLayout | None, real: Tensor
     ) -> Callable[[Tensor, Any], None]:
         every = bool(real.all())
 
         def add(tensor: Tensor, hook: Any) -> None:
-            read = tensor if layout is None else layout.read(tensor, self.anatomy.d_head)
+            read = tensor
+            if layout is not None:
+                self._same_rotation(qk)
+                read = layout.read(tensor, self.anatomy.d_head)
+                read = qk.turned_back(layout, read, torch.arange(read.shape[1])[None])
             tokens = read.flatten(0, 1) if every else read[real.to(read.device)]
             for some in tokens.detach().split(_SOME_TOKENS):
                 self._add(qk, part, some)
 
         return add
 
-    def _add(self, qk: rope.LayerQK, part: str, tokens: Tensor) -> None:
+    def _same_rotation(self, qk: LayerQK) -> None:
+        """Raise ScanError where RoPE follows the prompt's length and prompts rotate differently."""
+        if qk.live is None:
+            return
+        now = qk.current()
+        before = self.rotaries.setdefault(qk.layer, now)
+        if not torch.equal(before.inv_freq, now.inv_freq):
+            raise ScanError(
+                "the model's RoPE follows the prompt's length (dynamic or LongRoPE), and these "
+                "prompts are rotated at different frequencies, of which no profile can be made; "
+                "scan prompts of one length, or give moments=False"
+            )
+
+    def _add(self, qk: LayerQK, part: str, tokens: Tensor) -> None:
         """Add some tokens, [token, head, d_head] or [token, d_model]: products and sums in their
         own precision (float32 at least), float64 beyond.
         """
@@ -294,8 +315,7 @@ class MomentSums:
                     return
             taken = slash_rows(scores, offsets.to(scores.device))
             # Keys outside a sliding window are masked, not measured.
-            lowest = torch.finfo(taken.dtype).min / 2
-            seen = rows.to(scores.device)[:, None] & (taken > lowest)
+            seen = rows.to(scores.device)[:, None] & (taken > MASKED)
             kept = taken.masked_fill(~seen, 0)
             self.sums["logits"][layer] += kept.sum((0, 2), dtype=_widest(kept)).cpu()
             self.logit_rows[layer] += seen.sum((0, 2)).cpu()
@@ -310,7 +330,7 @@ class MomentSums:
             if qk.rotary is not None:
                 if qk.rotary.n_pairs != n_pairs:
                     raise ModelError("layers rotate different numbers of pairs; not supported")
-                inv_freq[qk.layer] = qk.rotary.inv_freq
+                inv_freq[qk.layer] = self.rotaries.get(qk.layer, qk.rotary).inv_freq
         rotaries = [qk.rotary for qk in self.layers]
         return Moments(
             n_tokens=self.n_tokens,

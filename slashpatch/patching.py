@@ -16,6 +16,7 @@ from .calls import Call, CallWatch
 from .edits import Edit, Site, parse_edit
 from .errors import EditError, PatchError
 from .private import PrivateKeys, acquire, private_of
+from .qk import HookLayout, LayerQK
 from .symbolic import Pattern, Scores, noted
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class _Attached:
         act: Callable[[Site, Tensor], Tensor],
         name: str,
         axis: int,
-        queries: rope.LayerQK | None = None,
+        queries: LayerQK | None = None,
     ) -> Callable[..., Any]:
         """A hook function that hands the edit its heads, found on `axis`, and puts them back."""
         layout = None if queries is None else queries.q
@@ -157,9 +158,13 @@ class _Attached:
             site = site_now()
             index = (slice(None),) * axis + (site.heads,)
             part = canonical[index]
+            if queries is not None:
+                part = queries.turned_back(queries.q, part, site.call.rope_positions)
             edited = act(site, part)
             if edited is part:
                 return tensor
+            if queries is not None:
+                edited = queries.turned_on(queries.q, edited, site.call.rope_positions)
             whole = canonical.clone()
             whole[index] = edited.to(whole.dtype)
             if queries is None:
@@ -175,16 +180,17 @@ class _Attached:
         self, site_now: Callable[[], Site], act: Callable[[Site, Tensor], Tensor], layer: int
     ) -> tuple[str, Callable[..., None]]:
         """The shared keys go on untouched; the edit's heads get edited copies of their own."""
-        layout, private = self._qk[layer].k, self._private
+        qk, private = self._qk[layer], self._private
         assert private is not None
 
         def hook_fn(tensor: Tensor, hook: Any) -> None:
             site = site_now()
-            shared = layout.read(tensor, self.anatomy.d_head)
+            shared = qk.k.read(tensor, self.anatomy.d_head)
+            shared = qk.turned_back(qk.k, shared, site.call.rope_positions)
             n_heads = self.anatomy.n_heads
             private.edit_keys(layer, site.heads, shared, n_heads, lambda own: act(site, own))
 
-        return layout.name, hook_fn
+        return qk.k.name, hook_fn
 
     def _add_private_hooks(self) -> None:
         """Catch rotated queries, cos and sin, and rewrite the scores of heads with private keys.
@@ -202,11 +208,12 @@ class _Attached:
             qk = self._qk[layer]
             prefix = f"blocks.{layer}.attn"
 
-            def catch_q(tensor: Tensor, hook: Any, qk: rope.LayerQK = qk) -> None:
-                if qk.rotated_q is None:
-                    private.note_queries(qk, qk.q.read(tensor, self.anatomy.d_head))
-                else:
-                    private.q[qk.layer] = tensor
+            carrier = qk.rotated_q or qk.q
+
+            def catch_q(
+                tensor: Tensor, hook: Any, layer: int = layer, carrier: HookLayout = carrier
+            ) -> None:
+                private.q[layer] = carrier.read(tensor, self.anatomy.d_head)
 
             def catch_cos(tensor: Tensor, hook: Any, layer: int = layer) -> None:
                 private.tables[layer, "cos"] = tensor
@@ -214,11 +221,11 @@ class _Attached:
             def catch_sin(tensor: Tensor, hook: Any, layer: int = layer) -> None:
                 private.tables[layer, "sin"] = tensor
 
-            def rewrite(scores: Any, hook: Any, qk: rope.LayerQK = qk) -> Any:
+            def rewrite(scores: Any, hook: Any, qk: LayerQK = qk) -> Any:
                 _require_first(hook)
                 return private.rewrite(qk, scores, self.watch.require())
 
-            self._add(qk.rotated_q or qk.q.name, str(edit), layer, catch_q)
+            self._add(carrier.name, str(edit), layer, catch_q)
             if qk.rotary is not None:
                 self._add(f"{prefix}.hook_cos", str(edit), layer, catch_cos)
                 self._add(f"{prefix}.hook_sin", str(edit), layer, catch_sin)

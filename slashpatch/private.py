@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .calls import Call, CallWatch
 from .errors import PatchError
-from .rope import LayerQK
+from .precision import MASKED
+from .qk import LayerQK
 from .symbolic import Scores
 
 if TYPE_CHECKING:
@@ -98,8 +99,11 @@ class PrivateKeys:
         self.heads[layer] = sorted({*self.heads[layer], *heads})
 
     def note_queries(self, qk: LayerQK, q: Float[Tensor, "batch pos head d_head"]) -> None:
-        """Keep a layer's pre-RoPE queries if no hook carries the rotated ones; the last count."""
-        if qk.rotated_q is None:
+        """Keep a layer's queries as its query hook carries them; the last count.
+
+        Not where another hook carries the rotated ones.
+        """
+        if qk.rotated_q is None or qk.rotated_q.name == qk.q.name:
             self.q[qk.layer] = q
 
     def rewrite(self, qk: LayerQK, scores: Any, call: Call) -> Any:
@@ -119,10 +123,11 @@ class PrivateKeys:
         q = self.q[qk.layer][:, :, heads]
         if qk.rotated_q is None:
             q = self._rotate(qk, q)
-        own = qk.logits(q, rows[:, -n_keys:]).to(scores.dtype)
+        dtype = torch.promote_types(q.dtype, rows.dtype)
+        own = qk.logits(q.to(dtype), rows[:, -n_keys:].to(dtype)).to(scores.dtype)
         shared = scores[:, heads]
         whole = scores.clone()
-        masked = shared <= torch.finfo(scores.dtype).min / 2
+        masked = shared <= MASKED
         whole[:, heads] = torch.where(masked, shared, own)
         return whole
 
@@ -132,8 +137,10 @@ class PrivateKeys:
         """RoPE of the new tokens, with the cos and sin of this very pass."""
         if qk.rotary is None:
             return x
+        # In the dtype that the model gets: tables wider than the keys make wider keys.
         cos, sin = (
-            qk.pairs_of(self.tables[qk.layer, point])[:, :, None].to(x) for point in ("cos", "sin")
+            qk.pairs_of(self.tables[qk.layer, point])[:, :, None].to(x.device)
+            for point in ("cos", "sin")
         )
         return qk.rotary.turn_by(x, cos, sin)
 

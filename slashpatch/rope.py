@@ -8,9 +8,8 @@ refused, with the difference.
 from __future__ import annotations
 
 import dataclasses
-import math
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import einops
@@ -19,77 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import anatomy as anatomies
-from .anatomy import Anatomy, run_probe, tolerance
+from .anatomy import Anatomy, run_probe
 from .errors import ModelError
+from .precision import MASKED, rounding
+from .qk import HookLayout, LayerQK
 from .rotary import Rotary
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-
-@dataclass(frozen=True)
-class HookLayout:
-    """A hook that carries heads, and how: "pos head" or "head pos" axes, or flat."""
-
-    name: str
-    order: str
-
-    def read(self, tensor: Tensor, d_head: int) -> Float[Tensor, "batch pos head d_head"]:
-        """The tensor in the canonical layout; a view."""
-        if self.order == "flat":
-            return tensor.unflatten(-1, (-1, d_head))
-        return tensor.transpose(1, 2) if self.order == "head pos" else tensor
-
-    def write(self, canonical: Float[Tensor, "batch pos head d_head"]) -> Tensor:
-        """Inverse of `read`."""
-        if self.order == "flat":
-            return canonical.flatten(-2)
-        return canonical.transpose(1, 2) if self.order == "head pos" else canonical
-
-
-@dataclass(frozen=True)
-class LayerQK:
-    """One layer's queries and keys before RoPE and after any norm, and its rotation.
-
-    `rotary` is None for a layer without RoPE; `interleaved` says that cos and sin repeat each
-    frequency side by side instead of one half after the other; `softcap` is Gemma 2's;
-    `rotated_q` names the hook that carries the rotated queries, where there is one that does.
-    """
-
-    layer: int
-    q: HookLayout
-    k: HookLayout
-    scale: float
-    rotary: Rotary | None
-    interleaved: bool = False
-    softcap: float | None = None
-    rotated_q: str | None = None
-
-    def logits(
-        self,
-        q: Float[Tensor, "batch query head d_head"],
-        k: Float[Tensor, "batch key head d_head"],
-    ) -> Float[Tensor, "batch head query key"]:
-        """Scores before the mask, from rotated queries and keys of one head each."""
-        scores = self.scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
-        if self.softcap is None:
-            return scores
-        return self.softcap * torch.tanh(scores / self.softcap)
-
-    def require_rotary(self) -> Rotary:
-        """The rotation. Raises ModelError for a layer without RoPE."""
-        if self.rotary is None:
-            raise ModelError(
-                f"layer {self.layer} has no RoPE; rotary edits and profiles need a layer that "
-                "rotates its queries and keys"
-            )
-        return self.rotary
-
-    def pairs_of(self, table: Tensor) -> Tensor:
-        """One column per pair of a cos or sin table, [.., dim] → [.., pair]."""
-        n = self.require_rotary().n_pairs
-        return table[..., ::2] if self.interleaved else table[..., :n]
-
 
 _known: weakref.WeakKeyDictionary[Any, tuple[Anatomy, tuple[LayerQK, ...]]] = (
     weakref.WeakKeyDictionary()
@@ -109,11 +45,42 @@ def read(model: TransformerBridge) -> tuple[LayerQK, ...]:
     return layers
 
 
+def follows_length(model: TransformerBridge) -> bool:
+    """Whether RoPE's frequencies depend on the prompt's length (dynamic NTK, LongRoPE)."""
+    config = model.original_model.config.get_text_config()
+    stack = [getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]
+    while stack:
+        found = stack.pop()
+        if isinstance(found, dict):
+            if found.get("rope_type", found.get("type")) in ("dynamic", "longrope"):
+                return True
+            stack += found.values()
+    return False
+
+
+class _Frequencies:
+    """θ as a rotary module keeps it."""
+
+    def __init__(self, module: torch.nn.Module, name: str, live: bool) -> None:
+        self.values = getattr(module, name).detach().double().cpu()
+        self.live = (weakref.ref(module), name) if live else None
+
+
+def _frequencies(model: TransformerBridge) -> list[_Frequencies]:
+    live = follows_length(model)
+    return [
+        _Frequencies(module, name, live)
+        for module in model.original_model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    ]
+
+
 def _read(model: TransformerBridge, a: Anatomy) -> tuple[LayerQK, ...]:
-    _require_fixed_frequencies(model)
     n_pos = next(n for n in (7, 11, 13) if n not in (a.n_heads, a.n_kv_heads, a.d_head))
     tokens = (torch.arange(n_pos)[None] * 5 + 2) % a.d_vocab
     seen: dict[str, Tensor] = {}
+    frequencies: list[_Frequencies] = []
     available = model.hook_dict
     wanted = [
         name
@@ -123,150 +90,203 @@ def _read(model: TransformerBridge, a: Anatomy) -> tuple[LayerQK, ...]:
     ]
 
     def keep(tensor: Tensor, hook: Any, name: str) -> None:
+        if not frequencies:  # those of this very pass
+            frequencies.extend(_frequencies(model))
         seen[name] = tensor.detach().cpu().clone()
 
     hooks = [(name, lambda t, hook, name=name: keep(t, hook, name)) for name in wanted]
     run_probe(model, tokens.to(model.cfg.device), hooks)
-    frequencies = [
-        buffer.detach().double().cpu()
-        for name, buffer in model.original_model.named_buffers()
-        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
-    ]
     return tuple(
-        _read_layer(model, a, layer, seen, frequencies, n_pos) for layer in range(a.n_layers)
+        _Layer(model, a, layer, seen, frequencies, n_pos).read() for layer in range(a.n_layers)
     )
 
 
 _POINTS = ("hook_q", "hook_k", "hook_q_normed", "hook_k_normed", "hook_cos", "hook_sin",
-           "hook_rot_q", "hook_attn_scores")  # fmt: skip
+           "hook_rot_q", "hook_rot_k", "hook_attn_scores")  # fmt: skip
 
 
 def _name(layer: int, point: str) -> str:
     return f"blocks.{layer}.attn.{point}"
 
 
-def _read_layer(
-    model: TransformerBridge,
-    a: Anatomy,
-    layer: int,
-    seen: dict[str, Tensor],
-    frequencies: list[Tensor],
-    n_pos: int,
-) -> LayerQK:
-    def refusal(what: str) -> ModelError:
-        return ModelError(f"slashpatch cannot read queries and keys of layer {layer}: {what}")
+class _Layer:
+    """One layer as a short pass showed it, and the readings that may explain it."""
 
-    sites = {}
-    for point, n_heads in (("hook_q", a.n_heads), ("hook_k", a.n_kv_heads)):
-        name = _name(layer, f"{point}_normed")
-        name = name if name in seen else _name(layer, point)
-        if name not in seen:
-            raise refusal(f"the hook {name} is missing or does not fire")
-        order = _order(list(seen[name].shape), n_pos, n_heads, a.d_head)
-        if order is None:
-            raise refusal(f"{name} has shape {list(seen[name].shape)}, which is no known layout")
-        sites[point] = HookLayout(name, order)
-    scores = seen[_name(layer, "hook_attn_scores")]
-    masked = scores <= torch.finfo(scores.dtype).min / 2  # in the future, or beyond a window
-    scores = scores.double()
-    q, k = (sites[p].read(seen[sites[p].name].double(), a.d_head) for p in ("hook_q", "hook_k"))
-    k = einops.repeat(k, "b p kv d -> b p (kv group) d", group=a.n_heads // a.n_kv_heads)
-    attention = model.blocks[layer].attn.original_component
-    scale = float(getattr(attention, "scaling", a.d_head**-0.5))
-    visible = torch.ones(n_pos, n_pos, dtype=torch.bool, device=scores.device).tril() & ~masked
-    largest = float(scores.masked_fill(~visible, 0).abs().max())
-    limit = tolerance(model) * max(largest, 1e-3)
-    fits: list[tuple[float, LayerQK]] = []
-    softcap = getattr(attention, "attn_logit_softcapping", None)
-    for rotary, interleaved in _candidates(layer, seen, frequencies, scale):
-        found = LayerQK(
-            layer, sites["hook_q"], sites["hook_k"], scale, rotary, interleaved, softcap
-        )
-        if rotary is None:
-            left, right = q, k
-        else:
-            positions = torch.arange(n_pos, device=q.device)[:, None]
-            left, right = rotary.rotate(q, positions), rotary.rotate(k, positions)
-        off = float((found.logits(left, right) - scores).masked_fill(~visible, 0).abs().max())
-        name = _name(layer, "hook_rot_q")
-        carried = name in seen and seen[name].shape == left.shape
-        close = carried and float((seen[name].double() - left).abs().max()) <= limit
-        fits.append((off, dataclasses.replace(found, rotated_q=name if close else None)))
-    fits.sort(key=lambda fit: fit[0])
-    best = fits[0][0] if fits else math.inf
-    if best <= limit:
+    def __init__(
+        self,
+        model: TransformerBridge,
+        a: Anatomy,
+        layer: int,
+        seen: dict[str, Tensor],
+        frequencies: list[_Frequencies],
+        n_pos: int,
+    ) -> None:
+        self.a, self.layer, self.n_pos = a, layer, n_pos
+        self.frequencies = frequencies
+        self.seen = {
+            point: seen[_name(layer, point)] for point in _POINTS if _name(layer, point) in seen
+        }
+        attention = model.blocks[layer].attn.original_component
+        self.scale = float(getattr(attention, "scaling", a.d_head**-0.5))
+        self.softcap = getattr(attention, "attn_logit_softcapping", None)
+        self.clip = getattr(getattr(attention, "config", None), "clip_qkv", None)
+        for point in ("hook_q", "hook_k", "hook_attn_scores"):
+            if point not in self.seen:
+                raise self.refusal(f"the hook {_name(layer, point)} is missing or does not fire")
+        scores = self.seen["hook_attn_scores"]
+        masked = scores <= MASKED  # in the future, or beyond a window
+        self.visible = torch.ones(n_pos, n_pos, dtype=torch.bool).tril() & ~masked
+        self.scores = scores.double()
+        self.rounding = max(rounding(scores.dtype), rounding(self.seen["hook_q"].dtype))
+
+    def refusal(self, what: str) -> ModelError:
+        return ModelError(f"slashpatch cannot read queries and keys of layer {self.layer}: {what}")
+
+    def read(self) -> LayerQK:
+        """The reading that reproduces the scores. Raises ModelError if there is none."""
+        fits = sorted(self.readings(), key=lambda fit: fit[0])
+        excess, difference, allowed, found = fits[0]
+        if excess > 1:
+            raise self.refusal(
+                f"they do not reproduce its scores (largest difference {difference:.2g}, allowed "
+                f"{allowed:.2g}); its rotary layout or its scale is unknown"
+            )
         # Low precision may let a wrong layout pass: the right one must be clearly better.
-        rivals = [
-            off
-            for off, other in fits[1:]
-            if other.rotary and other.rotary.n_pairs > 1 and not _same(other, fits[0][1])
+        for other in fits[1:]:
+            rotary = other[3].rotary
+            if rotary and rotary.n_pairs > 1 and not _same(other[3], found):
+                if 2 * excess < other[0]:
+                    break
+                raise self.refusal(
+                    f"two rotary layouts reproduce its scores about as well ({difference:.2g} and "
+                    f"{other[1]:.2g}); load the model in float32"
+                )
+        return found
+
+    def readings(self) -> Iterator[tuple[float, float, float, LayerQK]]:
+        """Each possible reading: how far it is off in units of what rounding explains, the largest
+        difference and what is allowed there, and the reading.
+        """
+        normed = "_normed" if "hook_q_normed" in self.seen else ""
+        before = self.site("hook_q" + normed), self.site("hook_k" + normed)
+        values = tuple(self.values(site) for site in before)
+        for rotary, interleaved, live in self.rotations():
+            found = LayerQK(
+                self.layer, *before, self.scale, rotary, interleaved, self.softcap, None, live
+            )
+            turned = values if rotary is None else tuple(self.rotate(rotary, x) for x in values)
+            carried = self.site("hook_rot_q") if "hook_rot_q" in self.seen else None
+            if carried and self.off(turned[0], self.values(carried), self.slack(rotary)) <= 1:
+                found = dataclasses.replace(found, rotated_q=carried)
+            yield (*self.score_off(turned, 4 * self.slack(rotary)), found)
+        if "hook_rot_q" in self.seen and (normed or self.clip is not None):
+            yield from self.late_readings(normed)
+
+    def late_readings(self, normed: str) -> Iterator[tuple[float, float, float, LayerQK]]:
+        """Readings where nothing carries what RoPE rotates: clipped before it, or normed after it.
+
+        There queries and keys are read once they are final, and turned back.
+        """
+        names = ("hook_q_normed", "hook_k_normed") if normed else ("hook_rot_q", "hook_rot_k")
+        q, k = (dataclasses.replace(self.site(point), turned=True) for point in names)
+        sources = [self.values(self.site(point)) for point in ("hook_q", "hook_k")]
+        if self.clip is not None:
+            sources = [x.clamp(-self.clip, self.clip) for x in sources]
+        rotated = [self.values(self.site(point)) for point in ("hook_rot_q", "hook_rot_k")]
+        carried = dataclasses.replace(q, turned=False)
+        values = self.values(q), self.values(k)
+        for rotary, interleaved, live in self.rotations():
+            if rotary is None:
+                continue
+            found = LayerQK(
+                self.layer, q, k, self.scale, rotary, interleaved, self.softcap, carried, live
+            )
+            excess, difference, allowed = self.score_off(values, 4 * self.slack(None))
+            # The scores say nothing of the rotation now; what it is made from and makes does.
+            own = max(
+                self.off(self.rotate(rotary, source), made, self.slack(rotary))
+                for source, made in zip(sources, rotated, strict=True)
+            )
+            yield max(excess, own), difference, allowed, found
+
+    def site(self, point: str) -> HookLayout:
+        """A hook point with the layout that its shape shows. Raises ModelError for another."""
+        n_heads = self.a.n_heads if "_q" in point else self.a.n_kv_heads
+        shape = list(self.seen[point].shape)
+        orders = {
+            (1, self.n_pos, n_heads, self.a.d_head): "pos head",
+            (1, n_heads, self.n_pos, self.a.d_head): "head pos",
+            (1, self.n_pos, n_heads * self.a.d_head): "flat",
+        }
+        if tuple(shape) not in orders:
+            name = _name(self.layer, point)
+            raise self.refusal(f"{name} has shape {shape}, which is no known layout")
+        return HookLayout(_name(self.layer, point), orders[tuple(shape)])
+
+    def values(self, site: HookLayout) -> Float[Tensor, "batch pos head d_head"]:
+        """What a hook carried, float64; keys of a group once for each of its query heads."""
+        x = site.read(self.seen[site.name.rsplit(".", 1)[1]].double(), self.a.d_head)
+        return einops.repeat(x, "b p h d -> b p (h group) d", group=self.a.n_heads // x.shape[2])
+
+    def rotate(self, rotary: Rotary, x: Tensor) -> Tensor:
+        """RoPE at the positions of the pass."""
+        return rotary.rotate(x, torch.arange(self.n_pos)[:, None])
+
+    def slack(self, rotary: Rotary | None) -> float:
+        """What rounding may do to one side of a dot product, relative to its size.
+
+        The table, two products and a sum are rounded, by half an eps each, and the angle, which
+        float32 knows to eps · position.
+        """
+        return 2 * self.rounding + (2 * self.n_pos * rounding(torch.float32) if rotary else 0)
+
+    def off(self, found: Tensor, expected: Tensor, slack: float) -> float:
+        """Largest difference in units of what rounding explains."""
+        limit = slack * expected.abs().amax(-1, keepdim=True).clamp(min=1e-30) * 2
+        return float(((found - expected).abs() / limit).nan_to_num(torch.inf).max())
+
+    def score_off(self, sides: tuple[Tensor, ...], slack: float) -> tuple[float, float, float]:
+        """How far rotated queries and keys are from the scores: in units of what rounding explains,
+        the largest difference, and what is allowed there.
+        """
+        qk = LayerQK(self.layer, *_NOWHERE, self.scale, None, False, self.softcap)
+        sizes = (x.norm(dim=-1).transpose(1, 2) for x in sides)
+        left, right = sizes
+        products = abs(self.scale) * left[..., None] * right[..., None, :]
+        limit = slack * products.clamp(min=1e-30)
+        off = (qk.logits(sides[0], sides[1]) - self.scores).masked_fill(~self.visible, 0).abs()
+        excess = (off / limit).nan_to_num(torch.inf)
+        worst = int(excess.argmax())
+        return float(excess.max()), float(off.max()), float(limit.flatten()[worst])
+
+    def rotations(self) -> Iterator[tuple[Rotary | None, bool, Any]]:
+        """The rotations that this layer's cos and sin tables may stand for."""
+        if "hook_cos" not in self.seen or "hook_sin" not in self.seen:
+            yield None, False, None
+            return
+        cos, sin = (self.seen[point][0].double() for point in ("hook_cos", "hook_sin"))
+        gain = float(cos[0, 0])
+        half = cos.shape[-1] // 2
+        layouts = [
+            (cos[1, :half], sin[1, :half], False),
+            (cos[1, ::2], sin[1, ::2], True),
+            (cos[1], sin[1], False),
         ]
-        if not rivals or 2 * best < rivals[0]:
-            return fits[0][1]
-        raise refusal(
-            f"two rotary layouts reproduce its scores about as well ({best:.2g} and "
-            f"{rivals[0]:.2g}); load the model in float32"
-        )
-    raise refusal(
-        f"they do not reproduce its scores (largest difference {best:.2g}, allowed {limit:.2g}); "
-        "its rotary layout or its scale is unknown"
-    )
+        for cos_1, sin_1, interleaved in layouts:
+            theta = torch.atan2(sin_1, cos_1)
+            for own in self.frequencies:
+                # Tables may be rounded to the model's dtype; the scores decide in the end.
+                near = own.values.shape == theta.shape and torch.allclose(
+                    own.values, theta, rtol=1e-2, atol=1e-2
+                )
+                for pairing in ("half", "adjacent") if near else ():
+                    yield Rotary(own.values, pairing, gain, self.scale), interleaved, own.live
+
+
+_NOWHERE = (HookLayout("", ""), HookLayout("", ""))
 
 
 def _same(one: LayerQK, other: LayerQK) -> bool:
     """Whether two readings rotate alike."""
     a, b = one.rotary, other.rotary
     return bool(a and b and a.pairing == b.pairing and torch.equal(a.inv_freq, b.inv_freq))
-
-
-def _require_fixed_frequencies(model: TransformerBridge) -> None:
-    """Raise ModelError for RoPE whose frequencies depend on the prompt's length."""
-    config = model.original_model.config.get_text_config()
-    stack = [getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]
-    while stack:
-        found = stack.pop()
-        if isinstance(found, dict):
-            kind = found.get("rope_type", found.get("type"))
-            if kind in ("dynamic", "longrope"):
-                raise ModelError(
-                    f"slashpatch cannot read queries and keys under {kind} RoPE: its frequencies "
-                    "change with the prompt's length; scans and edits of the pattern work"
-                )
-            stack += found.values()
-
-
-def _order(shape: list[int], n_pos: int, n_heads: int, d_head: int) -> str | None:
-    orders = {
-        (1, n_pos, n_heads, d_head): "pos head",
-        (1, n_heads, n_pos, d_head): "head pos",
-        (1, n_pos, n_heads * d_head): "flat",
-    }
-    return orders.get(tuple(shape))
-
-
-def _candidates(
-    layer: int, seen: dict[str, Tensor], frequencies: list[Tensor], scale: float
-) -> list[tuple[Rotary | None, bool]]:
-    """The rotations that this layer's cos and sin tables may stand for."""
-    tables = [seen.get(_name(layer, point)) for point in ("hook_cos", "hook_sin")]
-    if tables[0] is None or tables[1] is None:
-        return [(None, False)]
-    cos, sin = (table[0].double().cpu() for table in tables if table is not None)
-    gain = float(cos[0, 0])
-    found: list[tuple[Rotary | None, bool]] = []
-    half = cos.shape[-1] // 2
-    layouts = [
-        (cos[1, :half], sin[1, :half], False),
-        (cos[1, ::2], sin[1, ::2], True),
-        (cos[1], sin[1], False),
-    ]
-    for cos_1, sin_1, interleaved in layouts:
-        theta = torch.atan2(sin_1, cos_1)
-        for own in frequencies:
-            # Tables may be rounded to the model's dtype; the scores decide in the end.
-            if own.shape == theta.shape and torch.allclose(own, theta, rtol=1e-2, atol=1e-2):
-                found += [(Rotary(own, pairing, gain, scale), interleaved) for pairing in _PAIRINGS]
-    return found
-
-
-_PAIRINGS = ("half", "adjacent")

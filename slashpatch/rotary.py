@@ -95,6 +95,13 @@ class Rotary:
         angle = positions[..., None].double() * self.inv_freq.to(positions.device)
         return self.turn(x, angle, self.gain)
 
+    def unrotate(
+        self, x: Float[Tensor, "*rows d_head"], positions: Tensor
+    ) -> Float[Tensor, "*rows d_head"]:
+        """Inverse of `rotate`."""
+        angle = positions[..., None].double() * self.inv_freq.to(positions.device)
+        return self.turn(x, -angle, 1 / self.gain)
+
 
 def canonical_band(band: Any) -> str:
     """The text of a band: names, `pairs 0-7`, `wavelength 8-64`, joined by `+`.

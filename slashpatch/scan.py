@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import anatomy as anatomies
+from . import rope
 from .anatomy import run_for_attention
 from .calls import by_matrix
 from .errors import ModelError, OffsetError, ScanError
@@ -112,7 +113,9 @@ def scan(
     counts = torch.zeros(len(wanted), dtype=torch.int64)
     if engine == "auto":
         engine = "bridge" if why_not(model) else "fused"
-    batches = list(_batches(found, batch_size, anatomy.n_heads, engine))
+    # Where RoPE follows the length of a batch, prompts batched together would change one another.
+    together = 1 if rope.follows_length(model) else batch_size
+    batches = list(_batches(found, together, anatomy.n_heads, engine))
     with fused(model) if engine == "fused" else by_matrix():
         for indices in progress_over(
             batches, "scanning", show=progress, n=[len(b) for b in batches]

@@ -18,6 +18,18 @@ settings.register_profile(
 settings.load_profile("slashpatch")
 
 
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread for tiny models, whose operations are too short to share; all for the real one."""
+    import torch
+
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("real") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A tiny Llama with grouped-query attention: 2 layers, 4 heads on 2 kv heads."""

@@ -14,7 +14,7 @@ from ..calls import Call
 from ..diagonals import DiagonalChange
 from ..errors import EditError, HeadError
 from ..heads import Head, HeadsLike, heads
-from ..rope import LayerQK
+from ..qk import LayerQK
 from ..rotary import Rotary
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ class Site:
 
     @property
     def rotary(self) -> Rotary:
-        """How the layer rotates; for edits of queries and keys."""
+        """How the layer rotates in this pass; for edits of queries and keys."""
         assert self.qk is not None
-        return self.qk.require_rotary()
+        return self.qk.current()
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,7 @@ def fit_rank_one(
 
         def hook_fn(tensor: Tensor, hook: Any) -> None:
             rows = layout.read(tensor.detach(), anatomy.d_head)
+            rows = layers[layer].turned_back(layout, rows, torch.arange(rows.shape[1])[None])
             for head in (head for head in chosen if head.layer == layer):
                 column = head.head if part == "q" else head.head // group
                 x = rows[:, :, column].flatten(0, 1).cpu().double()

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import rope
 from ..errors import BandError, EditError
 from ..heads import Head
-from ..rotary import Rotary, band_mask, band_pairs, canonical_band, exchanged
+from ..rotary import band_mask, band_pairs, canonical_band, exchanged
 from .base import Edit, Site
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class ScaleBand(_RotaryEdit):
         self, site: Site, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries with the band's pairs scaled."""
-        return _scaled(q, site.rotary, self.band, self.factor)
+        return _scaled(q, site, self.band, self.factor)
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,10 +126,12 @@ class DropBand(_RotaryEdit):
         self, site: Site, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries with the band's pairs at zero."""
-        return _scaled(q, site.rotary, self.band, 0.0)
+        return _scaled(q, site, self.band, 0.0)
 
 
-def _scaled(q: Tensor, rotary: Rotary, band: str, factor: float) -> Tensor:
+def _scaled(q: Tensor, site: Site, band: str, factor: float) -> Tensor:
+    assert site.qk is not None
+    rotary = site.qk.require_rotary()  # bands are of its own θ, whatever the prompt's length
     gain = torch.ones(rotary.n_pairs, dtype=q.dtype, device=q.device)
     gain[band_mask(band, rotary.inv_freq).to(q.device)] = factor
     real, imag, rest = rotary.split(q)

@@ -1,0 +1,379 @@
+"""`check`: the contract that slashpatch keeps, tried on the user's own model.
+
+What is compared is equal up to rounding, and how far rounding goes is measured on the model itself:
+each layer's inputs, queries, keys, values and outputs are multiplied by 1 ± eps of the dtype at
+random, and the logits may differ by four times what that does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import anatomy as anatomies
+from . import rope
+from .anatomy import kept_frequencies, probe_tokens, run_probe
+from .edits import (
+    AblateHeads,
+    DropBand,
+    Edit,
+    FreezeBand,
+    KeepOnly,
+    KnockOut,
+    PlantSlash,
+    RankOne,
+    ScaleBand,
+    ScaleOffsets,
+    SetFrequencies,
+    ShiftSlash,
+    SwapBands,
+)
+from .edits.rank_one import fit_rank_one
+from .errors import FusedError, ModelError, SlashpatchError
+from .fused import fused, require_fusible, ways
+from .heads import Head
+from .native import NativeRuns
+from .patching import patch
+from .precision import rounding
+from .prompts import prompt_set
+from .provenance import provenance
+from .report.progress import progress_over
+from .reports import Check, Report
+from .scan import scan
+from .slash import slash_scores
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+#: Tokens of the two prompts, and how many of them are cached before the rest.
+LENGTHS = (12, 8)
+CACHED = (7, 9)
+#: Where values are jittered to see what rounding does.
+_ROUNDED = ("hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+#: How much further than random roundings the worst ones may go.
+_WORST = 4
+
+
+def check(model: TransformerBridge, *, seed: int = 0, progress: bool | None = None) -> Report:
+    """Try on two short prompts all that slashpatch promises, edit by edit.
+
+    A check passes, fails, or is refused: slashpatch says by name what it cannot do with the model.
+    Raises ModelError only for what is no TransformerBridge in evaluation mode.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if not isinstance(model, TransformerBridge) or model.training:
+        anatomies.read(model)  # says what is wrong
+    with kept_frequencies(model):
+        rows = _Checks(model, seed, progress).run()
+    return Report(tuple(rows), provenance(model, seed=seed))
+
+
+class _RefusedError(Exception):
+    """A check that cannot be made, and why."""
+
+
+class _Checks:
+    """The checks of one model, in order; later ones need the earlier ones."""
+
+    def __init__(self, model: TransformerBridge, seed: int, progress: bool | None) -> None:
+        self.model, self.seed, self.progress = model, seed, progress
+        self.rows: list[Check] = []
+
+    def run(self) -> list[Check]:
+        """Every row of the report."""
+        if not self._try("hooks", "", self._hooks):
+            return self.rows
+        found = prompt_set(
+            self.model, random_tokens=True, n_prompts=2, max_tokens=LENGTHS[0], seed=self.seed
+        )
+        device = torch.device(self.model.cfg.device)
+        self.tokens = torch.stack(list(found.tokens)).to(device)
+        self.eps = rounding(next(self.model.original_model.parameters()).dtype)
+        self.logits = self._logits(self.tokens)
+        self.limit = self._rounding_limit()
+        self._try("attention", "", self._attention)
+        self._try("rows", "", self._rows)
+        self._try("scores", "", self._scores)
+        has_rope = self._try("q, k and RoPE", "", self._rope)
+        self._try("dtype", "", self._dtype)
+        self._try("cache", "no edit", lambda: self._cache(None, self.logits))
+        self._try("padding", "no edit", lambda: self._padding(None, self.logits))
+        can_fuse = self._try("fused", "no edit", lambda: self._fused(None, self.logits))
+        edits = self._edits(has_rope)
+        for make in progress_over(edits, "checking edits", show=self.progress):
+            self._check_edit(*make, can_fuse)
+        self._identities(has_rope)
+        return self.rows
+
+    def _try(self, contract: str, subject: str, test: Callable[[], str]) -> bool:
+        """Run one test and note what came of it; what it returns says how close it was."""
+        try:
+            with torch.no_grad():
+                row = Check(contract, subject, "pass", test())
+        except _RefusedError as refusal:
+            row = Check(contract, subject, "refused", str(refusal))
+        except AssertionError as failure:
+            row = Check(contract, subject, "fail", str(failure))
+        except SlashpatchError as error:
+            row = Check(contract, subject, "refused", str(error))
+        except Exception as error:  # whatever a model may raise is a finding of the check
+            row = Check(contract, subject, "fail", f"{type(error).__name__}: {error}")
+        self.rows.append(row)
+        return row.status == "pass"
+
+    def _logits(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = self.model.original_model(tokens, **kwargs).logits
+        return found
+
+    def _close(self, what: str, found: Tensor, expected: Tensor, limit: float) -> str:
+        off = float((found.double() - expected.double()).abs().max())
+        said = f"{what} {off:.2g} off, {limit:.2g} allowed"
+        assert off <= limit, said
+        return said
+
+    def _rounding_limit(self) -> float:
+        """How far rounding may move a logit, measured."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def jitter(x: Tensor, hook: Any) -> Tensor:
+            noise = torch.rand(x.shape, generator=generator) * 2 - 1
+            return x * (1 + self.eps * noise.to(x.device)).to(x.dtype)
+
+        available = self.model.hook_dict
+        points = [
+            f"blocks.{layer}.{point}"
+            for layer in range(self.model.cfg.n_layers)
+            for point in (
+                "hook_resid_pre",
+                "attn.hook_q",
+                "attn.hook_k",
+                "attn.hook_v",
+                "attn.hook_z",
+            )
+        ]
+        hooks = [(point, jitter) for point in points if point in available]
+        largest = 0.0
+        for _ in range(3):
+            with torch.no_grad():
+                moved = self.model.run_with_hooks(self.tokens, fwd_hooks=hooks)
+            largest = max(largest, float((moved.double() - self.logits.double()).abs().max()))
+        return _WORST * (largest + self.eps * float(self.logits.abs().max()))
+
+    def _hooks(self) -> str:
+        a = anatomies.read(self.model)
+        groups = "" if a.n_heads == a.n_kv_heads else f" on {a.n_kv_heads} KV heads"
+        return f"{a.n_layers} layers of {a.n_heads} heads{groups}, d_head {a.d_head}"
+
+    def _attention(self) -> str:
+        if self.model.compatibility_mode:
+            raise _RefusedError(
+                "in compatibility mode weights may be folded into projections that the wrapped "
+                "attention does not use; check the model before enabling it"
+            )
+        with NativeRuns(self.model) as native:
+            run_probe(self.model, probe_tokens(self.model.cfg.d_vocab), native.hooks())
+        for layer, _, _, why in native.found:
+            if why:
+                raise _RefusedError(f"layer {layer} cannot be run alone: {why}")
+        worst = max(native.found, key=lambda one: one.off / one.allowed)
+        assert worst.off <= worst.allowed, f"layer {worst.layer} is {worst.off:.2g} off"
+        return f"layer {worst.layer} {worst.off:.2g} off, {worst.allowed:.2g} allowed"
+
+    def _patterns(self) -> dict[int, Tensor]:
+        a = anatomies.read(self.model)
+        found: dict[int, Tensor] = {}
+
+        def keep(pattern: Tensor, hook: Any) -> None:
+            found[hook.layer()] = pattern.detach()
+
+        hooks = [(a.hook(layer, "pattern"), keep) for layer in range(a.n_layers)]
+        self.model.run_with_hooks(self.tokens, fwd_hooks=hooks)
+        return found
+
+    def _rows(self) -> str:
+        with_sinks = []
+        for layer, pattern in self._patterns().items():
+            total = pattern.double().sum(-1)
+            # Each weight is rounded by half an eps of itself, and in float32 each term of the sum
+            # that it was divided by.
+            limit = self.eps + pattern.shape[-1] * rounding(torch.float32)
+            assert float(total.max()) <= 1 + limit, f"rows of layer {layer} sum to more than one"
+            sinks = getattr(self.model.blocks[layer].attn.original_component, "sinks", None)
+            if sinks is None:
+                off = float((total - 1).abs().max())
+                assert off <= limit, f"rows of layer {layer} sum to one but for {off:.2g}"
+            else:
+                with_sinks.append(layer)
+        if with_sinks:
+            return f"rows of layers {with_sinks} sum to one minus the sink's share"
+        return "rows sum to one"
+
+    def _scores(self) -> str:
+        a = anatomies.read(self.model)
+        offsets = range(5)
+        direct = torch.stack(
+            [slash_scores(p, offsets).mean(0).cpu() for _, p in sorted(self._patterns().items())]
+        )
+        made = scan(
+            self.model, self.tokens.cpu(), offsets, "bridge", moments=False, progress=False
+        ).scores
+        assert made.shape == (a.n_layers, a.n_heads, len(offsets)), f"scores of shape {made.shape}"
+        # The same pattern, but for what a batch of another size rounds.
+        return self._close("slash scores", made, direct, max(8 * self.eps, 1e-6))
+
+    def _rope(self) -> str:
+        layers = rope.read(self.model)
+        kinds = [
+            f"{qk.rotary.n_pairs} {qk.rotary.pairing} pairs" if qk.rotary else "none"
+            for qk in layers
+        ]
+        if all(qk.rotary is None for qk in layers):
+            raise _RefusedError("no layer has RoPE: no rotary edits, no profiles")
+        said = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
+        live = "; frequencies follow the prompt's length" if layers[0].live else ""
+        return f"layers: {said}{live}"
+
+    def _dtype(self) -> str:
+        dtype = next(self.model.original_model.parameters()).dtype
+        assert bool(self.logits.isfinite().all()), "logits are not finite"
+        sums = scan(self.model, self.tokens.cpu(), 1, moments=False, progress=False).sums
+        assert sums.dtype == torch.float64, f"sums are of {sums.dtype}"
+        name = str(dtype).removeprefix("torch.")
+        return f"{name}; sums in float64; rounding moves logits by at most {self.limit:.2g}"
+
+    def _edits(self, has_rope: bool) -> list[tuple[str, Callable[[], tuple[Edit, Edit]]]]:
+        """By name: how to make each edit, and the one that stands for it in generation."""
+        a = anatomies.read(self.model)
+        own = (Head(0, a.n_heads - 1), Head(a.n_layers - 1, 0))
+        edits: dict[str, Callable[[], Edit]] = {
+            "AblateHeads": lambda: AblateHeads(own),
+            "ScaleOffsets": lambda: ScaleOffsets(own, [0, 1], 3.0),
+            "KnockOut": lambda: KnockOut(own, [0, 2]),
+            "KeepOnly": lambda: KeepOnly(own, [0, 1]),
+        }
+        try:
+            layers = rope.read(self.model)
+        except ModelError:
+            layers = ()
+        turned = [qk for qk in layers if qk.rotary]
+        first, last = (turned[0], turned[-1]) if turned else (None, None)
+        if first and last and first.rotary and last.rotary:
+            n = min(first.rotary.n_pairs, last.rotary.n_pairs)
+            theta = tuple((0.5 * first.rotary.inv_freq).tolist())
+            at = (Head(first.layer, a.n_heads - 1), Head(last.layer, 0))
+            edits |= {
+                "ShiftSlash": lambda: ShiftSlash(at, 1),
+                "DropBand": lambda: DropBand(at, "pairs 0"),
+                "ScaleBand": lambda: ScaleBand(at, "pairs 0", 3.0),
+                "FreezeBand": lambda: FreezeBand(at, "pairs 0"),
+                "SwapBands": lambda: SwapBands(at, "pairs 0", f"pairs {n - 1}"),
+                "SetFrequencies": lambda: SetFrequencies(at[0], theta),
+                "PlantSlash": lambda: PlantSlash(at, 2),
+            }
+            if n == 1:
+                del edits["SwapBands"]  # there is nothing to exchange
+        else:
+            names = ("ShiftSlash", "DropBand", "ScaleBand", "FreezeBand", "SwapBands",
+                     "SetFrequencies", "PlantSlash")  # fmt: skip
+            edits |= dict.fromkeys(names, lambda: ShiftSlash(own, 1))
+        same = {name: lambda make=make: (make(), make()) for name, make in edits.items()}
+
+        def rank_one() -> tuple[Edit, Edit]:
+            basis = fit_rank_one(self.model, own, self.tokens.cpu())
+            return RankOne(own), RankOne(own, basis=basis)
+
+        return [*same.items(), ("RankOne", rank_one)]
+
+    def _check_edit(self, name: str, make: Callable[[], tuple[Edit, Edit]], can_fuse: bool) -> None:
+        made: list[Edit] = []
+        logits: list[Tensor] = []
+
+        def edits() -> str:
+            made.extend(make())
+            for edit in dict.fromkeys(made):
+                with patch(self.model, edit):
+                    logits.append(self._logits(self.tokens))
+            assert not torch.equal(logits[0], self.logits), "the logits did not change"
+            assert torch.equal(self._logits(self.tokens), self.logits), "leaving it left a trace"
+            moved = float((logits[0].double() - self.logits.double()).abs().max())
+            return f"{made[0]} moves a logit by {moved:.2g}, and leaves no trace"
+
+        if self._try("edits", name, edits):
+            self._try("cache", name, lambda: self._cache(made[1], logits[-1]))
+            self._try("padding", name, lambda: self._padding(made[0], logits[0]))
+            if can_fuse:
+                self._try("fused", name, lambda: self._fused(made[0], logits[0]))
+
+    def _under(self, edit: Edit | None) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if edit is None else patch(self.model, edit)
+
+    def _cache(self, edit: Edit | None, whole: Tensor) -> str:
+        steps = []
+        with self._under(edit):
+            cache = None
+            for start, stop in zip((0, *CACHED), (*CACHED, LENGTHS[0]), strict=True):
+                part = self.tokens[:, start:stop]
+                out = self.model.original_model(part, past_key_values=cache, use_cache=True)
+                cache = getattr(out, "past_key_values", None)
+                if cache is None:
+                    raise _RefusedError("the model returns no KV cache")
+                steps.append(out.logits)
+        return self._close("cached tokens", torch.cat(steps, 1), whole, self.limit)
+
+    def _padding(self, edit: Edit | None, whole: Tensor) -> str:
+        long, short = LENGTHS
+        with self._under(edit):
+            alone = [whole[:1], self._logits(self.tokens[1:, :short])]
+        said = ""
+        for side in ("right", "left"):
+            batch, mask = self.tokens.clone(), torch.ones_like(self.tokens)
+            at = slice(0, short) if side == "right" else slice(long - short, long)
+            pad = slice(short, long) if side == "right" else slice(0, long - short)
+            batch[1, at], batch[1, pad], mask[1, pad] = self.tokens[1, :short], 0, 0
+            kwargs: dict[str, Tensor] = {"attention_mask": mask}
+            if side == "left":
+                kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+            with self._under(edit):
+                both = self._logits(batch, **kwargs)
+            self._close(f"the long prompt beside one padded {side}", both[:1], alone[0], self.limit)
+            said = self._close(f"a prompt padded {side}", both[1:, at], alone[1], self.limit)
+        return said
+
+    def _fused(self, edit: Edit | None, expected: Tensor) -> str:
+        require_fusible(self.model)
+        with self._under(edit), fused(self.model):
+            found = self._logits(self.tokens)
+            went = sorted(set(ways(self.model)))
+        if "bridge" in went:
+            raise FusedError("a layer formed its matrix")
+        return f"{self._close('logits', found, expected, self.limit)}, by {' and '.join(went)}"
+
+    def _identities(self, has_rope: bool) -> None:
+        a = anatomies.read(self.model)
+        head = Head(a.n_layers - 1, 0)
+        edits: list[Edit] = [
+            ScaleOffsets(head, [0, 1], 1.0),
+            RankOne(head, rank=a.d_head),
+        ]
+        turned = [qk.layer for qk in rope.read(self.model) if qk.rotary] if has_rope else []
+        if turned:
+            head = Head(turned[-1], 0)
+            edits += [
+                ShiftSlash(head, 0),
+                ScaleBand(head, "pairs 0", 1.0),
+                SwapBands(head, "pairs 0", "pairs 0"),
+            ]
+        for edit in edits:
+
+            def nothing(edit: Edit = edit) -> str:
+                with patch(self.model, edit):
+                    found = self._logits(self.tokens)
+                return self._close("logits", found, self.logits, self.limit)
+
+            self._try("identities", str(edit), nothing)

@@ -1,0 +1,33 @@
+"""The table of `check`."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..reports import CONTRACTS, Report
+
+_STYLES = {"pass": "green", "refused": "yellow", "fail": "bold red"}
+
+
+def check_table(report: Report) -> Group:
+    """Each contract with what came of it; edits that passed alike share a line."""
+    table = Table(show_lines=False)
+    table.add_column("contract", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("of", overflow="fold")
+    table.add_column("", overflow="fold")
+    for contract in CONTRACTS:
+        rows = [check for check in report.checks if check.contract == contract]
+        for status in ("pass", "refused", "fail"):
+            found = [check for check in rows if check.status == status]
+            for why in dict.fromkeys(check.detail if status != "pass" else "" for check in found):
+                same = [check for check in found if status == "pass" or check.detail == why]
+                of = ", ".join(check.subject for check in same if check.subject)
+                detail = same[0].detail if len(same) == 1 else why
+                table.add_row(contract, Text(status, style=_STYLES[status]), of, detail)
+    counts = {status: sum(one.status == status for one in report.checks) for status in _STYLES}
+    said = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    title = Text(f"{report.provenance['model']}: {said}", style="bold")
+    return Group(title, table)

@@ -1,0 +1,373 @@
+"""The whole contract over every family, in every dtype; and inputs that families differ on."""
+
+import functools
+
+import pytest
+import torch
+
+import slashpatch as sp
+from slashpatch import anatomy, rope
+from slashpatch.checks import check
+from slashpatch.errors import ModelError, ScanError
+from slashpatch.precision import rounding
+from slashpatch.reports import CONTRACTS
+
+from .tiny import bridge, padded, random_tokens
+from .zoo import FAMILIES, N_CTX, N_LAYERS, build, in_readme, report, table, zoo
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SUPPORTED = [name for name in FAMILIES if not FAMILIES[name].refused]
+WITH_ROPE = [name for name in SUPPORTED if name != "GPT-2"]
+each_family = pytest.mark.parametrize("name", SUPPORTED)
+each_rope = pytest.mark.parametrize("name", WITH_ROPE)
+LIVE = [name for name in SUPPORTED if "prompt's length" in FAMILIES[name].about]
+
+
+#: float16 where it is not like bfloat16: masks, sinks, wide tables of cos and sin, capped scores.
+IN_HALF = ["GPT-OSS", "Gemma 2", "OLMo 2", "HunYuan"]
+CASES = [
+    *((name, torch.float32) for name in FAMILIES),
+    *((name, torch.bfloat16) for name in FAMILIES),
+    *((name, torch.float16) for name in IN_HALF),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda one: str(one))
+def test_the_contract(name, dtype):
+    found = report(name, dtype)
+    assert found.ok, str(found)
+    refused = [one for one in found.checks if one.status == "refused"]
+    if FAMILIES[name].refused:
+        assert [one.contract for one in found.checks] == ["hooks"]
+        assert FAMILIES[name].refused in refused[0].detail
+        return
+    assert {one.contract for one in found.checks} == set(CONTRACTS)
+    if name != "GPT-2":
+        assert not refused, str(found)
+        return
+    assert all("no RoPE" in one.detail or "no layer has RoPE" in one.detail for one in refused)
+    assert len(refused) == 8
+
+
+def test_the_readme_has_the_table_of_these_checks():
+    assert in_readme()[1].splitlines() == table(), "run `make families`"
+
+
+@each_family
+def test_the_bridge_computes_what_transformers_does(name):
+    """Before anything of ours is trusted: logits of the model that was wrapped."""
+    tokens = random_tokens(2, 20)
+    with torch.no_grad():
+        expected = build(FAMILIES[name])(tokens).logits
+        found = bridge(build(FAMILIES[name]), "fresh")(tokens)
+    # Two orders of the same float32 sums.
+    limit = 1e3 * rounding(torch.float32) * float(expected.abs().max())
+    assert float((found - expected).abs().max()) < limit
+
+
+@each_family
+def test_frequencies_and_pairs(name):
+    family, layers = FAMILIES[name], rope.read(zoo(name))
+    assert len(layers) == N_LAYERS
+    last = layers[-1].rotary
+    assert (last.pairing if last else "") == family.pairing
+    own = [b for n, b in zoo(name).original_model.named_buffers() if n.endswith("inv_freq")]
+    for qk in layers:
+        if qk.rotary:
+            assert any(torch.equal(qk.rotary.inv_freq, buffer.double()) for buffer in own)
+        assert (qk.live is not None) == (name in LIVE)
+    if name == "Gemma 3":
+        assert not torch.equal(layers[0].rotary.inv_freq, layers[1].rotary.inv_freq)
+    if "YaRN" in name or "YaRN" in family.about:
+        assert last.gain > 1
+
+
+@each_rope
+def test_other_frequencies_are_those_of_a_model_that_has_them(name):
+    """`SetFrequencies` on all heads against a model whose rotary module was changed."""
+    if name == "HunYuan":
+        pytest.skip("normed after RoPE: its rotation is not the last thing that acts on a pair")
+    model, tokens = zoo(name), random_tokens(2, 12)
+    other = bridge(build(FAMILIES[name]), "other")
+    for module in other.original_model.modules():
+        for buffer, values in module.named_buffers(recurse=False):
+            if "inv_freq" in buffer:  # the original too, which dynamic RoPE goes back to
+                values.mul_(0.5)
+    edits = [
+        sp.SetFrequencies([(qk.layer, head) for head in range(4)], _halved)
+        for qk in rope.read(model)
+        if qk.rotary
+    ]
+    with torch.no_grad():
+        expected = other(tokens)
+        with sp.patch(model, *edits):
+            found = model(tokens)
+        assert not torch.allclose(model(tokens), expected, atol=1e-2)
+    torch.testing.assert_close(found, expected, atol=2e-4 * float(expected.abs().max()), rtol=0)
+
+
+def _halved(theta):
+    return 0.5 * theta
+
+
+@each_rope
+def test_a_shifted_head_scores_as_from_other_positions(name):
+    """Logit i → j of a query turned back by 2 is the intact one of i + 2 → j for equal vectors."""
+    model = zoo(name)
+    qk = next(one for one in rope.read(model) if one.rotary)
+    tokens = torch.full((1, 10), 7)  # one token again and again: one query, one key
+    found = {}
+
+    def keep(scores, hook):
+        found[hook.name] = scores[0, 1].detach().double()
+
+    hook = (f"blocks.{qk.layer}.attn.hook_attn_scores", keep)
+    if qk.layer:
+        pytest.skip("vectors are equal for equal tokens in the first layer only")
+    if name == "HunYuan":
+        pytest.skip("normed after RoPE: equal tokens do not have equal queries")
+    if name == "GPT-2":
+        pytest.skip("no RoPE")
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=[hook])
+        intact = found.pop(hook[0])
+        with sp.patch(model, sp.ShiftSlash((qk.layer, 1), 2)):
+            model.run_with_hooks(tokens, fwd_hooks=[hook])
+    shifted = found[hook[0]]
+    size = float(intact.masked_fill(intact < -1e4, 0).abs().max())
+    for offset in (2, 3, 4):  # what offset Δ had is now at Δ + 2
+        before, after = intact.diagonal(2 - offset).max(), shifted.diagonal(-offset).max()
+        assert float((before - after).abs()) < 1e-4 * max(size, 1)
+
+
+@each_family
+def test_a_prompt_of_one_token(name):
+    scan = sp.scan(zoo(name), torch.tensor([[5]]), [0])
+    most = 1.0
+    assert bool((scan.scores <= most + 1e-6).all())
+    if name != "GPT-OSS":  # whose sink takes a share
+        torch.testing.assert_close(scan.scores, torch.ones_like(scan.scores), atol=1e-5, rtol=0)
+    with torch.no_grad(), sp.patch(zoo(name), sp.KnockOut("L0H1", 1)):
+        assert zoo(name)(torch.tensor([[5]])).isfinite().all()
+
+
+@each_family
+def test_a_batch_of_eight_is_eight_prompts(name):
+    model = zoo(name)
+    rows = [random_tokens(1, n, seed=n)[0] for n in (12, 9, 14, 12, 5, 3, 15, 11)]
+    together = sp.scan(model, rows, range(3), batch_size=8)
+    apart = sp.scan(model, rows, range(3), batch_size=1)
+    # Sums of float32 weights in another order.
+    torch.testing.assert_close(together.scores, apart.scores, atol=1e-5, rtol=0)
+
+
+@each_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_padded_prompts_beyond_a_window(name, side):
+    """Under an edit, in both engines: the edited logits of each prompt alone."""
+    if name in LIVE:
+        pytest.skip("prompts batched together rotate by the length of the longest")
+    model, edit = zoo(name), sp.ScaleOffsets(["L0H1", "L1H2"], [1, 3], 3.0)
+    rows = [random_tokens(1, n, seed=n)[0] for n in (21, 12)]
+    tokens, mask = padded(rows, side)
+    kwargs = {"attention_mask": mask}
+    if side == "left":
+        kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), sp.patch(model, edit):
+        alone = [model.original_model(row[None]).logits[0] for row in rows]
+        both = model.original_model(tokens, **kwargs).logits
+        with sp.fused(model):
+            fused = model.original_model(tokens, **kwargs).logits
+    for row, expected in enumerate(alone):
+        real, limit = mask[row].bool(), 2e-4 * float(expected.abs().max())
+        torch.testing.assert_close(both[row][real], expected, atol=limit, rtol=0)
+        torch.testing.assert_close(fused[row][real], expected, atol=limit, rtol=0)
+
+
+@each_rope
+def test_positions_beyond_the_trained_context(name):
+    """Twice the context: both engines agree under an edit, and a cached pass with a whole one."""
+    model, tokens = zoo(name), random_tokens(1, 2 * N_CTX)
+    layer = next(qk.layer for qk in rope.read(model) if qk.rotary)
+    edit = sp.FreezeBand((layer, 1), "pairs 1")
+    with torch.no_grad(), anatomy.kept_frequencies(model), sp.patch(model, edit):
+        whole = model.original_model(tokens).logits
+        with sp.fused(model):
+            fused = model.original_model(tokens).logits
+        limit = 5e-4 * float(whole.abs().max())
+        torch.testing.assert_close(fused, whole, atol=limit, rtol=0)
+        if name in LIVE:
+            return  # the model itself gives cached keys other frequencies than new ones
+        start = model.original_model(tokens[:, :100], use_cache=True)
+        rest = model.original_model(tokens[:, 100:], past_key_values=start.past_key_values)
+        torch.testing.assert_close(rest.logits, whole[:, 100:], atol=limit, rtol=0)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_frequencies_follow_the_prompt(name):
+    """Each edit acts on the frequencies of its own pass."""
+    model = bridge(build(FAMILIES[name]), "live")
+    short, long = random_tokens(1, 10), random_tokens(1, N_CTX + 6)
+    qk = rope.read(model)[0]
+    with torch.no_grad():
+        model(short)
+        few = qk.current().inv_freq
+        model(long)
+        many = qk.current().inv_freq
+        assert torch.equal(few, qk.rotary.inv_freq)
+        assert not torch.equal(few, many)
+        tables, found = {}, {}
+
+        def table(tensor, hook):
+            tables[hook.name.rsplit("_", 1)[1]] = tensor.double()
+
+        hooks = [("blocks.0.attn.hook_cos", table), ("blocks.0.attn.hook_sin", table)]
+        model.run_with_hooks(long, fwd_hooks=hooks)
+        angle = torch.atan2(tables["sin"], tables["cos"])[0, 1, : len(many)]
+        torch.testing.assert_close(angle, many, atol=1e-6, rtol=1e-5)
+        edits = [sp.FreezeBand("L0H1", f"pairs 0-{len(many) - 1}")]
+        with sp.patch(model, *edits):  # no pair turns: the same scores wherever the tokens stand
+
+            def keep(scores, hook):
+                found[len(found)] = scores[0, 1].double()
+
+            repeated = torch.full((1, N_CTX + 6), 7)
+            model.run_with_hooks(repeated, fwd_hooks=[("blocks.0.attn.hook_attn_scores", keep)])
+        below = found[0].masked_select(torch.ones(2 * (N_CTX + 6,)).tril().bool())
+        assert float(below.max() - below.min()) < 1e-4 * max(1.0, float(below.abs().max()))
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_profiles_over_different_frequencies_are_refused(name):
+    model = bridge(build(FAMILIES[name]), "mixed")
+    rows = [random_tokens(1, n)[0] for n in (10, N_CTX)]
+    if "dynamic" in name:
+        model.cfg.n_ctx *= 2  # its frequencies change beyond the context
+        rows[1] = random_tokens(1, N_CTX + 6)[0]
+    with pytest.raises(ScanError, match=r"follows the prompt's length.*moments=False"):
+        sp.scan(model, rows, 1)
+    assert sp.scan(model, rows, 1, moments=False).scores.isfinite().all()
+    assert sp.scan(model, rows[:1], 1).profile("L0H0").correlation <= 1
+
+
+def test_reading_a_dynamic_model_leaves_its_memory_alone():
+    """It remembers the longest prompt that it saw, which a short pass of ours would reset."""
+    model = bridge(build(FAMILIES["Llama, dynamic"]), "memory")
+    long, middle = random_tokens(1, N_CTX + 30), random_tokens(1, N_CTX + 10)
+    with torch.no_grad():
+        model(long)
+        expected = model(middle)
+        model(long)
+        rope.read(model)
+        check(model)
+        assert torch.equal(model(middle), expected)
+
+
+def _tables(model, change):
+    """The model with other cos and sin tables."""
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+
+    @functools.wraps(forward)
+    def changed(x, position_ids):
+        return change(*forward(x, position_ids), position_ids[..., None])
+
+    rotary.forward = changed
+    return bridge(model, "strange")
+
+
+THETA = 1e4 ** (-torch.arange(8) / 8)
+STRANGE = {
+    "the two halves of a pair turn by different angles": lambda cos, sin, at: (
+        torch.cat([cos[..., :8], cos[..., 8:].flip(-1)], -1),
+        torch.cat([sin[..., :8], sin[..., 8:].flip(-1)], -1),
+    ),
+    "angles that grow with the square of the position": lambda cos, sin, at: (
+        (at**2 * torch.cat([THETA, THETA])).cos(),
+        (at**2 * torch.cat([THETA, THETA])).sin(),
+    ),
+    "keys and queries that shrink with the position": lambda cos, sin, at: (
+        cos / (1 + at),
+        sin / (1 + at),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_rotary_layout_that_nobody_has_is_refused(what):
+    model = _tables(build(FAMILIES["Llama"]), STRANGE[what])
+    with pytest.raises(ModelError, match="layer 0: they do not reproduce its scores"):
+        rope.read(model)
+    with (
+        pytest.raises(ModelError, match="do not reproduce"),
+        sp.patch(model, "ShiftSlash(L0H1, 1)"),
+    ):
+        pass
+    report = check(model)
+    assert report.ok  # nothing is wrong: what it cannot do, it says
+    assert report.status("q, k and RoPE") == "refused"
+    assert report.status("edits") == "part"
+    assert sp.scan(model, random_tokens(1, 9), 1).moments is None
+
+
+@pytest.mark.parametrize("processed", [True, False])
+@pytest.mark.parametrize("name", ["Qwen3", "Phi-3", "GPT-2"])
+def test_compatibility_mode(name, processed):
+    """Works with and without folded weights, but for the fused engine.
+
+    Families whose predictions TransformerLens' own folding changes stand in test_upstream.py.
+    """
+    tokens = random_tokens(1, 12)
+    model = bridge(build(FAMILIES[name]), "compatible")
+    with torch.no_grad():
+        before = model(tokens).log_softmax(-1)
+        model.enable_compatibility_mode(disable_warnings=True, no_processing=not processed)
+        after = model(tokens).log_softmax(-1)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+    report = check(model)
+    assert report.ok, str(report)
+    assert report.status("hooks") == "pass"
+    assert report.status("attention") == "refused"
+    fused = [one for one in report.checks if one.contract == "fused"]
+    assert [one.status for one in fused] == ["refused"]
+    assert "compatibility mode" in fused[0].detail
+    with sp.patch(model, sp.KnockOut("L1H2", 1)):
+        scan = sp.scan(model, tokens, [1])
+    assert float(scan.scores[1, 2, 0]) == 0
+
+
+def test_accumulators_are_of_float64_in_low_precision():
+    rows = [random_tokens(1, 14, seed=n)[0] for n in range(3)]
+    exact = sp.scan(zoo("Llama"), rows, range(3))
+    for dtype in (torch.bfloat16, torch.float16):
+        low = sp.scan(zoo("Llama", dtype), rows, range(3))
+        assert low.sums.dtype == low.moments.gram_q.dtype == torch.float64
+        assert low.provenance["dtype"] == str(dtype).removeprefix("torch.")
+        # Logits of order 20 in units of eps, and the residual stream before them.
+        assert float((low.scores - exact.scores).abs().max()) < 40 * rounding(dtype)
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_a_model_whose_weights_lie_elsewhere(where, tmp_path):
+    """Dispatched over devices: weights are brought in for each layer, and are on none meanwhile."""
+    from accelerate import cpu_offload, dispatch_model
+
+    whole, tokens = build(FAMILIES["Llama"]), random_tokens(2, 12)
+    expected = sp.scan(bridge(build(FAMILIES["Llama"]), "whole"), tokens, range(3))
+    if where == "disk":
+        places = dict.fromkeys(
+            ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"],
+            "cpu",
+        )
+        places["model.layers.1"] = "disk"
+        hf_model = dispatch_model(whole, places, "cpu", offload_dir=tmp_path, force_hooks=True)
+    else:
+        hf_model = cpu_offload(whole, execution_device="cpu")
+    model = bridge(hf_model, where)
+    devices = {parameter.device.type for parameter in model.original_model.parameters()}
+    assert "meta" in devices
+    found = sp.scan(model, tokens, range(3))
+    assert torch.equal(found.scores, expected.scores)
+    report = check(model)
+    assert report.ok, str(report)
+    assert all(one.status == "pass" for one in report.checks)
