@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import platform
 import weakref
 from importlib.metadata import PackageNotFoundError, version
@@ -25,18 +26,18 @@ def fingerprint(model: TransformerBridge) -> str:
     Remembered until a weight is replaced or changed, which its version, its place and the sums of
     its rows tell.
     """
-    weights = _distinct_weights(model)
     mark = hashlib.sha256()
-    for name, weight in weights.items():
+    hf_model = model.original_model
+    for weight in itertools.chain(hf_model.parameters(), hf_model.buffers()):
         changes = 0 if weight.is_inference() else weight._version
-        place = (name, weight.data_ptr(), changes, weight.shape, weight.dtype)
+        place = (weight.data_ptr(), changes, weight.shape, weight.dtype)
         mark.update(repr(place).encode())
         if weight.device.type != "meta" and weight.ndim:
-            mark.update(weight.sum(-1).float().cpu().numpy().tobytes())
+            mark.update(weight.detach().sum(-1).float().cpu().numpy().tobytes())
     if model in _known and _known[model][0] == mark.hexdigest():
         return _known[model][1]
     sha = hashlib.sha256()
-    for name, weight in weights.items():
+    for name, weight in _distinct_weights(model).items():
         sha.update(f"{name}{list(weight.shape)}{weight.dtype}".encode())
         if weight.device.type != "meta":
             bits = weight.contiguous().cpu().reshape(-1).view(torch.uint8)

@@ -145,6 +145,8 @@ class _Layer:
     def read(self) -> LayerQK:
         """The reading that reproduces the scores. Raises ModelError if there is none."""
         fits = sorted(self.readings(), key=lambda fit: fit[0])
+        if not fits:
+            raise self.refusal("its cos and sin are none of the model's own frequencies")
         excess, difference, allowed, found = fits[0]
         if excess > 1:
             raise self.refusal(
@@ -168,6 +170,10 @@ class _Layer:
         difference and what is allowed there, and the reading.
         """
         normed = "_normed" if "hook_q_normed" in self.seen else ""
+        if "hook_rot_q" in self.seen and (normed or self.clip is not None):
+            yield from self.late_readings(normed)
+        if self.clip is not None:
+            return  # values that these few tokens do not clip may be clipped in another prompt
         before = self.site("hook_q" + normed), self.site("hook_k" + normed)
         values = tuple(self.values(site) for site in before)
         for rotary, interleaved, live in self.rotations():
@@ -179,8 +185,6 @@ class _Layer:
             if carried and self.off(turned[0], self.values(carried), self.slack(rotary)) <= 1:
                 found = dataclasses.replace(found, rotated_q=carried)
             yield (*self.score_off(turned, 4 * self.slack(rotary)), found)
-        if "hook_rot_q" in self.seen and (normed or self.clip is not None):
-            yield from self.late_readings(normed)
 
     def late_readings(self, normed: str) -> Iterator[tuple[float, float, float, LayerQK]]:
         """Readings where nothing carries what RoPE rotates: clipped before it, or normed after it.
@@ -250,8 +254,7 @@ class _Layer:
         the largest difference, and what is allowed there.
         """
         qk = LayerQK(self.layer, *_NOWHERE, self.scale, None, False, self.softcap)
-        sizes = (x.norm(dim=-1).transpose(1, 2) for x in sides)
-        left, right = sizes
+        left, right = (x.norm(dim=-1).transpose(1, 2) for x in sides)
         products = abs(self.scale) * left[..., None] * right[..., None, :]
         limit = slack * products.clamp(min=1e-30)
         off = (qk.logits(sides[0], sides[1]) - self.scores).masked_fill(~self.visible, 0).abs()

@@ -13,7 +13,7 @@ from slashpatch.precision import rounding
 from slashpatch.reports import CONTRACTS
 
 from .tiny import bridge, padded, random_tokens
-from .zoo import FAMILIES, N_CTX, N_LAYERS, build, in_readme, report, table, zoo
+from .zoo import FAMILIES, N_CTX, N_LAYERS, Family, build, in_readme, report, table, zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SUPPORTED = [name for name in FAMILIES if not FAMILIES[name].refused]
@@ -201,6 +201,31 @@ def test_positions_beyond_the_trained_context(name):
         start = model.original_model(tokens[:, :100], use_cache=True)
         rest = model.original_model(tokens[:, 100:], past_key_values=start.past_key_values)
         torch.testing.assert_close(rest.logits, whole[:, 100:], atol=limit, rtol=0)
+
+
+def test_values_that_only_other_prompts_clip_are_clipped():
+    """OLMo whose clip no token of a short probe reaches: still read after it."""
+    config = {**FAMILIES["OLMo"].config, "clip_qkv": 1e4}
+    model = bridge(build(Family("Olmo", config)), "olmo")
+    assert all(qk.q.turned and qk.k.turned for qk in rope.read(model))
+
+
+@pytest.mark.parametrize("name", ["HunYuan", "OLMo"])
+def test_heads_read_after_rope_leave_the_others_alone(name):
+    """Turned back, edited and turned on again: other heads keep their values bit for bit."""
+    model, tokens, found = zoo(name), random_tokens(2, 12), []
+
+    def keep(z, hook):
+        found.append(z.clone())
+
+    hook = ("blocks.0.attn.hook_z", keep)
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=[hook])
+        with sp.patch(model, "ShiftSlash(L0H1, by=1)", "FreezeBand(L0H1, band='pairs 0')"):
+            model.run_with_hooks(tokens, fwd_hooks=[hook])
+    others = [0, 2, 3]
+    assert torch.equal(found[0][:, :, others], found[1][:, :, others])
+    assert not torch.equal(found[0][:, :, 1], found[1][:, :, 1])
 
 
 @pytest.mark.parametrize("name", LIVE)
