@@ -24,7 +24,7 @@ from torch import Tensor
 from .calls import by_matrix, internal_passes
 from .errors import ModelError, OffsetError
 from .heads import Head, HeadsLike, heads, require_heads
-from .native import NativeRuns
+from .native import NativeRuns, folded_apart
 from .precision import MASKED, rounding
 from .slash import as_offsets
 
@@ -157,17 +157,20 @@ def suspended(model: TransformerBridge) -> Iterator[None]:
 @contextmanager
 def kept_frequencies(model: TransformerBridge) -> Iterator[None]:
     """Leave rotary modules as they are: dynamic RoPE remembers the longest prompt that it saw."""
-    saved = [
-        (module, dict(module._buffers), dict(vars(module)))
-        for module in model.original_model.modules()
-        if hasattr(module, "original_inv_freq")
-    ]
+    saved = []
+    for module in model.original_model.modules():
+        buffers = {n: x for n, x in module._buffers.items() if n.endswith("inv_freq")}
+        if any(name.endswith("original_inv_freq") for name in {*buffers, *vars(module)}):
+            values = {name: buffer.clone() for name, buffer in buffers.items()}
+            saved.append((module, buffers, values, dict(vars(module))))
     try:
         yield
     finally:
-        for module, buffers, attributes in saved:
-            vars(module).update(attributes)
+        for module, buffers, values, attributes in saved:
+            for name, buffer in buffers.items():
+                buffer.copy_(values[name])  # LongRoPE writes in place
             module._buffers.update(buffers)
+            vars(module).update(attributes)
 
 
 class _Probe:
@@ -260,17 +263,19 @@ def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
         except ModelError as error:
             attn = model.blocks[probe.layer].attn
             raise ModelError(f"{error} (its attention is of {type(attn).__name__})") from None
-    if model.compatibility_mode:
-        return  # weights may be folded into split projections that the wrapped attention lacks
+    if folded_apart(model):
+        return
     with NativeRuns(model) as native:
         run_probe(model, tokens, native.hooks())
     for layer, off, allowed, unknown in native.found:
         if not unknown and off > allowed:
+            attn = model.blocks[layer].attn
+            hooked = "; a torch hook sits on it, remove that first" if attn._forward_hooks else ""
             raise ModelError(
                 f"slashpatch refuses this model at layer {layer}: TransformerLens' attention "
-                f"({type(model.blocks[layer].attn).__name__}) differs by {off:.2g} from the one of "
-                f"Transformers that it wraps (allowed {allowed:.2g}), so its hooks carry what the "
-                "model does not compute"
+                f"({type(attn).__name__}) differs by {off:.2g} from the one of Transformers that "
+                f"it wraps (allowed {allowed:.2g}), so its hooks carry what the model does not "
+                f"compute{hooked}"
             )
 
 

@@ -8,6 +8,7 @@ random, and the logits may differ by four times what that does.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,11 @@ from .edits import (
 )
 from .edits.rank_one import fit_rank_one
 from .errors import FusedError, ModelError, SlashpatchError
-from .fused import fused, require_fusible, ways
+from .fused import fused, is_fused, require_fusible, ways
 from .heads import Head
-from .native import NativeRuns
-from .patching import patch
+from .native import NativeRuns, folded_apart
+from .patching import active_edits, other_hooks, patch
 from .precision import rounding
-from .prompts import prompt_set
 from .provenance import provenance
 from .report.progress import progress_over
 from .reports import Check, Report
@@ -49,11 +49,12 @@ from .slash import slash_scores
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-#: Tokens of the two prompts, and how many of them are cached before the rest.
-LENGTHS = (12, 8)
-CACHED = (7, 9)
+#: Tokens of the longer prompt, where the context holds so many; of it the shorter one is two
+#: thirds, and what is cached first a half.
+_LONGEST = 12
 #: Where values are jittered to see what rounding does.
 _ROUNDED = ("hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+_DRAWS = 4
 #: How much further than random roundings the worst ones may go.
 _WORST = 4
 
@@ -62,13 +63,19 @@ def check(model: TransformerBridge, *, seed: int = 0, progress: bool | None = No
     """Try on two short prompts all that slashpatch promises, edit by edit.
 
     A check passes, fails, or is refused: slashpatch says by name what it cannot do with the model.
-    Raises ModelError only for what is no TransformerBridge in evaluation mode.
+    Raises ModelError only for what is no TransformerBridge in evaluation mode, or has hooks on it.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     if not isinstance(model, TransformerBridge) or model.training:
         anatomies.read(model)  # says what is wrong
-    with kept_frequencies(model):
+    if other_hooks(model) or active_edits(model) or is_fused(model):
+        raise ModelError(
+            "check tries the model by itself; leave slashpatch.patch and slashpatch.fused first, "
+            f"and remove other hooks ({', '.join(other_hooks(model)) or 'none'})"
+        )
+    device = torch.device(model.cfg.device).type
+    with kept_frequencies(model), torch.autocast(device, enabled=False):
         rows = _Checks(model, seed, progress).run()
     return Report(tuple(rows), provenance(model, seed=seed))
 
@@ -81,6 +88,9 @@ class _Checks:
     """The checks of one model, in order; later ones need the earlier ones."""
 
     def __init__(self, model: TransformerBridge, seed: int, progress: bool | None) -> None:
+        from transformer_lens.utilities.statistics import derive_generator
+
+        self.generator = derive_generator(seed, "check")
         self.model, self.seed, self.progress = model, seed, progress
         self.rows: list[Check] = []
 
@@ -88,25 +98,25 @@ class _Checks:
         """Every row of the report."""
         if not self._try("hooks", "", self._hooks):
             return self.rows
-        found = prompt_set(
-            self.model, random_tokens=True, n_prompts=2, max_tokens=LENGTHS[0], seed=self.seed
-        )
-        device = torch.device(self.model.cfg.device)
-        self.tokens = torch.stack(list(found.tokens)).to(device)
+        self.long = min(_LONGEST, self.model.cfg.n_ctx)
+        self.short = 2 * self.long // 3
+        self.tokens = torch.randint(
+            0, self.model.cfg.d_vocab, (2, self.long), generator=self.generator
+        ).to(torch.device(self.model.cfg.device))
         self.eps = rounding(next(self.model.original_model.parameters()).dtype)
         self.logits = self._logits(self.tokens)
-        self.limit = self._rounding_limit()
+        self.limit = self._rounding_limit(None, self.logits)
         self._try("attention", "", self._attention)
         self._try("rows", "", self._rows)
         self._try("scores", "", self._scores)
         has_rope = self._try("q, k and RoPE", "", self._rope)
         self._try("dtype", "", self._dtype)
         self._try("cache", "no edit", lambda: self._cache(None, self.logits))
-        self._try("padding", "no edit", lambda: self._padding(None, self.logits))
+        can_pad = self._try("padding", "no edit", lambda: self._padding(None, self.logits))
         can_fuse = self._try("fused", "no edit", lambda: self._fused(None, self.logits))
         edits = self._edits(has_rope)
         for make in progress_over(edits, "checking edits", show=self.progress):
-            self._check_edit(*make, can_fuse)
+            self._check_edit(*make, can_pad, can_fuse)
         self._identities(has_rope)
         return self.rows
 
@@ -131,18 +141,21 @@ class _Checks:
             found: Tensor = self.model.original_model(tokens, **kwargs).logits
         return found
 
-    def _close(self, what: str, found: Tensor, expected: Tensor, limit: float) -> str:
+    def _close(
+        self, what: str, found: Tensor, expected: Tensor, limit: float, edit: Edit | None = None
+    ) -> str:
         off = float((found.double() - expected.double()).abs().max())
+        if off > limit and edit is not None:  # an edit may sharpen what rounding does
+            limit = max(limit, self._rounding_limit(edit, expected))
         said = f"{what} {off:.2g} off, {limit:.2g} allowed"
         assert off <= limit, said
         return said
 
-    def _rounding_limit(self) -> float:
-        """How far rounding may move a logit, measured."""
-        generator = torch.Generator().manual_seed(self.seed)
+    def _rounding_limit(self, edit: Edit | None, logits: Tensor) -> float:
+        """How far rounding may move a logit under an edit, measured."""
 
         def jitter(x: Tensor, hook: Any) -> Tensor:
-            noise = torch.rand(x.shape, generator=generator) * 2 - 1
+            noise = torch.rand(x.shape, generator=self.generator) * 2 - 1
             return x * (1 + self.eps * noise.to(x.device)).to(x.dtype)
 
         available = self.model.hook_dict
@@ -158,12 +171,13 @@ class _Checks:
             )
         ]
         hooks = [(point, jitter) for point in points if point in available]
+        tokens = self.tokens[-logits.shape[0] :, : logits.shape[1]]
         largest = 0.0
-        for _ in range(3):
-            with torch.no_grad():
-                moved = self.model.run_with_hooks(self.tokens, fwd_hooks=hooks)
-            largest = max(largest, float((moved.double() - self.logits.double()).abs().max()))
-        return _WORST * (largest + self.eps * float(self.logits.abs().max()))
+        for _ in range(_DRAWS):
+            with torch.no_grad(), self._under(edit):
+                moved = self.model.run_with_hooks(tokens, fwd_hooks=hooks)
+            largest = max(largest, float((moved.double() - logits.double()).abs().max()))
+        return _WORST * (largest + self.eps * float(logits.abs().max()))
 
     def _hooks(self) -> str:
         a = anatomies.read(self.model)
@@ -171,10 +185,10 @@ class _Checks:
         return f"{a.n_layers} layers of {a.n_heads} heads{groups}, d_head {a.d_head}"
 
     def _attention(self) -> str:
-        if self.model.compatibility_mode:
+        if folded_apart(self.model):
             raise _RefusedError(
-                "in compatibility mode weights may be folded into projections that the wrapped "
-                "attention does not use; check the model before enabling it"
+                "compatibility mode folded weights into projections that the wrapped attention "
+                "does not use; check the model before enabling it"
             )
         with NativeRuns(self.model) as native:
             run_probe(self.model, probe_tokens(self.model.cfg.d_vocab), native.hooks())
@@ -216,7 +230,7 @@ class _Checks:
 
     def _scores(self) -> str:
         a = anatomies.read(self.model)
-        offsets = range(5)
+        offsets = range(min(5, self.long))
         direct = torch.stack(
             [slash_scores(p, offsets).mean(0).cpu() for _, p in sorted(self._patterns().items())]
         )
@@ -290,7 +304,9 @@ class _Checks:
 
         return [*same.items(), ("RankOne", rank_one)]
 
-    def _check_edit(self, name: str, make: Callable[[], tuple[Edit, Edit]], can_fuse: bool) -> None:
+    def _check_edit(
+        self, name: str, make: Callable[[], tuple[Edit, Edit]], can_pad: bool, can_fuse: bool
+    ) -> None:
         made: list[Edit] = []
         logits: list[Tensor] = []
 
@@ -306,7 +322,8 @@ class _Checks:
 
         if self._try("edits", name, edits):
             self._try("cache", name, lambda: self._cache(made[1], logits[-1]))
-            self._try("padding", name, lambda: self._padding(made[0], logits[0]))
+            if can_pad:
+                self._try("padding", name, lambda: self._padding(made[0], logits[0]))
             if can_fuse:
                 self._try("fused", name, lambda: self._fused(made[0], logits[0]))
 
@@ -317,17 +334,18 @@ class _Checks:
         steps = []
         with self._under(edit):
             cache = None
-            for start, stop in zip((0, *CACHED), (*CACHED, LENGTHS[0]), strict=True):
+            ends = sorted({0, self.long // 2, self.short, self.long})
+            for start, stop in itertools.pairwise(ends):
                 part = self.tokens[:, start:stop]
                 out = self.model.original_model(part, past_key_values=cache, use_cache=True)
                 cache = getattr(out, "past_key_values", None)
                 if cache is None:
                     raise _RefusedError("the model returns no KV cache")
                 steps.append(out.logits)
-        return self._close("cached tokens", torch.cat(steps, 1), whole, self.limit)
+        return self._close("cached tokens", torch.cat(steps, 1), whole, self.limit, edit)
 
     def _padding(self, edit: Edit | None, whole: Tensor) -> str:
-        long, short = LENGTHS
+        long, short = self.long, self.short
         with self._under(edit):
             alone = [whole[:1], self._logits(self.tokens[1:, :short])]
         said = ""
@@ -341,8 +359,10 @@ class _Checks:
                 kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
             with self._under(edit):
                 both = self._logits(batch, **kwargs)
+            if edit is None and bool(both[1:, at].isnan().any()):
+                raise _RefusedError(f"the model itself gives NaN for a prompt padded {side}")
             self._close(f"the long prompt beside one padded {side}", both[:1], alone[0], self.limit)
-            said = self._close(f"a prompt padded {side}", both[1:, at], alone[1], self.limit)
+            said = self._close(f"a prompt padded {side}", both[1:, at], alone[1], self.limit, edit)
         return said
 
     def _fused(self, edit: Edit | None, expected: Tensor) -> str:
@@ -352,7 +372,9 @@ class _Checks:
             went = sorted(set(ways(self.model)))
         if "bridge" in went:
             raise FusedError("a layer formed its matrix")
-        return f"{self._close('logits', found, expected, self.limit)}, by {' and '.join(went)}"
+        return (
+            f"{self._close('logits', found, expected, self.limit, edit)}, by {' and '.join(went)}"
+        )
 
     def _identities(self, has_rope: bool) -> None:
         a = anatomies.read(self.model)

@@ -74,6 +74,11 @@ def ways(model: TransformerBridge) -> list[str]:
     return ["bridge"] * n_layers if engine is None else [layer.way for layer in engine.layers]
 
 
+def is_fused(model: TransformerBridge) -> bool:
+    """Whether the model runs fused at the moment."""
+    return model in _engines
+
+
 def reads_diagonals(hook_fn: Any) -> Any:
     """Mark a hook function that takes scores or pattern through `slash_rows` alone."""
     hook_fn.reads_diagonals = True

@@ -68,7 +68,8 @@ class Moments:
             (A logit that an edit removed counts as masked.)
         inv_freq: θ of each layer, NaN for a layer without RoPE.
         gain: Gain of each layer's rotation; `scale` of its logits.
-        pairing: Layout of each layer's pairs: "half", "adjacent", or "" without RoPE.
+        pairing: Layout of each layer's pairs: "half", "adjacent", "" without RoPE, or "weighed"
+            where a norm after RoPE weighs the dimensions of a pair differently.
     """
 
     n_tokens: Int[Tensor, ""]
@@ -115,6 +116,11 @@ class Moments:
         """The layer's rotation. Raises ModelError for a layer without RoPE."""
         if not self.pairing[layer]:
             raise ModelError(f"layer {layer} has no RoPE; profiles need a layer that rotates")
+        if self.pairing[layer] == _WEIGHED:
+            raise ModelError(
+                f"layer {layer} norms queries and keys after RoPE, each dimension with a weight of "
+                "its own, so its logits depend on where tokens stand: it has no profile by offset"
+            )
         return Rotary(
             self.inv_freq[layer],
             self.pairing[layer],
@@ -200,6 +206,8 @@ class Moments:
         return frame
 
 
+#: Instead of a layout of pairs where logits depend on more than the offset.
+_WEIGHED = "weighed"
 #: Tokens at a time: what fits the processor's cache.
 _SOME_TOKENS = 1024
 
@@ -339,8 +347,14 @@ class MomentSums:
             inv_freq=inv_freq,
             gain=torch.tensor([r.gain if r else 1.0 for r in rotaries], dtype=torch.float64),
             scale=torch.tensor([qk.scale for qk in self.layers], dtype=torch.float64),
-            pairing=tuple(r.pairing if r else "" for r in rotaries),
+            pairing=tuple(_pairing(qk) for qk in self.layers),
         )
+
+
+def _pairing(qk: LayerQK) -> str:
+    if qk.rotary is None:
+        return ""
+    return qk.rotary.pairing if qk.relative else _WEIGHED
 
 
 def _widest(x: Tensor) -> torch.dtype:

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+def folded_apart(model: TransformerBridge) -> bool:
+    """Whether compatibility mode folded weights into projections that were split off a joint one:
+    the wrapped attention does not use them, and cannot be compared.
+    """
+    return bool(
+        model.compatibility_mode
+        and getattr(model, "_weights_processed", True)
+        and any("qkv" in block.attn.submodules for block in model.blocks)
+    )
+
+
 class Native(NamedTuple):
     """One layer: how far both outputs are apart, what rounding allows, or why it is not known."""
 

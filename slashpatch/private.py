@@ -144,11 +144,18 @@ class PrivateKeys:
         )
         return qk.rotary.turn_by(x, cos, sin)
 
+    def _rotated_keys(
+        self, qk: LayerQK, k: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Keys as they enter the dot product: rotated, and weighed by a norm after RoPE."""
+        rotated = self._rotate(qk, k)
+        return rotated if qk.k.weight is None else rotated * qk.k.weight.to(rotated)
+
     def _all_keys(
         self, qk: LayerQK, heads: list[int], call: Call
     ) -> Float[Tensor, "batch key own d_head"]:
         """Rotated keys of the cached tokens and then of the new ones."""
-        new = self._rotate(qk, self.keys[qk.layer][:, :, heads])
+        new = self._rotated_keys(qk, self.keys[qk.layer][:, :, heads])
         if call.past:
             known, cached = self._cached.get(call.cache, {}).get(qk.layer, ([], new[:, :0]))
             if known != heads or cached.shape[:2] != (call.batch, call.past):

@@ -15,16 +15,18 @@ from .errors import ModelError
 from .rotary import Rotary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HookLayout:
     """A hook that carries heads, and how: "pos head" or "head pos" axes, or flat.
 
     `turned` says that they are rotated there already: nothing carries them just before RoPE.
+    `weight` is what a norm after RoPE multiplies each dimension by.
     """
 
     name: str
     order: str
     turned: bool = False
+    weight: Float[Tensor, "d_head"] | None = None
 
     def read(self, tensor: Tensor, d_head: int) -> Float[Tensor, "batch pos head d_head"]:
         """The tensor in the canonical layout; a view."""
@@ -39,7 +41,7 @@ class HookLayout:
         return canonical.transpose(1, 2) if self.order == "head pos" else canonical
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerQK:
     """One layer's queries and keys before RoPE and after any norm, and its rotation.
 
@@ -88,7 +90,7 @@ class LayerQK:
         module = None if self.live is None else self.live[0]()
         if self.live is None or module is None:
             return rotary
-        now = getattr(module, self.live[1]).detach().double().cpu()
+        now = getattr(module, self.live[1]).detach().double().cpu().clone()
         return dataclasses.replace(rotary, inv_freq=now)
 
     def turned_back(
@@ -100,6 +102,7 @@ class LayerQK:
         """What a hook carries as it would be before RoPE."""
         if not site.turned:
             return x
+        x = x if site.weight is None else x / site.weight.to(x)
         return self.current().unrotate(x, positions[..., None].to(x.device))
 
     def turned_on(
@@ -111,7 +114,23 @@ class LayerQK:
         """Inverse of `turned_back`."""
         if not site.turned:
             return x
-        return self.current().rotate(x, positions[..., None].to(x.device))
+        x = self.current().rotate(x, positions[..., None].to(x.device))
+        return x if site.weight is None else x * site.weight.to(x)
+
+    @property
+    def relative(self) -> bool:
+        """Whether logits depend on how far tokens are apart, and not on where they stand.
+
+        Not where a norm after RoPE weighs the two dimensions of a pair differently.
+        """
+        if self.rotary is None:
+            return False
+        for weight in (self.q.weight, self.k.weight):
+            if weight is not None:
+                real, imag, _ = self.rotary.split(weight)
+                if not torch.equal(real, imag):
+                    return False
+        return True
 
     def pairs_of(self, table: Tensor) -> Tensor:
         """One column per pair of a cos or sin table, [.., dim] → [.., pair]."""

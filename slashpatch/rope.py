@@ -45,6 +45,10 @@ def read(model: TransformerBridge) -> tuple[LayerQK, ...]:
     return layers
 
 
+#: Kinds of RoPE whose frequencies follow the prompt's length.
+_FOLLOWING = ("dynamic", "longrope")
+
+
 def follows_length(model: TransformerBridge) -> bool:
     """Whether RoPE's frequencies depend on the prompt's length (dynamic NTK, LongRoPE)."""
     config = model.original_model.config.get_text_config()
@@ -52,24 +56,28 @@ def follows_length(model: TransformerBridge) -> bool:
     while stack:
         found = stack.pop()
         if isinstance(found, dict):
-            if found.get("rope_type", found.get("type")) in ("dynamic", "longrope"):
+            if found.get("rope_type", found.get("type")) in _FOLLOWING:
                 return True
             stack += found.values()
     return False
 
 
 class _Frequencies:
-    """θ as a rotary module keeps it."""
+    """θ as a rotary module keeps it, for all layers or for those of one type."""
 
-    def __init__(self, module: torch.nn.Module, name: str, live: bool) -> None:
-        self.values = getattr(module, name).detach().double().cpu()
-        self.live = (weakref.ref(module), name) if live else None
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
+        self.values = getattr(module, name).detach().double().cpu().clone()
+        self.layer_type = name.removesuffix("inv_freq").removesuffix("_")
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            kind = kind.get(self.layer_type)
+        follows = kind in _FOLLOWING or (kind is None and hasattr(module, "long_inv_freq"))
+        self.live = (weakref.ref(module), name) if follows else None
 
 
 def _frequencies(model: TransformerBridge) -> list[_Frequencies]:
-    live = follows_length(model)
     return [
-        _Frequencies(module, name, live)
+        _Frequencies(module, name)
         for module in model.original_model.modules()
         for name, _ in module.named_buffers(recurse=False)
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
@@ -129,7 +137,12 @@ class _Layer:
         attention = model.blocks[layer].attn.original_component
         self.scale = float(getattr(attention, "scaling", a.d_head**-0.5))
         self.softcap = getattr(attention, "attn_logit_softcapping", None)
-        self.clip = getattr(getattr(attention, "config", None), "clip_qkv", None)
+        config = getattr(attention, "config", None)
+        self.clip = getattr(config, "clip_qkv", None)
+        types = getattr(config, "layer_types", None) or [""] * a.n_layers
+        self.layer_type = types[layer]
+        self.norms = [_weight(model.blocks[layer].attn, norm) for norm in ("q_norm", "k_norm")]
+        self.normed_late = bool(getattr(model.cfg, "qk_norm_after_rope", False))
         for point in ("hook_q", "hook_k", "hook_attn_scores"):
             if point not in self.seen:
                 raise self.refusal(f"the hook {_name(layer, point)} is missing or does not fire")
@@ -151,7 +164,8 @@ class _Layer:
         if excess > 1:
             raise self.refusal(
                 f"they do not reproduce its scores (largest difference {difference:.2g}, allowed "
-                f"{allowed:.2g}); its rotary layout or its scale is unknown"
+                f"{allowed:.2g}); its rotary layout or its scale is unknown, or something is added "
+                "to the scores (ALiBi)"
             )
         # Low precision may let a wrong layout pass: the right one must be clearly better.
         for other in fits[1:]:
@@ -169,12 +183,14 @@ class _Layer:
         """Each possible reading: how far it is off in units of what rounding explains, the largest
         difference and what is allowed there, and the reading.
         """
-        normed = "_normed" if "hook_q_normed" in self.seen else ""
-        if "hook_rot_q" in self.seen and (normed or self.clip is not None):
-            yield from self.late_readings(normed)
+        if self.normed_late:
+            yield from self.late_readings()
+            return
         if self.clip is not None:
-            return  # values that these few tokens do not clip may be clipped in another prompt
-        before = self.site("hook_q" + normed), self.site("hook_k" + normed)
+            # Values that these few tokens do not clip may be clipped in another prompt.
+            yield from self.late_readings()
+            return
+        before = self.site("hook_q" + self.normed), self.site("hook_k" + self.normed)
         values = tuple(self.values(site) for site in before)
         for rotary, interleaved, live in self.rotations():
             found = LayerQK(
@@ -186,30 +202,49 @@ class _Layer:
                 found = dataclasses.replace(found, rotated_q=carried)
             yield (*self.score_off(turned, 4 * self.slack(rotary)), found)
 
-    def late_readings(self, normed: str) -> Iterator[tuple[float, float, float, LayerQK]]:
+    @property
+    def normed(self) -> str:
+        """What the names of hooks end in that carry normed queries and keys."""
+        return "_normed" if "hook_q_normed" in self.seen else ""
+
+    def late_readings(self) -> Iterator[tuple[float, float, float, LayerQK]]:
         """Readings where nothing carries what RoPE rotates: clipped before it, or normed after it.
 
         There queries and keys are read once they are final, and turned back.
         """
-        names = ("hook_q_normed", "hook_k_normed") if normed else ("hook_rot_q", "hook_rot_k")
-        q, k = (dataclasses.replace(self.site(point), turned=True) for point in names)
-        sources = [self.values(self.site(point)) for point in ("hook_q", "hook_k")]
+        if not {"hook_rot_q", "hook_rot_k"} <= set(self.seen):
+            raise self.refusal("its rotated queries and keys have no hook")
+        if self.normed_late:
+            names, weights, source = ("hook_q_normed", "hook_k_normed"), self.norms, ""
+        else:
+            names, weights, source = ("hook_rot_q", "hook_rot_k"), [None, None], self.normed
+        q, k = (
+            dataclasses.replace(self.site(point), turned=True, weight=weight)
+            for point, weight in zip(names, weights, strict=True)
+        )
+        sources = [self.values(self.site(point + source)) for point in ("hook_q", "hook_k")]
         if self.clip is not None:
             sources = [x.clamp(-self.clip, self.clip) for x in sources]
         rotated = [self.values(self.site(point)) for point in ("hook_rot_q", "hook_rot_k")]
-        carried = dataclasses.replace(q, turned=False)
+        carried = dataclasses.replace(q, turned=False, weight=None)
         values = self.values(q), self.values(k)
+        excess, difference, allowed = self.score_off(values, 4 * self.slack(None))
+        for final, made, weight in zip(values, rotated, weights, strict=True):
+            # A norm after RoPE gives every vector a length of its own, and each dimension a weight.
+            shape = made if weight is None else made * weight
+            squares = shape.square().sum(-1, keepdim=True).clamp(min=1e-30)
+            length = (final * shape).sum(-1, keepdim=True) / squares
+            excess = max(excess, self.off(length * shape, final, 2 * self.slack(None)))
         for rotary, interleaved, live in self.rotations():
             if rotary is None:
                 continue
-            found = LayerQK(
-                self.layer, q, k, self.scale, rotary, interleaved, self.softcap, carried, live
-            )
-            excess, difference, allowed = self.score_off(values, 4 * self.slack(None))
-            # The scores say nothing of the rotation now; what it is made from and makes does.
+            # The scores say nothing of the rotation here; what it is made from and makes does.
             own = max(
                 self.off(self.rotate(rotary, source), made, self.slack(rotary))
                 for source, made in zip(sources, rotated, strict=True)
+            )
+            found = LayerQK(
+                self.layer, q, k, self.scale, rotary, interleaved, self.softcap, carried, live
             )
             yield max(excess, own), difference, allowed, found
 
@@ -278,6 +313,8 @@ class _Layer:
         for cos_1, sin_1, interleaved in layouts:
             theta = torch.atan2(sin_1, cos_1)
             for own in self.frequencies:
+                if own.layer_type not in ("", self.layer_type):
+                    continue
                 # Tables may be rounded to the model's dtype; the scores decide in the end.
                 near = own.values.shape == theta.shape and torch.allclose(
                     own.values, theta, rtol=1e-2, atol=1e-2
@@ -290,6 +327,14 @@ _NOWHERE = (HookLayout("", ""), HookLayout("", ""))
 
 
 def _same(one: LayerQK, other: LayerQK) -> bool:
-    """Whether two readings rotate alike."""
+    """Whether two readings rotate alike, in other prompts too."""
     a, b = one.rotary, other.rotary
-    return bool(a and b and a.pairing == b.pairing and torch.equal(a.inv_freq, b.inv_freq))
+    alike = a and b and a.pairing == b.pairing and torch.equal(a.inv_freq, b.inv_freq)
+    return bool(alike and one.live == other.live)
+
+
+def _weight(attn: Any, norm: str) -> Tensor | None:
+    """What a norm of queries or keys multiplies each dimension of a head by."""
+    module = attn.submodules.get(norm)
+    weight = getattr(getattr(module, "original_component", None), "weight", None)
+    return None if weight is None else weight.detach().double().cpu().clone()

@@ -76,7 +76,7 @@ class Keys(Tensor):
     What is made of them are such keys too. `scores` says what becomes of the product.
     """
 
-    scores: Callable[[Tensor, Tensor], Any]
+    scores: Callable[[Tensor, Tensor], Any] | None = None
 
     @classmethod
     def mark(cls, k: Tensor, scores: Callable[[Tensor, Tensor], Any]) -> Keys:
@@ -88,6 +88,11 @@ class Keys(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is(func, "matmul") and len(args) == 2 and isinstance(args[1], Keys):
+            if args[1].scores is None:
+                raise FusedError(
+                    f"the fused engine lost track of keys that went through another operation; "
+                    f"{WAYS_OUT}"
+                )
             return args[1].scores(args[0], args[1].as_subclass(Tensor).mT)
         made = super().__torch_function__(func, types, args, kwargs or {})
         source = next((arg for arg in args if isinstance(arg, Keys)), None)

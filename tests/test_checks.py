@@ -18,8 +18,8 @@ from slashpatch.errors import ModelError
 from slashpatch.private import PrivateKeys
 from slashpatch.reports import CONTRACTS, Check, Report
 
-from .tiny import llama, random_tokens, tiny_model, tokenizer
-from .zoo import FAMILIES, build
+from .tiny import bridge, llama, random_tokens, tiny_model, tokenizer
+from .zoo import FAMILIES, Family, build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -143,6 +143,53 @@ def test_a_model_in_training_mode_is_no_report():
     model.train()
     with pytest.raises(ModelError, match="training mode"):
         check(model)
+
+
+@pytest.mark.parametrize("n_ctx", [4, 8])
+def test_a_short_context(n_ctx):
+    report = check(tiny_model(seed=10, n_ctx=n_ctx))
+    assert report.ok, str(report)
+
+
+def test_a_tiny_vocabulary():
+    config = {**FAMILIES["Llama"].config, "vocab_size": 4}
+    report = check(bridge(build(Family("Llama", config)), "few"))
+    assert report.ok, str(report)
+
+
+def test_float64_where_the_model_itself_gives_nan_is_refused_by_name():
+    report = check(bridge(build(FAMILIES["Llama"], torch.float64), "wide"))
+    assert report.ok, str(report)
+    assert [one.detail for one in report.checks if one.status == "refused"] == [
+        "the model itself gives NaN for a prompt padded left"
+    ]
+
+
+def test_what_is_on_the_model_must_go_first(tiny):
+    with sp.patch(tiny, "KnockOut(L0H1, 1)") as model, torch.no_grad():
+        model(random_tokens(1, 4))
+        with pytest.raises(ModelError, match="leave slashpatch.patch"):
+            check(model)
+    with sp.fused(tiny), pytest.raises(ModelError, match="leave slashpatch.patch and slashpatch.f"):
+        check(tiny)
+    with (
+        tiny.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda tensor, hook: None)]),
+        pytest.raises(ModelError, match=r"remove other hooks \(blocks.0.attn.hook_pattern\)"),
+    ):
+        check(tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check(tiny).ok
+
+
+def test_a_torch_hook_on_the_attention_is_named():
+    model = tiny_model(seed=11)
+    handle = model.blocks[1].attn.register_forward_hook(
+        lambda module, args, out: (2 * out[0], *out[1:])
+    )
+    with pytest.raises(ModelError, match="a torch hook sits on it"):
+        sp.scan(model, random_tokens(1, 4), 1)
+    handle.remove()
+    sp.scan(model, random_tokens(1, 4), 1)
 
 
 def test_the_status_of_a_contract():

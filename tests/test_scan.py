@@ -37,7 +37,8 @@ lengths = st.lists(st.integers(3, 20), min_size=1, max_size=5)
 
 #: Logits of the tiny models reach 40, whose float32 rounding is 4e-6; the fused engine takes a
 #: logit and its row's log-sum-exp from two roundings.
-ENGINES = {"bridge": 1e-6, "fused": 1e-5}
+#: Batches round float32 logits of order 30 otherwise than single prompts do.
+ENGINES = {"bridge": 1e-5, "fused": 1e-5}
 
 
 @pytest.mark.parametrize("engine", ENGINES)

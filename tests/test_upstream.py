@@ -104,6 +104,18 @@ def test_compatibility_mode_of_partial_rotary_phi_fails():
         model(random_tokens(1, 5))
 
 
+def test_eager_attention_in_float64_gives_nan_beside_padding():
+    """Transformers: rows of padding have no key, and their NaN reaches the others."""
+    model, tokens = build(FAMILIES["Llama"], torch.float64), random_tokens(1, 12)
+    model.set_attn_implementation("eager")
+    mask = torch.ones_like(tokens)
+    mask[:, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+    assert logits[:, 4:].isnan().any()
+
+
 def test_dynamic_rope_remembers_longer_prompts():
     """Transformers: what a prompt a little beyond the context gives depends on the ones before."""
     model = build(FAMILIES["Llama, dynamic"])

@@ -188,7 +188,7 @@ FAMILIES = {
          "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
          "n_group": 1, "topk_group": 1},
         "latent attention",
-        refused=r"latent attention \(MLA\)",
+        refused="latent attention (MLA)",
     ),
 }  # fmt: skip
 
@@ -227,7 +227,7 @@ def report(name: str, dtype: torch.dtype = torch.float32) -> Report:
 
 #: Columns of the README's table: contracts of `check`.
 COLUMNS = ("scores", "q, k and RoPE", "edits", "cache", "padding", "fused")
-MARKS = {"pass": "yes", "part": "but rotary", "refused": "no", "fail": "**fails**", "–": "–"}
+MARKS = {"pass": "yes", "part": "in part", "refused": "no", "fail": "**fails**", "–": "–"}
 
 
 def table() -> list[str]:

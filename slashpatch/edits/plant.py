@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import EditError
+from .. import rope
+from ..errors import EditError, ModelError
 from ..slash import as_offsets
 from .base import Site
 from .rotary import _finite, _RotaryEdit
@@ -45,6 +46,17 @@ class PlantSlash(_RotaryEdit):
         """Raise if the model lacks a head, or its context cannot hold the offset."""
         super().validate(anatomy)
         anatomy.require_offsets(self.offset)
+
+    def prepare(self, model: Any, anatomy: Any) -> dict[int, Any]:
+        """Nothing to keep; raises where logits depend on more than the offset."""
+        found = super().prepare(model, anatomy)
+        for layer in self.layers:
+            if not rope.read(model)[layer].relative:
+                raise ModelError(
+                    f"{self}: layer {layer} norms queries and keys after RoPE with a weight for "
+                    "each dimension, so no constant direction peaks at an offset wherever it stands"
+                )
+        return found
 
     def on_query(
         self, site: Site, q: Float[Tensor, "batch pos head d_head"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import rope
 from ..errors import BandError, EditError
 from ..heads import Head
+from ..qk import LayerQK
 from ..rotary import band_mask, band_pairs, canonical_band, exchanged
 from .base import Edit, Site
 
@@ -287,28 +288,39 @@ class SetFrequencies(_FrequencyEdit):
             anatomy.require(self.frequencies)
 
     def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
-        """Per layer: θ'. Raises EditError unless each pair has a finite one."""
+        """Per layer: θ', and the layer that it comes from.
+
+        Where RoPE follows the prompt's length, a function or a donor is asked in every pass. Raises
+        EditError unless each pair has a finite frequency.
+        """
         super().prepare(model, anatomy)
         layers = rope.read(model)
         found = {}
         for layer in self.layers:
-            own = layers[layer].require_rotary().inv_freq
-            if isinstance(self.frequencies, Head):
-                new = layers[self.frequencies.layer].require_rotary().inv_freq
-            elif callable(self.frequencies):
-                new = torch.as_tensor(self.frequencies(own.clone())).double().cpu()
-            else:
-                new = torch.tensor(self.frequencies, dtype=torch.float64)
-            if new.shape != own.shape or not bool(new.isfinite().all()):
-                raise EditError(
-                    f"{self}: expected {len(own)} finite frequencies, one a pair; got shape "
-                    f"{list(new.shape)}"
-                )
-            found[layer] = new
+            donor = self.frequencies.layer if isinstance(self.frequencies, Head) else layer
+            new = self._new(layers[layer].require_rotary().inv_freq, layers[donor])
+            found[layer] = (new, layers[donor])
         return found
+
+    def _new(self, own: Float[Tensor, "pair"], donor: LayerQK) -> Float[Tensor, "pair"]:
+        if isinstance(self.frequencies, Head):
+            new = donor.current().inv_freq
+        elif callable(self.frequencies):
+            new = torch.as_tensor(self.frequencies(own.clone())).double().cpu()
+        else:
+            new = torch.tensor(self.frequencies, dtype=torch.float64)
+        if new.shape != own.shape or not bool(new.isfinite().all()):
+            raise EditError(
+                f"{self}: expected {len(own)} finite frequencies, one a pair; got shape "
+                f"{list(new.shape)}"
+            )
+        return new
 
     def changed(
         self, site: Site, current: Float[Tensor, "head pair"]
     ) -> Float[Tensor, "head pair"]:
         """The frequencies asked for."""
-        return site.state.expand_as(current)
+        new, donor = site.state
+        if donor.live is not None:
+            new = self._new(site.rotary.inv_freq, donor)
+        return new.expand_as(current)
