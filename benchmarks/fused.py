@@ -4,6 +4,7 @@ Both sides of a ratio run in turns in one process; each peak of memory has a pro
 `python benchmarks/fused.py [times] [peaks]` takes about half an hour on two cores.
 """
 
+import copy
 import gc
 import json
 import os
@@ -49,7 +50,8 @@ def sdpa_model(config):
     """The default model as Transformers itself runs it, from its configuration."""
     from transformers import LlamaForCausalLM
 
-    plain = LlamaForCausalLM(config).eval()  # weights are random: the time is the same
+    # Weights are random: the time is the same. The bridge keeps its own configuration.
+    plain = LlamaForCausalLM(copy.deepcopy(config)).eval()
     plain.config._attn_implementation = "sdpa"
     return plain
 
@@ -143,7 +145,7 @@ def peak_of(what, n_tokens, config, threshold):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def alone(what, n_tokens, config):
+def alone(what, n_tokens, config=None):
     """One run in this process; prints its seconds and its peak resident memory as JSON."""
     import torch
 
@@ -256,7 +258,7 @@ def save(figures, source):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        alone(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    if len(sys.argv) > 2 and sys.argv[2].isdigit():  # `scan 32768`; `sdpa 8192 config.json`
+        alone(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
     else:
         main(sys.argv[1:] or ["times", "peaks"])

@@ -166,6 +166,11 @@ FAMILIES = {
         {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         "experts, q/k norms",
     ),
+    "OLMoE": Family(
+        "Olmoe",
+        {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0},
+        "experts, norms over all heads, then clipped",
+    ),
     "GPT-2": Family(
         "GPT2",
         {"vocab_size": D_VOCAB, "n_embd": 64, "n_layer": N_LAYERS, "n_head": 4,
