@@ -246,7 +246,7 @@ def _explanation(
             band: (float(per_pair[0, mask].mean()), float(per_pair[1, mask].mean()))
             for band, mask in masks.items()
         }
-    except ModelError:  # a layer without RoPE
+    except ModelError:  # a layer without RoPE, or whose logits depend on more than the offset
         profile, pairs, concentration = None, [], {}
     own = table.loc[str(head)]
     rank = {

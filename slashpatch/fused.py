@@ -9,7 +9,6 @@ from the KV cache, are marked, so that their product with the queries is noted a
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from .calls import Call, CallWatch, matrix_is_needed
 from .edited import EditedAttention
 from .errors import FusedError, ModelError
 from .mask import Mask
-from .precision import MASKED, rounding
+from .precision import MASKED, attention_slack
 from .symbolic import WAYS_OUT, Keys, MaskArgument, Scores
 
 if TYPE_CHECKING:
@@ -155,10 +154,7 @@ def _verify(model: TransformerBridge, anatomy: Anatomy) -> None:
                 f"({type(model.blocks[layer].attn).__name__}) does not hand its keys on where "
                 "slashpatch expects it"
             )
-        # The product, its scale and its mask are rounded by half an eps each, on either side,
-        # which scales a weight by as much; so are weights and outputs.
-        eps = rounding(right[layer].dtype)
-        limit = math.expm1(min(3 * eps * largest[layer], 1.0)) + 8 * eps
+        limit = attention_slack(right[layer].dtype, largest[layer])
         limit *= max(float(right[layer].abs().max()), 1e-3)  # the first token's z is its value
         off = float((found[layer].double() - right[layer].double()).abs().max())
         if not off <= limit:

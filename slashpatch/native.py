@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .precision import MASKED, rounding
+from .precision import MASKED, attention_slack
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -83,10 +83,7 @@ class NativeRuns:
         ours = _first(output)
         if native.shape != ours.shape:
             return Native(layer, math.inf, 0.0)
-        # The product, its scale and its mask are rounded by half an eps each, on either side,
-        # which scales a weight by as much; so are weights, outputs and their projections.
-        eps = rounding(ours.dtype)
-        limit = math.expm1(min(3 * eps * self._scores.get(layer, 0.0), 1.0)) + 8 * eps
+        limit = attention_slack(ours.dtype, self._scores.get(layer, 0.0))
         size = max(float(native.abs().max()), 1e-3)
         off = float((native.double() - ours.double()).abs().max())
         return Native(layer, math.inf if math.isnan(off) else off, limit * size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -10,6 +12,17 @@ def rounding(dtype: torch.dtype) -> float:
     tables of cos and sin have in wider models too.
     """
     return float(max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
+
+
+def attention_slack(dtype: torch.dtype, largest_score: float) -> float:
+    """How far two runs of the same attention may differ, relative to its largest output.
+
+    The product, its scale and its mask are rounded by half an eps each, on either side, which
+    scales a weight by as much; so are weights and outputs. Where scores are so large that this says
+    nothing, half of the output is allowed (*ours*): another attention differs by more.
+    """
+    eps = rounding(dtype)
+    return min(math.expm1(min(3 * eps * largest_score, 1.0)) + 8 * eps, 0.5)
 
 
 #: Logits at or below this are masked: a mask holds -inf or the lowest number of a dtype, which may

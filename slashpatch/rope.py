@@ -183,11 +183,8 @@ class _Layer:
         """Each possible reading: how far it is off in units of what rounding explains, the largest
         difference and what is allowed there, and the reading.
         """
-        if self.normed_late:
-            yield from self.late_readings()
-            return
-        if self.clip is not None:
-            # Values that these few tokens do not clip may be clipped in another prompt.
+        # Of a clip too that these few tokens do not reach: another prompt may.
+        if self.normed_late or self.clip is not None:
             yield from self.late_readings()
             return
         before = self.site("hook_q" + self.normed), self.site("hook_k" + self.normed)

@@ -15,6 +15,7 @@ from slashpatch.diagonals import DiagonalChange
 from slashpatch.edited import EditedAttention
 from slashpatch.edits.rotary import ShiftSlash, _FrequencyEdit
 from slashpatch.errors import ModelError
+from slashpatch.patching import _Attached
 from slashpatch.private import PrivateKeys
 from slashpatch.reports import CONTRACTS, Check, Report
 
@@ -96,6 +97,23 @@ def test_an_edit_that_leaves_a_trace_fails(monkeypatch):
 
     monkeypatch.setattr(ShiftSlash, "prepare", prepare)
     assert ("edits", "ShiftSlash") in failed(model)
+
+
+def test_an_edit_whose_hook_never_fires_fails(tiny, monkeypatch):
+    """That is no refusal: it was attached, and did nothing."""
+    right = _Attached._bind
+
+    def bind(self, edit, index, layer, state):
+        right(self, edit, index, layer, state)
+        if isinstance(edit, ShiftSlash):  # a hook where nothing passes
+            _, hook_fn = self.entries.pop()
+            self.fired = dict.fromkeys(self.fired, False)
+            self.entries.append(("blocks.0.attn.hook_q_input", hook_fn))
+
+    monkeypatch.setattr(_Attached, "_bind", bind)
+    found = {(one.contract, one.subject): one for one in check(tiny).checks}
+    assert found["edits", "ShiftSlash"].status == "fail"
+    assert "never fired" in found["edits", "ShiftSlash"].detail
 
 
 def test_an_edit_that_does_nothing_fails(tiny, monkeypatch):

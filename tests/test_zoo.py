@@ -145,8 +145,6 @@ def test_a_shifted_head_scores_as_from_other_positions(name):
         pytest.skip("vectors are equal for equal tokens in the first layer only")
     if name == "HunYuan":
         pytest.skip("normed after RoPE: its logits depend on where tokens stand")
-    if name == "GPT-2":
-        pytest.skip("no RoPE")
     with torch.no_grad():
         model.run_with_hooks(tokens, fwd_hooks=[hook])
         intact = found.pop(hook[0])
@@ -323,7 +321,7 @@ def test_profiles_over_different_frequencies_are_refused(name):
     with pytest.raises(ScanError, match=r"follows the prompt's length.*moments=False"):
         sp.scan(model, rows, 1)
     assert sp.scan(model, rows, 1, moments=False).scores.isfinite().all()
-    assert sp.scan(model, rows[:1], 1).profile("L0H0").correlation <= 1
+    assert sp.scan(model, rows[:1], 1).profile("L0H0").predicted.isfinite().all()
 
 
 def test_reading_a_dynamic_model_leaves_its_memory_alone():
@@ -425,7 +423,7 @@ def test_a_norm_after_rope_has_no_profile_by_offset():
             layer.self_attn.query_layernorm.weight.fill_(1.5)
             layer.self_attn.key_layernorm.weight.fill_(0.7)
     model = bridge(even, "even")
-    assert sp.scan(model, random_tokens(2, 20), 1).profile("L0H1").correlation <= 1
+    assert sp.scan(model, random_tokens(2, 20), 1).profile("L0H1").correlation > 0
     with torch.no_grad(), sp.patch(model, sp.PlantSlash("L0H1", 2, 30.0)):
         scan = sp.scan(model, random_tokens(2, 20), range(4))
     assert float(scan.scores[0, 1].argmax()) == 2
