@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ class HookLayout:
     """A hook that carries heads, and how: "pos head" or "head pos" axes, or flat.
 
     `turned` says that they are rotated there already: nothing carries them just before RoPE.
-    `weight` is what a norm after RoPE multiplies each dimension by.
+    `weight` is what a norm after RoPE multiplies each dimension by, where it does not treat both
+    dimensions of each pair alike: then it commutes with no rotation and is divided out.
     """
 
     name: str
@@ -33,6 +33,14 @@ class HookLayout:
         if self.order == "flat":
             return tensor.unflatten(-1, (-1, d_head))
         return tensor.transpose(1, 2) if self.order == "head pos" else tensor
+
+    def weighed_by(self, weight: Float[Tensor, "d_head"] | None, rotary: Rotary) -> HookLayout:
+        """The hook with a norm's weights, where they do not commute with the rotation."""
+        if weight is not None:
+            real, imag, _ = rotary.split(weight)
+            if torch.equal(real, imag):
+                weight = None
+        return replace(self, weight=weight)
 
     def write(self, canonical: Float[Tensor, "batch pos head d_head"]) -> Tensor:
         """Inverse of `read`."""
@@ -91,7 +99,7 @@ class LayerQK:
         if self.live is None or module is None:
             return rotary
         now = getattr(module, self.live[1]).detach().double().cpu().clone()
-        return dataclasses.replace(rotary, inv_freq=now)
+        return replace(rotary, inv_freq=now)
 
     def turned_back(
         self,
@@ -123,14 +131,7 @@ class LayerQK:
 
         Not where a norm after RoPE weighs the two dimensions of a pair differently.
         """
-        if self.rotary is None:
-            return False
-        for weight in (self.q.weight, self.k.weight):
-            if weight is not None:
-                real, imag, _ = self.rotary.split(weight)
-                if not torch.equal(real, imag):
-                    return False
-        return True
+        return self.rotary is not None and self.q.weight is None and self.k.weight is None
 
     def pairs_of(self, table: Tensor) -> Tensor:
         """One column per pair of a cos or sin table, [.., dim] → [.., pair]."""

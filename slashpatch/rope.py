@@ -215,15 +215,12 @@ class _Layer:
             names, weights, source = ("hook_q_normed", "hook_k_normed"), self.norms, ""
         else:
             names, weights, source = ("hook_rot_q", "hook_rot_k"), [None, None], self.normed
-        q, k = (
-            dataclasses.replace(self.site(point), turned=True, weight=weight)
-            for point, weight in zip(names, weights, strict=True)
-        )
+        q, k = (dataclasses.replace(self.site(point), turned=True) for point in names)
         sources = [self.values(self.site(point + source)) for point in ("hook_q", "hook_k")]
         if self.clip is not None:
             sources = [x.clamp(-self.clip, self.clip) for x in sources]
         rotated = [self.values(self.site(point)) for point in ("hook_rot_q", "hook_rot_k")]
-        carried = dataclasses.replace(q, turned=False, weight=None)
+        carried = dataclasses.replace(q, turned=False)
         values = self.values(q), self.values(k)
         excess, difference, allowed = self.score_off(values, 4 * self.slack(None))
         for final, made, weight in zip(values, rotated, weights, strict=True):
@@ -240,8 +237,20 @@ class _Layer:
                 self.off(self.rotate(rotary, source), made, self.slack(rotary))
                 for source, made in zip(sources, rotated, strict=True)
             )
+            q_site, k_site = (
+                site.weighed_by(weight, rotary)
+                for site, weight in zip((q, k), weights, strict=True)
+            )
             found = LayerQK(
-                self.layer, q, k, self.scale, rotary, interleaved, self.softcap, carried, live
+                self.layer,
+                q_site,
+                k_site,
+                self.scale,
+                rotary,
+                interleaved,
+                self.softcap,
+                carried,
+                live,
             )
             yield max(excess, own), difference, allowed, found
 
