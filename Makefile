@@ -19,10 +19,10 @@ demo: .venv/installed
 	$(BIN)/slashpatch demo
 
 test: .venv/developed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 fast: .venv/developed
-	$(BIN)/python -m pytest -m 'not real'
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not real'
 
 lint: .venv/developed
 	$(BIN)/ruff check .
