@@ -13,7 +13,7 @@ from slashpatch.errors import BandError, EditError, ModelError, PatchError
 
 from .planted import planted_model
 from .test_patching import logits, pattern_and_z
-from .tiny import bridge, llama, random_tokens, tiny_model
+from .tiny import bridge, llama, named, random_tokens, tiny_model
 
 KEY_EDITS = [
     sp.FreezeBand("L0H1", "high"),
@@ -31,7 +31,7 @@ QUERY_EDITS = [
     sp.RankOne("L0H1", of="q"),
 ]
 ALL = KEY_EDITS + QUERY_EDITS
-each_edit = pytest.mark.parametrize("edit", ALL, ids=str)
+each_edit = pytest.mark.parametrize("edit", ALL, ids=named)
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def test_per_query_head_as_on_unshared_keys(edit):
     assert not torch.allclose(after[0][:, touched], before[0][:, touched], atol=1e-3)
 
 
-@pytest.mark.parametrize("edit", [e for e in ALL if not isinstance(e, sp.RankOne)], ids=str)
+@pytest.mark.parametrize("edit", [e for e in ALL if not isinstance(e, sp.RankOne)], ids=named)
 def test_generation_as_on_unshared_keys(edit):
     grouped, copy = unshared(1)
     arguments = {
@@ -117,7 +117,7 @@ def same(x):
          lambda t: torch.tensor([1.0, 0.5, 0.25, 0.125])),
         (sp.SetFrequencies("L0H1", sp.Head(1, 0)), same),
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_frequencies_by_definition(tiny, edit, frequencies):
     tokens = random_tokens(1, 20)
@@ -256,7 +256,7 @@ ALL_PAIRS = "high+medium+low"
         ([sp.FreezeBand("L0H1", ALL_PAIRS), sp.PlantSlash("L0H1", 2)],
          [sp.PlantSlash("L0H1", 2)]),
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 @pytest.mark.parametrize("nested", [False, True])
 def test_frequency_edits_mean_what_they_say_after_one_another(tiny, chain, same_as, nested):
@@ -471,7 +471,7 @@ def test_bases_that_do_not_fit(tiny, tmp_path):
         (sp.SetFrequencies("L0H1", lambda t: t / 0), EditError, "expected 4 finite frequencies"),
         (sp.SetFrequencies("L0H1", "L9H0"), sp.SlashpatchError, "L9H0 does not exist"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_edits_that_do_not_fit(tiny, edit, error, message):
     with pytest.raises(error, match=message):
