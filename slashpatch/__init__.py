@@ -31,7 +31,13 @@ if TYPE_CHECKING:
         fit_rank_one,
         parse_edit,
     )
-    from .effects.copying import copied_lags, copying_losses
+    from .effects.copying import copied_lags, copying, copying_losses
+    from .effects.flow import flow
+    from .effects.measure import measure
+    from .effects.metrics import LogitDifference, PrefixMatching, SlashScores
+    from .effects.paths import paths
+    from .effects.result import Result
+    from .effects.sweep import sweep
     from .explain import explain, explain_all
     from .explanations import Explanation
     from .fused import fused
@@ -48,7 +54,13 @@ _HOMES = {
     "checks": "check",
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
     "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
-    "effects.copying": "copied_lags copying_losses",
+    "effects.copying": "copied_lags copying copying_losses",
+    "effects.flow": "flow",
+    "effects.measure": "measure",
+    "effects.metrics": "LogitDifference PrefixMatching SlashScores",
+    "effects.paths": "paths",
+    "effects.result": "Result",
+    "effects.sweep": "sweep",
     "explain": "explain explain_all",
     "explanations": "Explanation",
     "fused": "fused",
@@ -72,9 +84,12 @@ __all__ = [
     "Head",
     "KeepOnly",
     "KnockOut",
+    "LogitDifference",
     "PlantSlash",
+    "PrefixMatching",
     "RankOne",
     "Report",
+    "Result",
     "ScaleBand",
     "ScaleOffsets",
     "Scan",
@@ -82,21 +97,27 @@ __all__ = [
     "ShiftSlash",
     "SlashHead",
     "SlashMonitor",
+    "SlashScores",
     "SlashpatchError",
     "SwapBands",
     "check",
     "copied_lags",
+    "copying",
     "copying_losses",
     "explain",
     "explain_all",
     "fit_rank_one",
+    "flow",
     "fused",
     "heads",
     "hooks",
     "load",
+    "measure",
     "parse_edit",
     "patch",
+    "paths",
     "scan",
+    "sweep",
 ]
 
 

@@ -10,7 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,6 +65,21 @@ class Call:
     tokens: Tensor
     position_ids: Tensor | None = None
     internal: bool = False
+
+    def of_rows(self, rows: slice) -> Call:
+        """The same pass with some of its prompts only."""
+
+        def some(x: Any) -> Any:
+            return x[rows] if isinstance(x, Tensor) and len(x) == self.batch else x
+
+        tokens = self.tokens[rows]
+        return replace(
+            self,
+            batch=len(tokens),
+            tokens=tokens,
+            attention_mask=some(self.attention_mask),
+            position_ids=some(self.position_ids),
+        )
 
     @property
     def device(self) -> torch.device:

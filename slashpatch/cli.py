@@ -10,6 +10,7 @@ import typer
 
 from . import __version__
 from .commands.check import check
+from .commands.effects import copying, flow, measure, sweep
 from .errors import EditError, OutputError, SlashpatchError
 from .options import (
     Device,
@@ -353,7 +354,8 @@ def demo(
         print_json(record)
 
 
-app.command()(check)
+for _command in (measure, flow, copying, sweep, check):
+    app.command()(_command)
 
 
 def _load(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:

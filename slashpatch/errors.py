@@ -43,6 +43,18 @@ class ScanError(SlashpatchError, ValueError):
     """A scan that cannot be computed, merged or loaded."""
 
 
+class MetricError(SlashpatchError, ValueError):
+    """A metric that is misspelt, or whose values are of the wrong shape or not finite."""
+
+
+class ControlError(SlashpatchError, ValueError):
+    """A control that is misspelt, or that cannot be drawn for an edit."""
+
+
+class SweepError(SlashpatchError, RuntimeError):
+    """A sweep that cannot go on: its file is another run's, or no sweep's."""
+
+
 class DownloadError(SlashpatchError, RuntimeError):
     """The default model could not be fetched, or is not the file that was expected."""
 

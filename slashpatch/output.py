@@ -30,14 +30,15 @@ def new_console() -> Console:
 
 def print_json(record: dict[str, Any]) -> None:
     """One JSON document; NaN, which JSON lacks, is null."""
-    print(json.dumps(_without_nan(record), ensure_ascii=False, indent=1, allow_nan=False))
+    print(json.dumps(without_nan(record), ensure_ascii=False, indent=1, allow_nan=False))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return value

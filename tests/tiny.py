@@ -55,14 +55,24 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(folder)
 
 
-def llama(seed=0, layers=2, heads=4, kv_heads=2, d_head=8, sharpness=4.0, n_ctx=N_CTX):
+def llama(
+    seed=0,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    d_head=8,
+    sharpness=4.0,
+    n_ctx=N_CTX,
+    d_model=None,
+    **config,
+):
     """A Transformers Llama whose queries and keys are large enough for patterns with a shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    made = LlamaConfig(
         vocab_size=D_VOCAB,
-        hidden_size=heads * d_head,
+        hidden_size=d_model or heads * d_head,
         head_dim=d_head,
         intermediate_size=32,
         num_hidden_layers=layers,
@@ -73,8 +83,9 @@ def llama(seed=0, layers=2, heads=4, kv_heads=2, d_head=8, sharpness=4.0, n_ctx=
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        **config,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(made).eval()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= sharpness

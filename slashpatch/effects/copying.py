@@ -6,17 +6,27 @@ Uniform random tokens repeat; only a model that finds the earlier copy can predi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import PromptError
-from ..prompts import repeated_random_tokens
+from ..prompts import PromptSet, repeated_random_tokens
+from ..provenance import provenance
+from .metrics import PrefixMatching, copy_length, copying_loss
+from .result import Result
+from .runs import Condition, Meter, conditions, evaluate
+from .statistics import compared, false_discovery, interval
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
+
+#: Below this rate, and this score of a head, nothing is said to be copied or matched. *Ours*.
+_LEAST = 0.1
 
 
 def copying_losses(
@@ -31,8 +41,7 @@ def copying_losses(
     """
     tokens = _repeated(model, n_prompts, n_tokens, seed)
     with torch.no_grad():
-        losses = model(tokens, return_type="loss", loss_per_token=True)
-    return losses[:, -(n_tokens - 1) :].float().mean(1).cpu()
+        return copying_loss(model(tokens), tokens).float().cpu()
 
 
 def copied_lags(
@@ -48,17 +57,16 @@ def copied_lags(
     next token: lag 1. Chance is one over the vocabulary. Raises PromptError as `copying_losses`
     does, or for a lag that is not from 1 to n_tokens − 1. *Ours*.
     """
-    if not lags or not all(1 <= lag < n_tokens for lag in lags):
-        raise PromptError(f"lags are integers from 1 to {n_tokens - 1}; got {list(lags)}")
+    rates = LagTop1(_lags(lags, n_tokens))
     tokens = _repeated(model, n_prompts, n_tokens, seed)
     with torch.no_grad():
-        guesses = model(tokens)[:, -n_tokens:].argmax(-1)
-    second = tokens[:, -n_tokens:]
-    rates = [
-        (guesses[:, :-lag] == second[:, lag:]).double().mean(1)  # the copies are the same
-        for lag in lags
-    ]
-    return torch.stack(rates, dim=1).cpu()
+        return rates(model(tokens), tokens).cpu()
+
+
+def _lags(lags: Sequence[int], n_tokens: int) -> tuple[int, ...]:
+    if not lags or not all(1 <= lag < n_tokens for lag in lags):
+        raise PromptError(f"lags are integers from 1 to {n_tokens - 1}; got {list(lags)}")
+    return tuple(lags)
 
 
 def _repeated(model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int) -> Tensor:
@@ -68,3 +76,192 @@ def _repeated(model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int
             f"copies fit the context; got {n_prompts} prompts of {n_tokens} tokens"
         )
     return repeated_random_tokens(model, n_prompts, n_tokens, seed).to(model.cfg.device)
+
+
+@dataclass(frozen=True)
+class LagTop1:
+    """How often the likeliest token is the one `lag` places on, in the copy; for each of `lags`."""
+
+    lags: tuple[int, ...]
+    name: ClassVar[str] = "top1 by lag"
+    keeps: ClassVar[Any] = staticmethod(copy_length)
+
+    def __call__(
+        self, logits: Float[Tensor, "batch kept d_vocab"], tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch lag"]:
+        """Over positions of the second copy whose continuation lies in it."""
+        n = copy_length(tokens)
+        guesses, second = logits[:, -n:].argmax(-1), tokens[:, -n:]
+        rates = [(guesses[:, :-lag] == second[:, lag:]).double().mean(1) for lag in self.lags]
+        return torch.stack(rates, dim=1)
+
+
+@dataclass(frozen=True)
+class LagLoss:
+    """Mean loss if the token `lag` places on were the next one, in nats; for each of `lags`."""
+
+    lags: tuple[int, ...]
+    name: ClassVar[str] = "loss by lag"
+    keeps: ClassVar[Any] = staticmethod(copy_length)
+
+    def __call__(
+        self, logits: Float[Tensor, "batch kept d_vocab"], tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch lag"]:
+        """Over positions of the second copy whose continuation lies in it."""
+        n = copy_length(tokens)
+        here, second = logits[:, -n:].float(), tokens[:, -n:]
+        chances = here - here.logsumexp(-1, keepdim=True)
+        losses = [
+            -chances[:, :-lag].gather(-1, second[:, lag:, None])[..., 0].double().mean(1)
+            for lag in self.lags
+        ]
+        return torch.stack(losses, dim=1)
+
+
+def copying(
+    model: TransformerBridge,
+    edits: Any = (),
+    lags: Sequence[int] = (1, 2, 3, 4),
+    *,
+    n_prompts: int = 16,
+    n_tokens: int = 50,
+    batch_size: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Result:
+    """Which lag the model copies on repeated random tokens, intact and under edits.
+
+    Args:
+        model: A TransformerBridge; active patches are part of "intact".
+        edits: An edit or several, each by itself; those of a nested list act together.
+        lags: 1: the token that came next in the first copy; 2: the one after it.
+        n_prompts: How many; the unit of intervals.
+        n_tokens: Length of one copy.
+        batch_size: Prompts per pass; picked by memory when None.
+        confidence: Of the intervals.
+        seed: Of tokens, resamples and sign flips.
+        progress: Whether to show a bar; when None, on a terminal only.
+
+    Returns:
+        A Result. `frame`: a row per condition and lag, with `top1` (how often the likeliest token
+        is the one at that lag) and `loss` (nats, if it were the right one), each with an interval,
+        and the effect on the loss. `tables["heads"]`: heads whose prefix-matching score reaches 0.1
+        at some lag in some condition, and the lag that they match.
+
+    Raises:
+        EditError, PromptError, and what `patch` raises.
+    """
+    wanted = () if isinstance(edits, (list, tuple)) and not edits else conditions(edits)
+    chosen = _lags(lags, n_tokens)
+    tokens = _repeated(model, n_prompts, n_tokens, seed).cpu()
+    found = PromptSet(tuple(tokens), f"random tokens twice over, seed {seed}")
+    matching = [_Named(lag=lag) for lag in (0, *chosen)]
+    meter = Meter(model, [LagTop1(chosen), LagLoss(chosen), *matching])
+    values = evaluate(model, meter, found, wanted, batch_size, progress)
+    every = [Condition(), *wanted]
+    tops, losses = [one[0] for one in values], [one[1] for one in values]
+    matches = [torch.stack(one[2:], dim=-1) for one in values]  # [prompt, head, lag]
+    frame = _frame(every, chosen, tops, losses, seed, confidence)
+    details = {
+        "measured": [str(condition) for condition in wanted],
+        "prompts": {"source": found.source, "n": n_prompts, "digest": found.digest},
+        "confidence": confidence,
+        "seed": seed,
+    }
+    return Result(
+        "copying",
+        frame,
+        {"heads": _heads(every, (0, *chosen), matches, meter.labels(2, 0), seed, confidence)},
+        tuple(_remark(condition, chosen, top) for condition, top in zip(every, tops, strict=True)),
+        provenance(model, **details),
+    )
+
+
+@dataclass(frozen=True)
+class _Named(PrefixMatching):
+    """Prefix matching at one lag of several, each with a name of its own."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Its lag beside it."""
+        return f"prefix-matching at lag {self.lag}"
+
+
+def _frame(
+    every: list[Condition],
+    lags: tuple[int, ...],
+    tops: list[Tensor],
+    losses: list[Tensor],
+    seed: int,
+    confidence: float,
+) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for condition, top, loss in zip(every, tops, losses, strict=True):
+        top_low, top_high = interval(top, seed, confidence)
+        loss_low, loss_high = interval(loss, seed, confidence)
+        effect = compared(losses[0], loss, seed, confidence)
+        for at, lag in enumerate(lags):
+            row = {
+                "edit": str(condition),
+                "lag": lag,
+                "n": len(top),
+                "top1": float(top[:, at].mean()),
+                "top1_low": float(top_low[at]),
+                "top1_high": float(top_high[at]),
+                "loss": float(loss[:, at].mean()),
+                "loss_low": float(loss_low[at]),
+                "loss_high": float(loss_high[at]),
+            }
+            if condition.edits:
+                row |= {key: float(effect[key][at]) for key in ("effect", "low", "high", "p")}
+            rows.append(row)
+    frame = pd.DataFrame(rows)
+    if "p" in frame:
+        frame["q"] = false_discovery(torch.tensor(frame["p"].to_numpy())).numpy()
+    return frame
+
+
+def _heads(
+    every: list[Condition],
+    lags: tuple[int, ...],
+    matches: list[Tensor],
+    names: list[str],
+    seed: int,
+    confidence: float,
+) -> pd.DataFrame:
+    import pandas as pd
+
+    means = torch.stack([one.mean(0) for one in matches])  # [condition, head, lag]
+    shown = (means[..., 1:].amax(-1) >= _LEAST).any(0).nonzero()[:, 0]
+    order = shown[means[0, shown, 1].argsort(descending=True, stable=True)]
+    rows = []
+    for condition, one, mean in zip(every, matches, means, strict=True):
+        low, high = interval(one, seed, confidence)
+        for head in order.tolist():
+            best = int(mean[head].argmax())
+            rows.append(
+                {
+                    "edit": str(condition),
+                    "head": names[head],
+                    "matches_lag": lags[best] if float(mean[head, best]) >= _LEAST else None,
+                    "score": float(mean[head, best]),
+                    "low": float(low[head, best]),
+                    "high": float(high[head, best]),
+                    "at_lag_1": float(mean[head, 1]),
+                }
+            )
+    columns = ["edit", "head", "matches_lag", "score", "low", "high", "at_lag_1"]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.astype({"matches_lag": "Int64"})
+
+
+def _remark(condition: Condition, lags: tuple[int, ...], top: Tensor) -> str:
+    rates = top.mean(0)
+    best = int(rates.argmax())
+    rate = float(rates[best])
+    if rate < _LEAST:
+        return f"{condition}: copies no lag of {', '.join(map(str, lags))} (at best {rate:.0%})"
+    return f"{condition}: copies lag {lags[best]} ({rate:.0%} of tokens)"

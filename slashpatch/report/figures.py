@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..effects.result import Result
     from ..moments import Profile
     from ..scans import Scan
 
@@ -101,4 +102,93 @@ def profile_figure(profile: Profile, name: str) -> Figure:
     axis.set_title(f"{name}: correlation {profile.correlation:.4f}", fontsize=11)
     axis.legend()
     axis.grid(alpha=0.3)
+    return figure
+
+
+def effects_figure(result: Result) -> Figure:
+    """The figure of a flow, a copying or a sweep result."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    {"flow": _draw_flow, "copying": _draw_lags, "sweep": _draw_sweep}[result.kind](axis, result)
+    return figure
+
+
+def _draw_flow(axis: Axes, result: Result) -> None:
+    """One curve per condition, with its interval."""
+    for edit, rows in result.frame.groupby("edit", sort=False):
+        (line,) = axis.plot(rows["offset"], rows["flow"], "o-", markersize=3, label=str(edit))
+        axis.fill_between(
+            rows["offset"], rows["flow_low"], rows["flow_high"], color=line.get_color(), alpha=0.2
+        )
+    axis.set_xlabel("offset Δ from the replaced token to the prediction")
+    axis.set_ylabel("KL divergence (nats)")
+    if result.frame["flow"].min() > 0:
+        axis.set_yscale("log")
+    axis.set_title(f"{result.provenance['model']}: flow by offset", fontsize=11)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def _draw_lags(axis: Axes, result: Result) -> None:
+    """How often each lag is copied: a group of bars per lag, one bar per condition."""
+    groups = list(result.frame.groupby("edit", sort=False))
+    width = 0.8 / len(groups)
+    for place, (edit, rows) in enumerate(groups):
+        at = rows["lag"] + (place - (len(groups) - 1) / 2) * width
+        ends = [rows["top1"] - rows["top1_low"], rows["top1_high"] - rows["top1"]]
+        axis.bar(at, rows["top1"], width, label=str(edit))
+        axis.errorbar(
+            at, rows["top1"], [end.clip(lower=0) for end in ends], fmt="none", color="black", lw=1
+        )
+    axis.set_xticks(sorted(set(result.frame["lag"])))
+    axis.set_xlabel("lag in the first copy (1: the next token)")
+    axis.set_ylabel("how often it is the likeliest token")
+    axis.set_ylim(0, 1)
+    axis.set_title(f"{result.provenance['model']}: which token is copied", fontsize=11)
+    axis.legend(fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def _draw_sweep(axis: Axes, result: Result) -> None:
+    """Each head's effect (of several offsets, the largest), symmetric around zero."""
+    frame = result.frame.sort_values("effect", key=abs)
+    table = frame.drop_duplicates("name", keep="last").pivot(
+        index="head", columns="layer", values="effect"
+    )
+    most = float(table.abs().max().max()) or 1.0
+    image = axis.imshow(
+        table.to_numpy(), vmin=-most, vmax=most, cmap="RdBu_r", aspect="auto", origin="upper"
+    )
+    axis.set_yticks(range(len(table)), [f"H{head}" for head in table.index], fontsize=7)
+    step = max(1, len(table.columns) // 15)
+    axis.set_xticks(range(0, len(table.columns), step), table.columns[::step])
+    axis.set_xlabel("layer")
+    axis.figure.colorbar(image, ax=axis, label=f"effect on {result.provenance['metric']}")
+    axis.set_title(f"{result.provenance['model']}: effect of the edit at each head", fontsize=11)
+
+
+def paths_figure(result: Result, top: int = 12) -> Figure:
+    """The strongest edges, with their intervals."""
+    from matplotlib.figure import Figure
+
+    rows = result.frame.head(top + 1).iloc[::-1]
+    figure = Figure(figsize=(7.5, 0.9 + 0.3 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    labels = [f"{row.reader} {row.input}".strip() for row in rows.itertuples()]
+    ends = [rows["effect"] - rows["low"], rows["high"] - rows["effect"]]
+    axis.errorbar(
+        rows["effect"],
+        range(len(rows)),
+        xerr=[end.clip(lower=0) for end in ends],
+        fmt="o",
+        color="black",
+        capsize=2,
+    )
+    axis.axvline(0, color="grey", lw=0.8)
+    axis.set_yticks(range(len(rows)), labels, fontsize=8)
+    axis.set_xlabel(f"effect on {rows['metric'].iloc[0]} through this input alone")
+    axis.set_title(f"{result.provenance['model']}: {result.provenance['measured'][0]}", fontsize=11)
+    axis.grid(axis="x", alpha=0.3)
     return figure

@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 import torch
 
@@ -5,52 +6,60 @@ import slashpatch as sp
 from slashpatch.errors import PromptError
 from slashpatch.prompts import repeated_random_tokens
 
-from ..tiny import tiny_model
+from ..planted import induction_model
 
 
-def test_it_is_the_loss_on_the_second_copy(tiny):
-    losses = sp.copying_losses(tiny, n_prompts=3, n_tokens=10, seed=5)
-    tokens = repeated_random_tokens(tiny, 3, 10, seed=5)
+@pytest.fixture(scope="module")
+def planted():
+    return induction_model()
+
+
+def test_the_copied_lag_moves_by_exactly_what_the_slash_is_shifted(planted):
+    edits = [f"ShiftSlash(L0H0, by={by})" for by in (1, 2)]
+    found = sp.copying(planted, edits, n_tokens=20, n_prompts=8)
+    for by, edit in enumerate(["intact", *edits]):
+        rows = found.frame[found.frame["edit"] == edit].set_index("lag")
+        assert rows["top1"].idxmax() == 1 + by
+        assert rows["top1"].max() > 0.8
+        assert rows["top1"].drop(1 + by).max() < 0.1
+        assert rows["loss"].idxmin() == 1 + by
+        heads = found.tables["heads"].query("edit == @edit")
+        assert list(heads["head"]) == ["L1H2"]
+        assert heads["matches_lag"].item() == 1 + by
+        assert f"{edit}: copies lag {1 + by}" in found.remarks[by]
+
+
+def test_without_the_previous_token_head_nothing_is_copied(planted):
+    found = sp.copying(planted, "AblateHeads(L0H0)", n_tokens=20, n_prompts=8)
+    assert "copies no lag of 1, 2, 3, 4" in found.remarks[1]
+    assert found.tables["heads"]["matches_lag"].tolist() == [1, pd.NA]
+
+
+def test_lags_by_definition(tiny):
+    found = sp.copying(tiny, (), (1, 3), n_prompts=3, n_tokens=7)
+    tokens = repeated_random_tokens(tiny, 3, 7)
     with torch.no_grad():
-        logprobs = tiny(tokens).log_softmax(-1)
-    expected = []
-    for prompt in range(3):
-        # Tokens 12 to 20 repeat tokens 2 to 10; each is predicted one position earlier.
-        own = [-logprobs[prompt, at - 1, tokens[prompt, at]] for at in range(12, 21)]
-        assert len(own) == 9
-        expected.append(torch.stack(own).mean())
-    torch.testing.assert_close(losses, torch.stack(expected), atol=1e-5, rtol=1e-5)
+        p = tiny(tokens).double().log_softmax(-1)
+    rows = found.frame.set_index("lag")
+    for lag in (1, 3):
+        places = range(8, 15 - lag)
+        hits = [[int(p[b, i].argmax() == tokens[b, i + lag]) for i in places] for b in range(3)]
+        losses = [[-float(p[b, i, tokens[b, i + lag]]) for i in places] for b in range(3)]
+        assert rows.loc[lag, "top1"] == pytest.approx(float(torch.tensor(hits).double().mean()))
+        assert rows.loc[lag, "loss"] == pytest.approx(float(torch.tensor(losses).mean()), rel=1e-5)
+    assert float(sp.copying_losses(tiny, 3, 7).mean()) == pytest.approx(rows.loc[1, "loss"])
+    assert sp.copied_lags(tiny, (1, 3), 3, 7).mean(0).tolist() == pytest.approx(
+        rows["top1"].tolist()
+    )
+    assert "effect" not in found.frame
 
 
-def test_it_sees_active_patches():
-    model = tiny_model(seed=3)
-    intact = sp.copying_losses(model, 2, 10)
-    with sp.patch(model, "AblateHeads([L0H0, L1H1])"):
-        edited = sp.copying_losses(model, 2, 10)
-    assert not torch.equal(intact, edited)
-    assert torch.equal(sp.copying_losses(model, 2, 10), intact)
-
-
-@pytest.mark.parametrize("sizes", [(0, 10), (2, 1), (2, 0), (2, -1), (2, 32)])
-def test_sizes_that_make_no_copy(tiny, sizes):
-    with pytest.raises(PromptError, match="2 to 31 tokens"):
-        sp.copying_losses(tiny, *sizes)
-
-
-def test_copied_lags_by_hand(tiny):
-    tokens = repeated_random_tokens(tiny, 2, 10, seed=3)
-    with torch.no_grad():
-        guesses = tiny(tokens).argmax(-1)
-    expected = torch.zeros(2, 2)
-    for prompt in range(2):
-        for column, lag in enumerate((1, 4)):
-            hits = [guesses[prompt, at] == tokens[prompt, at + lag] for at in range(11, 21 - lag)]
-            expected[prompt, column] = sum(hits) / len(hits)
-    found = sp.copied_lags(tiny, (1, 4), 2, 10, seed=3)
-    torch.testing.assert_close(found, expected.double())
-
-
-@pytest.mark.parametrize("lags", [(), (0,), (10,), (-1,)])
-def test_lags_that_the_copy_cannot_hold(tiny, lags):
-    with pytest.raises(PromptError, match="lags are integers from 1 to 9"):
-        sp.copied_lags(tiny, lags, 2, 10)
+def test_bad_input(tiny):
+    for wrong, said in (
+        ({"lags": [7], "n_tokens": 7}, "lags are integers from 1 to 6"),
+        ({"lags": [], "n_tokens": 7}, "lags are integers"),
+        ({"n_tokens": 32}, "2 to 31 tokens"),
+        ({"n_tokens": 7, "n_prompts": 0}, "at least 1 prompt"),
+    ):
+        with pytest.raises(PromptError, match=said):
+            sp.copying(tiny, **wrong)

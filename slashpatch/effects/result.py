@@ -1,0 +1,98 @@
+"""What the functions of this package return: a table, the tables behind it, where it comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OutputError
+from ..files import write_table, written_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Formats that carry provenance.
+SUFFIXES = (".parquet", ".json")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Measured effects.
+
+    Attributes:
+        kind: "measure", "flow", "copying", "paths" or "sweep".
+        frame: The main table.
+        tables: Further tables by name.
+        remarks: What stands out, in words.
+        provenance: Model, edits, prompts, seed, versions.
+    """
+
+    kind: str
+    frame: pd.DataFrame
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The main table, with the provenance in `attrs`, which .parquet files keep."""
+        frame = self.frame.copy()
+        frame.attrs = {"slashpatch": self.kind, "provenance": self.provenance}
+        return frame
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        tables = {"effects": self.frame, **self.tables}
+        return {
+            "kind": self.kind,
+            "remarks": list(self.remarks),
+            **{name: table.to_dict(orient="records") for name, table in tables.items()},
+            "provenance": self.provenance,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write .json (everything) or .parquet (the main table, provenance in its attributes).
+
+        Raises OutputError.
+        """
+        from ..output import without_nan
+
+        if Path(path).suffix == ".parquet":
+            write_table(self.to_dataframe(), path)
+        elif Path(path).suffix == ".json":
+            with written_whole(path) as file:
+                text = json.dumps(without_nan(self.to_dict()), ensure_ascii=False, indent=1)
+                file.write_text(text, encoding="utf-8")
+        else:
+            raise OutputError(
+                f"cannot write {str(path)!r}: expected one of {', '.join(SUFFIXES)}, which keep "
+                "where figures come from; for others use to_dataframe()"
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Result:
+        """What `save` wrote; of a .parquet file, the main table alone. Raises OutputError."""
+        import pandas as pd
+
+        try:
+            if Path(path).suffix == ".parquet":
+                frame = pd.read_parquet(path)
+                said = frame.attrs
+                kind, origin, frame.attrs = said["slashpatch"], said["provenance"], {}
+                return cls(kind, frame, provenance=origin)
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            remarks, origin = tuple(record.pop("remarks")), record.pop("provenance")
+            kind = record.pop("kind")
+            frames = {name: pd.DataFrame(rows) for name, rows in record.items()}
+            return cls(kind, frames.pop("effects"), frames, remarks, origin)
+        except FileNotFoundError:
+            raise OutputError(f"no file {str(path)!r}") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{str(path)!r} holds no effects that slashpatch saved: {type(error).__name__}"
+            ) from None
+
+    def _repr_html_(self) -> str:
+        return str(self.frame.to_html(index=False))

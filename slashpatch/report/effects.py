@@ -1,0 +1,131 @@
+"""Tables of effects for the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..effects.result import Result
+
+#: Columns of each kind of result: title, and what stands there.
+_COLUMNS = {
+    "measure": ("edit", "metric", "of", "against", "baseline", "edited", "effect", "q", "as_large"),
+    "flow": ("edit", "offset", "flow", "effect", "q"),
+    "copying": ("edit", "lag", "top1", "loss", "effect", "q"),
+    "paths": ("reader", "input", "baseline", "edited", "effect", "q"),
+    "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
+}
+_TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
+#: Columns with an interval beside them, by the names of its ends.
+_INTERVALS = {
+    "effect": ("low", "high"),
+    "flow": ("flow_low", "flow_high"),
+    "top1": ("top1_low", "top1_high"),
+    "loss": ("loss_low", "loss_high"),
+}
+_UNITS = {
+    "measure": "effect: edited minus baseline, paired by prompt",
+    "flow": "KL divergence in nats that replacing the token Δ before causes",
+    "copying": "top1: share of tokens; loss in nats; effect: on the loss",
+    "paths": "effect of the edit through one input of one later head",
+    "sweep": "effect of the edit at one head at a time",
+}
+
+
+def effects_report(result: Result, top: int = 40) -> Group:
+    """The main table, at most `top` rows of it, and what stands out."""
+    frame = result.frame
+    if "of" in frame and not frame["of"].any():
+        frame = frame.drop(columns="of")
+    origin = result.provenance
+    parts: list[Any] = [
+        Text(f"{origin['model']}: {_UNITS[result.kind]}", style="bold"),
+        Text(
+            f"{origin['prompts']['n']} prompts ({origin['prompts']['source']}); "
+            f"{origin['confidence']:.0%} intervals over prompts; q: p adjusted for all rows",
+            style="dim",
+        ),
+        _table(frame.head(top), result.kind),
+    ]
+    if len(frame) > top:
+        parts.append(Text(f"{len(frame) - top} more rows: --out or --json has them", style="dim"))
+    if len(result.tables.get("heads", ())):
+        parts += [Text(), Text("heads that match earlier tokens, and at which lag", style="bold")]
+        parts.append(_heads(result.tables["heads"]))
+    if result.remarks:
+        parts += [Text(), *(Text(remark) for remark in result.remarks)]
+    return Group(*parts)
+
+
+def _table(frame: pd.DataFrame, kind: str) -> Table:
+    shown = [name for name in _COLUMNS[kind] if name in frame]
+    table = Table()
+    for name in shown:
+        text = name in ("edit", "metric", "of", "against", "name", "reader", "input")
+        table.add_column(
+            _TITLES.get(name, name),
+            justify="left" if text else "right",
+            overflow="fold",
+            no_wrap=name not in ("edit", "against"),
+        )
+    before = None
+    for row in frame.to_dict(orient="records"):
+        cells = [_cell(name, row) for name in shown]
+        if "edit" in shown and row["edit"] == before:
+            cells[shown.index("edit")] = ""
+        before = row.get("edit")
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _heads(frame: pd.DataFrame) -> Table:
+    table = Table("edit", "head", "matches lag", "score", "at lag 1")
+    for row in frame.to_dict(orient="records"):
+        lag = row["matches_lag"]
+        table.add_row(
+            Text(str(row["edit"])),
+            row["head"],
+            "–" if lag is None or lag != lag else str(lag),
+            _with_interval(row["score"], row["low"], row["high"]),
+            f"{row['at_lag_1']:.3f}",
+        )
+    return table
+
+
+def _cell(name: str, row: dict[Any, Any]) -> str:
+    value = row[name]
+    if name in _INTERVALS:
+        low, high = (row[end] for end in _INTERVALS[name])
+        return _with_interval(value, low, high, sign=name == "effect")
+    if name in ("q", "p") and not _missing(value):
+        return f"{value:.3f}" if value >= 0.001 else "<0.001"
+    if name == "as_large" and not _missing(value):
+        return f"{value:.0%}"
+    return _number(value)
+
+
+def _with_interval(value: float, low: float, high: float, sign: bool = False) -> str:
+    if _missing(value):
+        return "–"
+    said = _number(value, sign)
+    return said if _missing(low) else f"{said} [{_number(low, sign)}, {_number(high, sign)}]"
+
+
+def _number(value: Any, sign: bool = False) -> str:
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    if _missing(value):
+        return "–"
+    plus = "+" if sign else ""
+    return f"{value:{plus}.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:{plus}.0e}"
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,286 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+import slashpatch as sp
+from slashpatch.effects import controls, runs
+from slashpatch.errors import (
+    ControlError,
+    EditError,
+    MetricError,
+    OutputError,
+    PatchError,
+    PromptError,
+)
+
+from ..planted import induction_model
+from ..tiny import bridge, llama, random_tokens
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return induction_model()
+
+
+def loss(model, tokens, *edits):
+    with torch.no_grad(), sp.patch(model, *edits):
+        return model(tokens, return_type="loss", loss_per_token=True).double().mean(1)
+
+
+def test_effects_are_those_of_patch(tiny):
+    """Against a plain loop, with prompts of several lengths, in any batches."""
+    prompts = [row[:n] for row, n in zip(random_tokens(5, 14), (14, 9, 14, 6, 9), strict=True)]
+    edits = ["KnockOut(L0H1, 1)", ["AblateHeads(L0H2)", "ShiftSlash(L1H0, 1)"]]
+    found = sp.measure(tiny, edits, ["loss", "kl", "top1"], prompts)
+    by_batch = [
+        sp.measure(tiny, edits, ["loss", "kl", "top1"], prompts, batch_size=n) for n in (1, 2)
+    ]
+    for other in by_batch:
+        pd.testing.assert_frame_equal(other.frame, found.frame, atol=1e-5, rtol=1e-4)
+        assert other.provenance == found.provenance
+    values = found.tables["values"]
+    for name, together in (
+        ("KnockOut(L0H1, offsets=1)", edits[:1]),
+        ("AblateHeads(L0H2) then ShiftSlash(L1H0, by=1)", edits[1]),
+    ):
+        own = values[(values["edit"] == name) & (values["metric"] == "loss")].sort_values("prompt")
+        expected = [float(loss(tiny, row[None], *together)[0]) for row in prompts]
+        assert own["value"].tolist() == pytest.approx(expected, abs=1e-5)
+    row = found.frame[found.frame["metric"] == "loss"].iloc[0]
+    intact = torch.tensor([float(loss(tiny, row[None])[0]) for row in prompts])
+    assert row["baseline"] == pytest.approx(float(intact.mean()), abs=1e-5)
+    assert row["effect"] == pytest.approx(row["edited"] - row["baseline"])
+    assert row["low"] <= row["effect"] <= row["high"]
+
+
+def test_equal_seeds_give_equal_results(tiny):
+    def run(seed):
+        return sp.measure(
+            tiny,
+            "KnockOut(L0H1, 1)",
+            ["loss"],
+            n_prompts=4,
+            max_tokens=12,
+            controls=["matched-heads:2"],
+            random_tokens=True,
+            seed=seed,
+        )
+
+    one, again, other = run(1), run(1), run(2)
+    pd.testing.assert_frame_equal(one.frame, again.frame)
+    pd.testing.assert_frame_equal(one.tables["draws"], again.tables["draws"])
+    assert not one.frame["effect"].equals(other.frame["effect"])
+
+
+def test_intact_means_with_active_patches(tiny):
+    tokens = random_tokens(3, 10)
+    with sp.patch(tiny, "AblateHeads(L1H1)"):
+        found = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", tokens)
+    row = found.frame.iloc[0]
+    assert row["baseline"] == pytest.approx(float(loss(tiny, tokens, "AblateHeads(L1H1)").mean()))
+    both = loss(tiny, tokens, "AblateHeads(L1H1)", "KnockOut(L0H1, 1)")
+    assert row["edited"] == pytest.approx(float(both.mean()))
+    assert found.provenance["edits"] == ["AblateHeads(L1H1)"]
+
+
+def test_the_planted_heads_matter_and_no_others(planted):
+    every = [f"AblateHeads(L{layer}H{head})" for layer in (0, 1) for head in range(4)]
+    found = sp.measure(planted, every, "copying", n_prompts=12, max_tokens=41)
+    rows = found.frame.set_index("edit")
+    for name in ("AblateHeads(L0H0)", "AblateHeads(L1H2)"):
+        assert rows.loc[name, "effect"] > 2
+        assert rows.loc[name, "low"] > 1
+        assert rows.loc[name, "q"] < 0.01
+    others = rows.drop(["AblateHeads(L0H0)", "AblateHeads(L1H2)"])
+    assert others["effect"].abs().max() < 0.01
+    assert (others["low"] <= 0).all()
+    assert (others["high"] >= 0).all()
+
+
+def test_controls_of_a_planted_head(planted):
+    found = sp.measure(
+        planted,
+        "KnockOut(L0H0, 1)",
+        "copying",
+        n_prompts=10,
+        max_tokens=41,
+        controls=["random-heads:3", "matched-heads:3", "other-offsets:5"],
+    )
+    rows = found.frame.set_index("against")
+    assert list(rows.index) == ["intact", "random-heads:3", "matched-heads:3", "other-offsets:5"]
+    assert (rows["effect"] > 2).all()
+    assert rows.loc["random-heads:3", "as_large"] == 0
+    assert rows.loc["other-offsets:5", "as_large"] == 0
+    draws = found.tables["draws"]
+    assert set(draws[draws["control"] == "random-heads"]["drawn"]) == {
+        f"KnockOut(L0H{head}, offsets=1)" for head in (1, 2, 3)
+    }
+    offsets = draws[draws["control"] == "other-offsets"]["drawn"]
+    assert offsets.nunique() == 5
+    assert not any(drawn == "KnockOut(L0H0, offsets=1)" for drawn in offsets)
+
+
+def drawn(model, control, edit, n_pos=20):
+    batch = runs.Batch(torch.arange(2), random_tokens(2, n_pos))
+    condition = runs.conditions([edit])[0]
+    return [str(one) for one in controls.as_control(control).draw(model, condition, [batch], 0)]
+
+
+def test_what_controls_draw(tiny):
+    heads = drawn(tiny, "random-heads:3", "KnockOut((L0H0, L0H2, L1H1), 1)")
+    assert set(heads) == {f"KnockOut((L0H1, L0H3, L1H{h}), offsets=1)" for h in (0, 2, 3)}
+    pairs = drawn(tiny, "random-pairs:4", "DropBand(L0H1, high)")
+    assert len(set(pairs)) == 4
+    assert all(one.startswith("DropBand(L0H1, band='pairs ") for one in pairs)
+    bands = drawn(tiny, "random-pairs:6", "SwapBands(L0H1, high, low)")
+    assert len(set(bands)) == 6
+    joint = drawn(tiny, "random-heads:2", ["KnockOut(L0H0, 1)", "ShiftSlash(L0H0, 2)"])
+    for one in joint:
+        first, second = one.split(" then ")
+        assert first[len("KnockOut(") :][:4] == second[len("ShiftSlash(") :][:4] != "L0H0"
+    assert drawn(tiny, "random-heads:2", "KnockOut(L1H0, 1)") == drawn(
+        tiny, "random-heads:2", "KnockOut(L1H0, 1)"
+    )
+
+
+def test_output_norms_by_definition(tiny):
+    """Matched heads are matched on what z W_O adds to the residual stream."""
+    tokens = random_tokens(2, 9)
+    norms = controls.output_norms(tiny, [runs.Batch(torch.arange(2), tokens)])
+    _, cache = tiny.run_with_cache(tokens)
+    for layer, head in ((0, 0), (1, 3)):
+        z = cache["z", layer][:, :, head]
+        weight = tiny.original_model.model.layers[layer].self_attn.o_proj.original_component.weight
+        written = z @ weight[:, head * 8 : head * 8 + 8].T
+        assert float(norms[layer, head]) == pytest.approx(float(written.norm(dim=-1).mean()))
+
+
+@pytest.mark.parametrize(
+    ("control", "edit", "said"),
+    [
+        ("random-heads:4", "KnockOut(L0H0, 1)", "only 3 other such sets.*at most random-heads:3"),
+        ("random-heads", "AblateHeads('L0H0, L0H1, L0H2')", "leaves 1; edit fewer"),
+        ("matched-heads:8", "KnockOut(L0H0, 1)", "only 7 heads beside"),
+        ("other-offsets", "AblateHeads(L0H0)", "names no offset"),
+        ("other-offsets:99", "KnockOut(L0H0, 1)", "offsets 1 to 16 leave 15 others for 1"),
+        ("random-pairs", "KnockOut(L0H0, 1)", "names no band"),
+        ("random-pairs:99", "DropBand(L0H0, 'pairs 0-0')", "found only 4 different ones"),
+    ],
+)
+def test_controls_that_cannot_be_drawn(tiny, control, edit, said):
+    with pytest.raises(ControlError, match=said):
+        drawn(tiny, control, edit)
+
+
+@pytest.mark.parametrize("spec", ["random-head", "random-heads:0", "random-heads:-1", "", 3, None])
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_control(spec):
+    with pytest.raises(ControlError):
+        controls.as_control(spec)
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        (lambda logits: logits.mean(), "one number per prompt, \\[3\\], or .*Do not average"),
+        (lambda logits: logits, "one number per prompt"),
+        (lambda logits: 1.0, "got float"),
+        (lambda logits: logits[:, 0, 0] * torch.nan, "gave nan for prompt 0 under intact"),
+        (lambda logits, index: 1 / (index - 1.0), "gave inf for prompt 1 under intact"),
+    ],
+)
+def test_metrics_that_give_something_else(tiny, metric, said):
+    with pytest.raises(MetricError, match=said):
+        sp.measure(tiny, "KnockOut(L0H1, 1)", metric, random_tokens(3, 8))
+
+
+def test_nan_under_an_edit_names_the_edit(tiny):
+    def broken(logits, intact):
+        return (
+            (logits - intact).abs().amax((1, 2)) / 0
+            if not logits.equal(intact)
+            else logits[:, 0, 0]
+        )
+
+    with pytest.raises(MetricError, match=r"under KnockOut\(L0H1, offsets=1\)"):
+        sp.measure(tiny, "KnockOut(L0H1, 1)", broken, random_tokens(3, 8))
+
+
+def test_bad_input(tiny):
+    tokens = random_tokens(3, 8)
+    for wrong, error, said in (
+        ({"edits": []}, EditError, "expected an edit such as"),
+        ({"edits": [[]]}, EditError, "a condition is without edits"),
+        ({"edits": ["KnockOut(L0H1, 1)"] * 2}, EditError, "is given twice"),
+        ({"edits": "KnockOut(L9H1, 1)"}, sp.SlashpatchError, "L9H1 does not exist"),
+        ({"edits": 3}, EditError, "expected an edit"),
+        ({"metrics": []}, MetricError, "no metric was given"),
+        ({"metrics": ["loss", "loss"]}, MetricError, "two metrics are called 'loss'"),
+        ({"prompts": [torch.tensor([4])]}, PromptError, "one token only"),
+        ({"metrics": "copying"}, PromptError, "same tokens twice over"),
+        ({"batch_size": 0}, PromptError, "batch_size is an integer from 1"),
+        (
+            {"metrics": "loss-by-position", "prompts": [tokens[0], tokens[1, :5]]},
+            MetricError,
+            "4 numbers for one prompt and 7 for another",
+        ),
+    ):
+        with pytest.raises(error, match=said):
+            sp.measure(tiny, **{"edits": "KnockOut(L0H1, 1)", "prompts": tokens, **wrong})
+    assert not any(point._forward_hooks for point in tiny.hook_points())
+
+
+def test_default_prompts_follow_the_metric(tiny):
+    natural = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", n_prompts=2, max_tokens=9)
+    repeated = sp.measure(tiny, "KnockOut(L0H1, 1)", "copying", n_prompts=2, max_tokens=9)
+    assert natural.provenance["prompts"]["source"] == "natural text, seed 0"
+    assert repeated.provenance["prompts"]["source"] == "random tokens twice over, seed 0"
+    with pytest.raises(PromptError, match="5 to 64 tokens"):
+        sp.measure(tiny, "KnockOut(L0H1, 1)", "copying", n_prompts=2, max_tokens=4)
+
+
+def test_one_prompt_has_no_interval(tiny):
+    row = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", random_tokens(1, 8)).frame.iloc[0]
+    assert row[["low", "high", "p", "q"]].isna().all()
+    assert row["effect"] == row["effect"]
+
+
+def test_keys_cached_before_are_no_matter_and_hooks_must_fire():
+    model = bridge(llama(seed=3), "other")
+    with pytest.raises(PatchError, match="never fired"), sp.patch(model, "KnockOut(L0H1, 1)"):
+        pass
+
+
+def test_saved_and_loaded(tiny, tmp_path):
+    found = sp.measure(
+        tiny, "KnockOut(L0H1, 1)", ["loss", "kl"], random_tokens(3, 8), controls="random-heads:2"
+    )
+    for name in ("effects.parquet", "effects.json"):
+        found.save(tmp_path / name)
+        again = sp.Result.load(tmp_path / name)
+        assert again.provenance == found.provenance
+        pd.testing.assert_frame_equal(again.frame, found.frame)
+    assert set(again.tables) == {"values", "draws"}
+    assert json.loads((tmp_path / "effects.json").read_text())["kind"] == "measure"
+    assert "KnockOut" in found._repr_html_()
+    with pytest.raises(OutputError, match="keep where figures come from"):
+        found.save(tmp_path / "effects.csv")
+    (tmp_path / "other.json").write_text("[]")
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
+    for name in ("other.json", "other.parquet"):
+        with pytest.raises(OutputError, match="holds no effects"):
+            sp.Result.load(tmp_path / name)
+    with pytest.raises(OutputError, match="no file"):
+        sp.Result.load(tmp_path / "none.json")
+
+
+def test_in_the_fused_engine(tiny):
+    tokens = random_tokens(3, 12)
+    plain = sp.measure(tiny, "KnockOut(L0H1, 1)", ["loss", "kl", sp.SlashScores("L1H0")], tokens)
+    with sp.fused(tiny):
+        fused = sp.measure(
+            tiny, "KnockOut(L0H1, 1)", ["loss", "kl", sp.SlashScores("L1H0")], tokens
+        )
+    pd.testing.assert_frame_equal(plain.frame, fused.frame, atol=1e-5, rtol=1e-3)

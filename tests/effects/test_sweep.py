@@ -1,0 +1,251 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import slashpatch as sp
+from slashpatch.effects.metrics import as_metric
+from slashpatch.effects.runs import Meter, conditions, evaluate, prompts_for
+from slashpatch.effects.stubs import Trunk
+from slashpatch.errors import EditError, HeadError, MetricError, ModelError, OutputError, SweepError
+
+from ..planted import induction_model
+from ..tiny import random_tokens, tiny_model
+from ..zoo import FAMILIES, zoo
+
+SMALL = {"n_prompts": 3, "max_tokens": 13}
+
+
+def naive(model, edits, metric="copying", prompts=None):
+    """Every edit by patching, and running all of the model."""
+    meter = Meter(model, [as_metric(metric)])
+    found = prompts_for(model, meter.metrics, prompts, n_prompts=3, max_tokens=13, seed=0)
+    intact, *values = evaluate(model, meter, found, conditions(edits))
+    return [float((one[0] - intact[0]).mean()) for one in values]
+
+
+@pytest.mark.parametrize("edit", ["KnockOut({head}, 1)", "FreezeBand({head}, high)"])
+def test_a_sweep_is_the_naive_loop_bit_for_bit(edit):
+    model = tiny_model(seed=1, layers=3)
+    found = sp.sweep(model, edit, **SMALL).frame.sort_values(["layer", "head"])
+    expected = naive(model, list(found["edit"]))
+    assert found["effect"].tolist() == expected
+    assert found["effect"].nunique() == 12
+    shared = sp.sweep(model, edit, per_pass=3, **SMALL).frame.sort_values(["layer", "head"])
+    assert shared["effect"].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, f in FAMILIES.items() if not f.refused])
+def test_stubbed_layers_change_nothing(name):
+    """In every family: passes that begin at a layer give the logits of whole ones, bit for bit."""
+    model = zoo(name)
+    tokens = random_tokens(2, 11)
+    trunk = Trunk(model, tokens)
+    with torch.no_grad():
+        whole = model(tokens)
+        for layer in range(model.cfg.n_layers):
+            trunk.advance(layer)
+            with trunk.stubbed():
+                assert torch.equal(model(tokens), whole)
+            with trunk.stubbed(2):
+                twice = model(tokens.repeat(2, 1))
+            torch.testing.assert_close(twice, whole.repeat(2, 1, 1), atol=1e-4, rtol=1e-4)
+        assert torch.equal(model(tokens), whole)
+    if model.cfg.n_layers > 1:
+        with pytest.raises(ModelError, match="does not go back"):
+            trunk.advance(0)
+
+
+def test_offsets_and_functions_and_comparing_metrics(tiny):
+    found = sp.sweep(
+        tiny, "KnockOut({head}, {offset})", "L0H1, L1H0", "kl", offsets=[1, 2], **SMALL
+    )
+    assert sorted(found.frame["edit"]) == [
+        f"KnockOut({head}, offsets={offset})" for head in ("L0H1", "L1H0") for offset in (1, 2)
+    ]
+    made = sp.sweep(
+        tiny,
+        lambda head, offset: sp.KnockOut(head, offset),
+        "L0H1, L1H0",
+        "kl",
+        offsets=[1, 2],
+        **SMALL,
+    )
+    pd.testing.assert_frame_equal(found.frame, made.frame)
+    shared = sp.sweep(
+        tiny,
+        "KnockOut({head}, {offset})",
+        "L0H1, L1H0",
+        "kl",
+        offsets=[1, 2],
+        per_pass=4,
+        batch_size=2,
+        **SMALL,
+    )
+    pd.testing.assert_frame_equal(
+        *(one.frame.sort_values("edit", ignore_index=True) for one in (found, shared)),
+        atol=1e-5,
+        rtol=1e-3,
+    )
+    assert (found.frame["baseline"] == 0).all()
+
+
+def test_the_planted_heads_come_first():
+    frame = sp.sweep(induction_model(), "AblateHeads({head})", n_prompts=8, max_tokens=41).frame
+    assert set(frame["name"][:2]) == {"L0H0", "L1H2"}
+    assert frame["effect"][1] > 2
+    assert frame["effect"][2:].abs().max() < 0.01
+
+
+def test_resuming(tmp_path, monkeypatch):
+    model = tiny_model(seed=1)
+    path = tmp_path / "sweep.parquet"
+    whole = sp.sweep(model, path=tmp_path / "whole.parquet", **SMALL)
+    run, done = Meter.run, []
+
+    def dies(self, batch, intact, what, hooks=()):
+        done.append(str(what))
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        return run(self, batch, intact, what, hooks)
+
+    monkeypatch.setattr(Meter, "run", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sp.sweep(model, path=path, **SMALL)
+    assert not any(point._forward_hooks for point in model.hook_points())
+    unfinished = tmp_path / "sweep.parquet.unfinished"
+    assert len(unfinished.read_text().splitlines()) == 1 + 4
+    with pytest.raises(SweepError, match=r"unfinished sweep; resume it \(--resume"):
+        sp.sweep(model, path=path, **SMALL)
+    with open(unfinished, "a") as file:
+        file.write('{"index": 7, "val')  # killed while it wrote
+    again = sp.sweep(model, path=path, resume=True, **SMALL)
+    assert done.count(done[4]) == 2  # the one that died
+    assert sorted(done[:4] + done[5:]) == sorted({*done})
+    assert len(done) == 1 + 9
+    pd.testing.assert_frame_equal(again.frame, whole.frame)
+    pd.testing.assert_frame_equal(sp.Result.load(path).frame, whole.frame)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.parquet", "whole.parquet"]
+    done.clear()
+    finished = sp.sweep(model, path=path, resume=True, **SMALL)
+    assert done == []
+    pd.testing.assert_frame_equal(finished.frame, whole.frame)
+
+
+test_resuming = pytest.mark.filterwarnings("ignore")(test_resuming)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 1}, "its (prompts|seed) is"),
+        ({"n_prompts": 4}, "its prompts is"),
+        ({"metric": "copying-top1"}, "its metric is copying, here it is copying-top1"),
+        ({"heads": "L0H1"}, "its swept is 8 edits"),
+        ({"make_edit": "AblateHeads({head})"}, "its swept is 8 edits"),
+        ({"model": tiny_model(seed=2)}, "its fingerprint is"),
+    ],
+    ids=["seed", "prompts", "metric", "heads", "edit", "model"],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_file_of_another_sweep_is_refused(tmp_path, changed, said, finished):
+    path = tmp_path / "sweep.json"
+    same = dict(model=tiny_model(seed=1), path=path, **SMALL)
+    sp.sweep(**same)
+    if not finished:
+        record = sp.Result.load(path).provenance
+        header = {"format": "slashpatch-sweep-1", **record}
+        (tmp_path / "sweep.json.unfinished").write_text(json.dumps(header) + "\n")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(SweepError, match=said):
+        sp.sweep(**{**same, **changed, "resume": True})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_files_that_are_no_sweep(tiny, tmp_path):
+    (tmp_path / "sweep.json.unfinished").write_text("hello\n")
+    with pytest.raises(SweepError, match="is no unfinished sweep"):
+        sp.sweep(tiny, path=tmp_path / "sweep.json", resume=True, **SMALL)
+    with pytest.raises(OutputError, match=r"ends in .parquet, .json"):
+        sp.sweep(tiny, path=tmp_path / "sweep.csv", **SMALL)
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "other.json.unfinished.lock"):
+        with pytest.raises(SweepError, match="another process is writing"):
+            sp.sweep(tiny, path=tmp_path / "other.json", **SMALL)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input(tiny):
+    for wrong, error, said in (
+        ({"make_edit": "KnockOut(L0H1, 1)"}, EditError, r"with \{head\}"),
+        ({"make_edit": "KnockOut({head}, {offset})"}, EditError, r"without \{offset\}"),
+        ({"offsets": [1]}, EditError, r"with \{offset\}"),
+        ({"make_edit": 3}, EditError, "expected a text such as"),
+        ({"make_edit": lambda head: None}, EditError, "make_edit gave None for L0H0"),
+        ({"heads": "L7H0"}, HeadError, "L7H0 does not exist"),
+        ({"metric": "loss-by-position"}, MetricError, "a metric with one number per prompt"),
+        ({"per_pass": 0}, SweepError, "per_pass is an integer from 1"),
+    ):
+        with pytest.raises(error, match=said):
+            sp.sweep(tiny, **{**SMALL, **wrong})
+
+
+_SCRIPT = """
+import sys
+from tests.tiny import tiny_model
+import torch, slashpatch as sp
+torch.set_num_threads(1)
+print("ready", flush=True)
+sp.sweep(tiny_model(seed=1, layers=6), n_prompts=6, max_tokens=61, path=sys.argv[1],
+         resume=True, progress=False)
+"""
+
+
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL in a loop; the file that is there in the end is that of a run that nobody killed."""
+    root = str(Path(__file__).parents[2])
+    path = tmp_path / "sweep.parquet"
+
+    def start(path):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SCRIPT, str(path)],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    assert start(tmp_path / "whole.parquet").wait() == 0
+    moments = random.Random(0)
+    unfinished, kills, seen = Path(f"{path}.unfinished"), 0, set()
+    while not path.exists():
+        process = start(path)
+        until = time.monotonic() + 1.0 + 0.6 * moments.random()
+        while time.monotonic() < until and process.poll() is None:
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if unfinished.exists():
+            rows = list(unfinished.read_text().splitlines(keepends=True)[1:])
+            now = {json.loads(row)["index"] for row in rows if row.endswith("\n")}
+            assert len(now) == len([row for row in rows if row.endswith("\n")])  # none twice
+            assert now >= seen  # none lost
+            seen = now
+        assert kills < 60
+    assert kills > 0
+    whole, pieces = (sp.Result.load(p) for p in (tmp_path / "whole.parquet", path))
+    pd.testing.assert_frame_equal(whole.frame, pieces.frame)
+    assert whole.provenance == pieces.provenance
