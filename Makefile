@@ -36,6 +36,7 @@ format: .venv/developed
 bench: .venv/developed
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/fused.py
+	$(BIN)/python benchmarks/effects.py
 
 families: .venv/developed
 	$(BIN)/python -m tests.zoo

@@ -330,3 +330,110 @@ def test_a_closed_pipe_is_no_error(model):
     process.stdout.close()
     process.wait()
     assert "Traceback" not in process.stderr.read()
+
+
+EFFECTS = ("--prompts", 3, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            (
+                "measure",
+                "-e",
+                "KnockOut(L0H1, 1)",
+                "--max-tokens",
+                13,
+                "--control",
+                "random-heads:2",
+                "--metric",
+                "loss",
+                "--metric",
+                "kl",
+            ),
+            "random-heads:2",
+        ),
+        (
+            (
+                "measure",
+                "-e",
+                "KnockOut(L0H1, 1)",
+                "-e",
+                "AblateHeads(L1H1)",
+                "--together",
+                "--max-tokens",
+                13,
+            ),
+            "then",
+        ),
+        (("flow", "-e", "KnockOut(L0H1, 1)", "--max-tokens", 13, "--offsets", "1-3"), "flow at"),
+        (("flow", "--max-tokens", 13, "--offsets", "1-3", "--random-tokens"), "flow"),
+        (("copying", "-e", "ShiftSlash(L0H1, 1)", "--tokens", 9), "copies no lag"),
+        (("sweep", "--heads", "L0H1, L1H2", "--max-tokens", 13), "L1H2"),
+        (
+            (
+                "sweep",
+                "-e",
+                "KnockOut({head}, {offset})",
+                "--offsets",
+                "1-2",
+                "--heads",
+                "L0H1",
+                "--metric",
+                "loss",
+                "--max-tokens",
+                13,
+            ),
+            "L0H1",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_effects(call, model, tmp_path, arguments, said):
+    command, *rest = arguments
+    code, out, err = call(command, model, *rest, *EFFECTS)
+    assert code == 0, err
+    assert said in " ".join(out.split())
+    code, out, err = call(command, model, *rest, *EFFECTS, "--json", "--out", tmp_path / "a.json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["kind"] == command
+    assert record["effects"]
+    assert json.loads((tmp_path / "a.json").read_text()) == record
+    if command != "measure":
+        assert call(command, model, *rest, *EFFECTS, "--plot", tmp_path / "a.png")[0] == 0
+        assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_sweep_goes_on(call, model, tmp_path):
+    out = tmp_path / "sweep.parquet"
+    rest = ("--max-tokens", 13, "--heads", "L0H1, L1H2", *EFFECTS)
+    assert call("sweep", model, *rest, "--out", out)[0] == 0
+    again = call("sweep", model, *rest, "--out", out, "--resume")
+    assert again[0] == 0
+    assert "L1H2" in again[1]
+    code, _, err = call("sweep", model, *rest, "--out", out, "--resume", "--seed", 3)
+    assert code == 2
+    assert "is of another sweep" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("measure",), "give at least one --edit"),
+        (("measure", "-e", "KnockOut(L0H1, 1)", "--metric", "lost"), "no metric 'lost'"),
+        (("measure", "-e", "KnockOut(L0H1, 1)", "--control", "random"), "no control 'random'"),
+        (("measure", "-e", "KnockOut(L0H1, 1)", "--out", "a.csv"), ".parquet, .json"),
+        (("flow", "--text", "a.txt", "--random-tokens"), "not both"),
+        (("flow", "--plot", "a.parquet"), "ends in .png, .svg, .pdf"),
+        (("sweep", "--resume"), "--resume goes with --out"),
+        (("sweep", "-e", "KnockOut(L0H1, 1)"), "expected a text with {head}"),
+    ],
+)
+def test_effects_refuse(call, model, arguments, said):
+    command, *rest = arguments
+    code, out, err = call(command, model, *rest)
+    assert (code, out) == (2, "")
+    assert said in " ".join(err.split())
+    assert "Traceback" not in err

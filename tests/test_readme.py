@@ -19,13 +19,14 @@ COMMANDS = [
 
 def test_there_is_nothing_else_to_run():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
-    assert len(PYTHON) == 3
-    assert len(COMMANDS) == 5
+    assert len(PYTHON) == 4
+    assert len(COMMANDS) == 9
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("code", PYTHON, ids=["library", "hooks", "fused"])
-def test_python_blocks_run(code, capsys):
+@pytest.mark.parametrize("code", PYTHON, ids=["library", "effects", "hooks", "fused"])
+def test_python_blocks_run(code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert len(code.strip().splitlines()) <= 12
     exec(compile(code, "README.md", "exec"), {})
 
