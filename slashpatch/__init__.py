@@ -12,6 +12,7 @@ from .errors import SlashpatchError
 from .heads import Head, heads
 
 if TYPE_CHECKING:
+    from . import theory
     from .checks import check
     from .edits import (
         AblateHeads,
@@ -72,6 +73,7 @@ _HOMES = {
     "scans": "Scan SlashHead",
 }
 _LAZY = {name: home for home, names in _HOMES.items() for name in names.split()}
+_PACKAGES = ("theory",)
 
 __all__ = [
     "AblateHeads",
@@ -118,12 +120,15 @@ __all__ = [
     "paths",
     "scan",
     "sweep",
+    "theory",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _LAZY and name not in _PACKAGES:
         raise AttributeError(f"module 'slashpatch' has no attribute {name!r}")
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value

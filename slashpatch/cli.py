@@ -11,6 +11,7 @@ import typer
 from . import __version__
 from .commands.check import check
 from .commands.effects import copying, flow, measure, sweep
+from .commands.theory import theory
 from .errors import EditError, OutputError, SlashpatchError
 from .options import (
     Device,
@@ -356,6 +357,7 @@ def demo(
 
 for _command in (measure, flow, copying, sweep, check):
     app.command()(_command)
+app.add_typer(theory, name="theory")
 
 
 def _load(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:

@@ -55,6 +55,10 @@ class SweepError(SlashpatchError, RuntimeError):
     """A sweep that cannot go on: its file is another run's, or no sweep's."""
 
 
+class TheoryError(SlashpatchError, ValueError):
+    """A setting of the shallow transformer that does not fit, or a checkpoint of another."""
+
+
 class DownloadError(SlashpatchError, RuntimeError):
     """The default model could not be fetched, or is not the file that was expected."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .heads import Head
 from .moments import Profile
+from .spectrum import margin
 
 #: The verdict's thresholds; all *ours*.
 PREDICTION_FITS = 0.9
@@ -76,6 +77,7 @@ class Explanation:
                 "correlation": profile.correlation,
                 "measured_peak": profile.measured_peak,
                 "predicted_peak": profile.predicted_peak,
+                "margin": self.margin,
             },
             "pairs": [
                 {"pair": pair, "wavelength": wave, "logit": logit}
@@ -106,8 +108,20 @@ class Explanation:
         row |= {f"rank_one_{of}": score for of, score in self.rank_one.items()}
         row["correlation"] = float("nan") if self.profile is None else self.profile.correlation
         row["predicted_peak"] = None if self.profile is None else self.profile.predicted_peak
+        row["margin"] = self.margin
         row["verdict"] = self.verdict
         return row
+
+    @property
+    def margin(self) -> float | None:
+        """Predicted logit of the offset over all others of the profile; None where it has none.
+
+        The frequency condition: if all tokens had the mean query and key, the head could be a slash
+        head at the offset only where this is positive (`slashpatch.spectrum.margin`).
+        """
+        if self.profile is None or self.offset >= len(self.profile.predicted):
+            return None
+        return margin(self.profile.predicted, self.offset)
 
     def __str__(self) -> str:
         from .report.explanation import explanation_report

@@ -52,3 +52,15 @@ def concentration(
     """
     real, imag, _ = rotary.split(mean)
     return torch.hypot(real, imag) / mean_abs.clamp(min=torch.finfo(mean.dtype).tiny)
+
+
+def margin(profile: Float[Tensor, "offset"], offset: int) -> float:
+    """Logit of one offset over the best of all others, from a profile of Δ = 0, 1, 2, ...
+
+    Of the profile that mean query and mean key predict it is the frequency condition: all tokens
+    alike, the head attends mostly `offset` back only if it is positive, and then by a factor of
+    e^margin to the next best. Infinite where there is no other offset. *Ours*, after condition 2 of
+    arXiv 2601.08297.
+    """
+    others = torch.cat([profile[:offset], profile[offset + 1 :]])
+    return float(profile[offset] - others.max()) if len(others) else float("inf")

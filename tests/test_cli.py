@@ -437,3 +437,66 @@ def test_effects_refuse(call, model, arguments, said):
     assert (code, out) == (2, "")
     assert said in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_theory(call, tmp_path):
+    names = {
+        name: tmp_path / name for name in ("a.png", "a.parquet", "a.safetensors", "p.csv", "p.svg")
+    }
+    code, out, err = call(
+        "theory",
+        "train",
+        "--steps",
+        20,
+        "--seeds",
+        2,
+        "--plot",
+        names["a.png"],
+        "--out",
+        names["a.parquet"],
+    )
+    assert code == 0, err
+    assert "the slash passes 0.3 after (steps): in 0 of 2 seeds" in out
+    assert set(pd.read_parquet(names["a.parquet"])["seed"]) == {0, 1}
+    checkpoint = ("--steps", 20, "--seeds", 1, "--checkpoint", names["a.safetensors"])
+    code, out, _ = call("theory", "train", *checkpoint, "--frequencies", "1,0.5", "--json")
+    assert code == 0
+    assert json.loads(out)["settings"]["frequencies"] == [1.0, 0.5]
+    code, _, err = call("theory", "train", *checkpoint, "--resume")
+    assert code == 2
+    assert "another configuration: its frequencies" in err
+    phase = (
+        "theory",
+        "phase",
+        "--steps",
+        5,
+        "--seeds",
+        1,
+        "--rows",
+        "cone=0,1",
+        "--columns",
+        "offset=1,2",
+    )
+    code, out, err = call(*phase, "--out", names["p.csv"], "--plot", names["p.svg"])
+    assert code == 0, err
+    assert "in 0 of 1 seeds" in out
+    assert all(path.stat().st_size for path in names.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "--cone", -1), "cone is a number from 0 to 2"),
+        (("train", "--frequencies", ","), "no θ is left"),
+        (("train", "--offset", 40), "beyond a segment"),
+        (("train", "--checkpoint", "a.safetensors"), "give --seeds 1"),
+        (("train", "--out", "a.txt"), "expected a name that ends in"),
+        (("phase", "--rows", "cone"), "expected a knob and its values"),
+        (("phase", "--rows", "cones=1"), "a knob is one of"),
+        (("phase", "--resume"), "--resume goes with --out"),
+    ],
+)
+def test_theory_refuses(call, arguments, said):
+    code, out, err = call("theory", *arguments)
+    assert (code, out) == (2, "")
+    assert said in " ".join(err.split())

@@ -180,8 +180,8 @@ def sweep(
     metric: Annotated[str, typer.Option(metavar="METRIC", help="As for measure.")] = "copying",
     text: TextOption = None,
     random_tokens: RandomOption = False,
-    prompts: PromptsOption = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 101,
+    prompts: PromptsOption = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 65,
     top: RowsOption = 20,
     out: OutOption = None,
     resume: Annotated[

@@ -49,7 +49,7 @@ def paths(
     *,
     inputs: str = "qkv",
     random_tokens: bool = False,
-    n_prompts: int = 8,
+    n_prompts: int = 16,
     max_tokens: int | None = 65,
     batch_size: int | None = None,
     confidence: float = 0.95,

@@ -61,8 +61,8 @@ def sweep(
     path: str | os.PathLike[str] | None = None,
     resume: bool = False,
     random_tokens: bool = False,
-    n_prompts: int = 8,
-    max_tokens: int | None = 101,
+    n_prompts: int = 16,
+    max_tokens: int | None = 65,
     batch_size: int | None = None,
     per_pass: int | None = None,
     confidence: float = 0.95,
@@ -86,7 +86,7 @@ def sweep(
         resume: Go on with an unfinished sweep, or give back a finished one. A sweep of another
             model, data, seed or version is refused.
         random_tokens: As for `measure`, and so are the following.
-        n_prompts: How many.
+        n_prompts: How many. With few, p-values cannot be small enough to be told among many heads.
         max_tokens: Their length.
         batch_size: Prompts per pass.
         per_pass: How many variants of one layer share a pass. None: one on the CPU, where it saves

@@ -61,6 +61,11 @@ def explanation_report(one: Explanation) -> Group:
                 f"mean logit by offset, Δ {shown[0]} to {shown[-1]}; predicted from mean q and k: "
                 f"correlation {profile.correlation:.3f}"
             ),
+            Text(
+                "predicted logit of the offset over all others: "
+                + ("beyond the profile" if one.margin is None else f"{one.margin:+.2f}")
+                + " (with all tokens alike, a slash head needs a positive one)"
+            ),
             _spark("measured ", profile.measured, profile.measured_peak),
             _spark("predicted", profile.predicted, profile.predicted_peak),
             Text(
@@ -110,6 +115,7 @@ def explanations_table(frame: pd.DataFrame) -> Table:
         "drop_low": "-low",
         "rank_one_qk": "rank one",
         "correlation": "corr.",
+        "margin": "margin",
         "predicted_peak": "pred. Δ",
         "verdict": "verdict",
     }

@@ -1,0 +1,175 @@
+"""What training the shallow transformer looks like: tables and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from ..theory import Run
+
+_SHOWN = 10
+
+
+def over_seeds(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean and Student's 95 % interval over seeds; how many are finite where not all are."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < len(values):
+        reached = f"{sum(finite) / len(finite):{form}} in " if finite else "in "
+        return f"{reached}{len(finite)} of {len(values)} seeds"
+    mean = sum(finite) / len(finite)
+    if len(finite) < 2:
+        return f"{mean:{form}}"
+    from scipy.stats import t
+
+    variance = sum((value - mean) ** 2 for value in finite) / (len(finite) - 1)
+    half = float(t.ppf(0.975, len(finite) - 1)) * (variance / len(finite)) ** 0.5
+    return f"{mean:{form}} ± {half:{form}}"
+
+
+def training_report(runs: Sequence[Run], kappa: float) -> Group:
+    """Some steps of the history, mean ± half the interval over seeds, and what came when."""
+    settings = runs[0].settings
+    offset = settings.offset
+    columns = {
+        "loss": "loss",
+        f"score_{offset}": f"slash score at Δ={offset}",
+        "matching": "layer 2 matches",
+        "r1_q": "r1 Q",
+        "r1_k": "r1 K",
+        "margin": "margin",
+    }
+    table = Table("step", *columns.values())
+    rows = runs[0].rows
+    chosen = sorted({round(at * (len(rows) - 1) / (_SHOWN - 1)) for at in range(_SHOWN)})
+    for at in chosen:
+        cells = [over_seeds([run.rows[at][name] for run in runs]) for name in columns]
+        table.add_row(f"{rows[at]['step']:.0f}", *cells)
+    outside = [run.out_of_distribution() for run in runs]
+    lines = [
+        f"the slash passes {kappa:g} after (steps): "
+        + over_seeds([run.time_to(kappa) for run in runs], ".0f"),
+        f"layer 2 passes {kappa:g} after (steps): "
+        + over_seeds([run.time_to(kappa, "matching") for run in runs], ".0f"),
+        f"slash score out of distribution (twice the length, tokens never seen): "
+        f"{over_seeds(outside)}",
+    ]
+    title = (
+        f"{settings.task}, Δ={offset}, cone {settings.cone:g}, frequencies "
+        f"{settings.frequencies}, {settings.optimizer} at {settings.rate:g}: mean ± half the 95 % "
+        f"interval over {len(runs)} seeds"
+    )
+    return Group(Text(title, style="bold"), table, *map(Text, lines))
+
+
+def training_figure(runs: Sequence[Run], kappa: float) -> Figure:
+    """Slash score and layer 2's matching over steps, a thin line per seed; and the last profile."""
+    from matplotlib.figure import Figure
+
+    settings = runs[0].settings
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    others = [d for d in range(4) if d != settings.offset]
+    styles = {
+        f"score_{settings.offset}": ("tab:red", "-", f"slash score at Δ={settings.offset}"),
+        "matching": ("tab:blue", "-", "layer 2 attends to the answer"),
+        **{f"score_{d}": ("grey", ":", f"score at Δ={d}") for d in others},
+    }
+    for column, (color, line, label) in styles.items():
+        frames = [run.history for run in runs]
+        for frame in frames:
+            left.plot(frame["step"], frame[column], line, color=color, alpha=0.35, lw=1)
+        mean = sum(frame[column].to_numpy() for frame in frames) / len(frames)
+        left.plot(frames[0]["step"], mean, line, color=color, lw=2, label=label)
+    left.axhline(kappa, color="black", lw=0.6)
+    left.set_xscale("symlog", linthresh=8)
+    left.set_xlim(left=0)
+    left.set_ylim(0, 1.02)
+    left.set_xlabel("step")
+    left.set_title(
+        f"{settings.task}, cone {settings.cone:g}, frequencies {settings.frequencies}, "
+        f"{settings.optimizer}: mean of {len(runs)} seeds",
+        fontsize=10,
+    )
+    left.legend(fontsize=8, loc="upper left")
+    for run in runs:
+        right.plot(run.profile(), color="tab:red", alpha=0.6, lw=1)
+    right.axvline(settings.offset, color="black", lw=0.6)
+    right.set_xlabel("offset Δ")
+    right.set_title("logit that mean q and k predict", fontsize=10)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
+    """Median steps to a slash, and the mean final score, over both knobs."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    rows, columns = frame.columns[:2]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = (
+        ("time_to_slash", "median", f"median steps to a score of {kappa:g} (none: not reached)"),
+        ("score", "mean", "mean final score"),
+    )
+    for axis, (value, how, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        table = _pivot(frame, value, how)
+        numbers = table.to_numpy(dtype=float)
+        shown = np.where(np.isfinite(numbers), numbers, np.nan)
+        if value == "score":
+            image = axis.imshow(shown, vmin=0, vmax=1, cmap="magma", aspect="auto")
+        else:
+            norm = LogNorm(1, max(2.0, float(frame["steps"].max())))
+            image = axis.imshow(shown, norm=norm, cmap="viridis_r", aspect="auto")
+        for (i, j), number in np.ndenumerate(numbers):
+            text = "none" if not np.isfinite(number) else f"{number:.3g}"
+            axis.text(
+                j,
+                i,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1},
+            )
+        axis.set_xticks(range(table.shape[1]), [str(one) for one in table.columns], fontsize=8)
+        axis.set_yticks(range(table.shape[0]), [str(one) for one in table.index], fontsize=8)
+        axis.set_xlabel(columns)
+        axis.set_ylabel(rows)
+        axis.set_title(title, fontsize=10)
+        figure.colorbar(image, ax=axis)
+    return figure
+
+
+def _pivot(frame: pd.DataFrame, value: str, how: str) -> pd.DataFrame:
+    """A table over both knobs, their values in the order in which they were given."""
+    rows, columns = frame.columns[:2]
+    cells = frame.groupby([rows, columns], sort=False)[value].agg(how).unstack(columns)
+    return cells.loc[list(dict.fromkeys(frame[rows])), list(dict.fromkeys(frame[columns]))]
+
+
+def phase_report(frame: pd.DataFrame, kappa: float) -> Group:
+    """A row per pair of values: steps to a slash, and the final score, over seeds."""
+    rows, columns = frame.columns[:2]
+    table = Table(rows, columns, f"steps to {kappa:g}", "final score", "layer 2 matches", "margin")
+    for (row, column), runs in frame.groupby([rows, columns], sort=False):
+        table.add_row(
+            str(row),
+            str(column),
+            over_seeds(runs["time_to_slash"].tolist(), ".0f"),
+            over_seeds(runs["score"].tolist()),
+            over_seeds(runs["matching"].tolist()),
+            over_seeds(runs["margin"].tolist()),
+        )
+    said = f"{frame['seed'].nunique()} seeds, {frame['steps'].iloc[0]} steps; mean ± 95 % interval"
+    return Group(Text(said, style="bold"), table)
