@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 TABLE_SUFFIXES = (".csv", ".json", ".parquet")
 
 
+def cache_dir() -> Path:
+    """Where converted models are kept: $SLASHPATCH_CACHE, or the user's cache directory."""
+    import platformdirs
+
+    chosen = os.environ.get("SLASHPATCH_CACHE")
+    return (
+        Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("slashpatch")
+    )
+
+
 def require_writable(path: str | os.PathLike[str]) -> Path:
     """The path, if a file can be put there. Raises OutputError; call it before long work."""
     target = Path(path)

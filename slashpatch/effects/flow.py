@@ -18,8 +18,8 @@ from ..report.progress import progress_over
 from ..slash import as_offsets
 from .metrics import kl_divergence, next_token_loss
 from .result import Result
-from .runs import Condition, Meter, batches, conditions, prompts_for
-from .statistics import compared, false_discovery, interval
+from .runs import Condition, Meter, batches, conditions, prompts_for, require_options
+from .statistics import compared, false_discovery, interval, least_p
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,6 +81,9 @@ def flow(
     Raises:
         EditError, OffsetError, and PromptError for prompts too short for the largest offset.
     """
+    require_options(
+        seed, confidence, n_prompts=n_prompts, n_replaced=n_replaced, batch_size=batch_size
+    )
     wanted = () if isinstance(edits, (list, tuple)) and not edits else conditions(edits)
     steps = as_offsets(offsets)
     meter = Meter(model, [next_token_loss])
@@ -93,8 +96,6 @@ def flow(
         max_tokens=None if max_tokens is None else min(max_tokens, model.cfg.n_ctx),
         seed=seed,
     )
-    if n_replaced < 1:
-        raise PromptError(f"n_replaced is an integer from 1; got {n_replaced}")
     variants = [_replaced(found, i, steps[-1], n_replaced, seed) for i in range(len(found.tokens))]
     every = [Condition(), *wanted]
     todo = [(which, row) for which in range(len(every)) for row in range(len(variants))]
@@ -196,6 +197,12 @@ def _frame(
 def _remark(condition: Condition, frame: pd.DataFrame) -> str:
     """Which offsets changed, and whether they are those that the edit is about."""
     rows = frame[frame["edit"] == str(condition)]
+    n, n_tests = int(rows["n"].iloc[0]), int(frame["edit"].ne(str(Condition())).sum())
+    if n < 2 or least_p(n) * n_tests >= _LEVEL:
+        return (
+            f"{condition}: {n} prompts are too few to tell one changed offset among {n_tests}; "
+            "use more"
+        )
     least = _SHARE * frame[frame["edit"] == str(Condition())]["flow"].max()
     sure = rows[(rows["q"] < _LEVEL) & (rows["effect"].abs() >= least)]
     lowered = sorted(int(o) for o in sure[sure["effect"] < 0]["offset"])
@@ -206,12 +213,26 @@ def _remark(condition: Condition, frame: pd.DataFrame) -> str:
         if offsets
     ]
     text = f"{condition}: {' and '.join(said) or 'changes the flow at no offset'}"
-    aimed = {o for edit in condition.edits for o in getattr(edit, "offsets", ())}
-    if aimed and all(hasattr(edit, "offsets") for edit in condition.edits):
-        missed = sorted(aimed & {int(o) for o in rows["offset"]} - {*lowered, *raised})
+    aimed = _aimed(condition, {int(offset) for offset in rows["offset"]})
+    if aimed is not None:
+        missed = sorted(aimed - {*lowered, *raised})
         beside = sorted({*lowered, *raised} - aimed)
         if missed:
             text += f"; not at Δ = {', '.join(map(str, missed))}, which it edits"
         if beside:
             text += f"; Δ = {', '.join(map(str, beside))} is beside what it edits"
     return text + f" (adjusted p < {_LEVEL:g}, and over {_SHARE:.0%} of the largest intact flow)"
+
+
+def _aimed(condition: Condition, offsets: set[int]) -> set[int] | None:
+    """Of some offsets, those whose diagonals the edits change; None where edits do more."""
+    aimed: set[int] = set()
+    for edit in condition.edits:
+        changes = edit.diagonal_changes()
+        if not changes:
+            return None
+        for change in changes:
+            nothing = 0.0 if change.stage == "scores" else 1.0
+            aimed |= set(change.offsets) if change.amount != nothing else set()
+            aimed |= offsets - set(change.offsets) if change.elsewhere != nothing else set()
+    return aimed & offsets

@@ -12,7 +12,15 @@ from ..provenance import provenance
 from .controls import Control, as_control
 from .metrics import as_metric
 from .result import Result
-from .runs import Condition, Meter, batches, conditions, evaluate, prompts_for
+from .runs import (
+    Condition,
+    Meter,
+    batches,
+    conditions,
+    evaluate,
+    prompts_for,
+    require_options,
+)
 from .statistics import compared, false_discovery
 
 if TYPE_CHECKING:
@@ -62,6 +70,7 @@ def measure(
     Raises:
         EditError, MetricError, ControlError, PromptError, and what `patch` raises.
     """
+    require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size)
     wanted = conditions(edits)
     # A tuple of names is several metrics; a metric that is a tuple itself does not exist.
     several = metrics if isinstance(metrics, (list, tuple)) else [metrics]

@@ -1,8 +1,9 @@
 """What is measured of one pass: numbers per prompt, never averaged over prompts.
 
 A metric is a function of any of `logits` [batch, pos, d_vocab], `tokens` [batch, pos], `intact`
-(the unedited model's logits) and `index` (which prompts these are, [batch]), by those names; it
-returns [batch], or [batch, n] for several numbers. Metrics of attention are objects with a `read`.
+(the unedited model's logits), `index` (which prompts these are, [batch]) and `n_prompts`, by those
+names; it returns [batch], or [batch, n] for several numbers. Metrics of attention are objects with
+a `read`. A function is known by its name: two that differ must not share one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import MetricError, PromptError
-from ..heads import HeadsLike
+from ..heads import HeadsLike, heads
 from ..slash import slash_rows
 
 Metric = Any
@@ -118,12 +119,25 @@ class LogitDifference:
     right: int | tuple[int, ...]
     wrong: int | tuple[int, ...]
     position: int = -1
-    name: ClassVar[str] = "logit-difference"
+
+    def __post_init__(self) -> None:
+        for name in ("right", "wrong"):
+            given = getattr(self, name)
+            given = given.tolist() if hasattr(given, "tolist") else given
+            ids = tuple(given) if isinstance(given, (list, tuple)) else given
+            if not all(_is_integer(one) for one in (ids if isinstance(ids, tuple) else (ids,))):
+                raise MetricError(
+                    f"LogitDifference: {name} is a token id, or one for each prompt; got {given!r}"
+                )
+            object.__setattr__(self, name, ids)
+        if not _is_integer(self.position):
+            raise MetricError(f"LogitDifference: position is an integer; got {self.position!r}")
 
     def __call__(
         self,
         logits: Float[Tensor, "batch pos d_vocab"],
         index: Int[Tensor, "batch"],
+        n_prompts: int,
     ) -> Float[Tensor, "batch"]:
         """The difference, per prompt. Raises MetricError for answers that do not fit."""
         if not -logits.shape[1] <= self.position < logits.shape[1]:
@@ -131,22 +145,28 @@ class LogitDifference:
                 f"position {self.position} is outside a prompt of {logits.shape[1]} tokens"
             )
         here = logits[:, self.position].double()
-        right, wrong = (self._ids(ids, index, here) for ids in (self.right, self.wrong))
+        right, wrong = (self._ids(ids, index, n_prompts, here) for ids in (self.right, self.wrong))
         rows = torch.arange(len(here), device=here.device)
         return here[rows, right] - here[rows, wrong]
 
-    def _ids(self, ids: int | Sequence[int], index: Tensor, here: Tensor) -> Tensor:
-        each = torch.as_tensor(ids, device=here.device).long()
+    def _ids(
+        self, ids: int | tuple[int, ...], index: Tensor, n_prompts: int, here: Tensor
+    ) -> Tensor:
+        each = torch.tensor(ids, device=here.device)
         if each.ndim:
-            if int(index.max()) >= len(each):
+            if len(each) != n_prompts:
                 raise MetricError(
-                    f"expected an answer for each prompt, or one for all; got {len(each)} answers "
-                    f"and a prompt {int(index.max())}"
+                    f"expected an answer for each of {n_prompts} prompts, or one for all; got "
+                    f"{len(each)}"
                 )
             each = each[index.to(each.device)]
         if int(each.min()) < 0 or int(each.max()) >= here.shape[1]:
             raise MetricError(f"answers are token ids from 0 to {here.shape[1] - 1}; got {ids}")
         return each.expand(len(here))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,11 @@ class SlashScores:
 
     heads: HeadsLike | None = None
     offset: int = 1
-    name: ClassVar[str] = "slash"
+
+    def __post_init__(self) -> None:
+        _fix_heads(self)
+        if not _is_integer(self.offset) or self.offset < 0:
+            raise MetricError(f"SlashScores: offset is an integer from 0; got {self.offset!r}")
 
     def read(self, pattern: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
         """Mean attention i → i−Δ of each head of a layer."""
@@ -187,12 +211,25 @@ class PrefixMatching:
 
     heads: HeadsLike | None = None
     lag: int = 1
-    name: ClassVar[str] = "prefix-matching"
     repeated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _fix_heads(self)
+        if not _is_integer(self.lag) or self.lag < 0:
+            raise MetricError(f"PrefixMatching: lag is an integer from 0; got {self.lag!r}")
 
     def read(self, pattern: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
         """Mean attention of each head of a layer. Raises PromptError for prompts without copies."""
         return matched(pattern, tokens, (self.lag,))[..., 0]
+
+
+def _fix_heads(metric: Any) -> None:
+    """Heads as a tuple, so that equal metrics are equal."""
+    if metric.heads is not None:
+        found = heads(metric.heads)
+        if not found:
+            raise MetricError(f"{type(metric).__name__} needs at least one head, or None for all")
+        object.__setattr__(metric, "heads", found)
 
 
 def matched(
@@ -209,6 +246,9 @@ def matched(
 for _function in (copying_loss, copying_top1):
     _function.repeated = True  # type: ignore[attr-defined]
     _function.keeps = copy_length  # type: ignore[attr-defined]
+
+#: What a metric function can ask for.
+_GIVEN = {"logits", "tokens", "intact", "index", "n_prompts"}
 
 #: What the command line calls them.
 METRICS: dict[str, Metric] = {
@@ -229,27 +269,31 @@ def as_metric(spec: Any) -> Metric:
         if spec not in METRICS:
             raise MetricError(f"no metric {spec!r}; expected one of {', '.join(METRICS)}")
         return METRICS[spec]
-    if not callable(spec) and not hasattr(spec, "read"):
+    if inspect.isclass(spec) or not (callable(spec) or hasattr(spec, "read")):
         raise MetricError(
-            f"a metric is a name, a function of logits and tokens, or an object with `read`; "
-            f"got {spec!r}"
+            "a metric is a name, a function of logits and tokens, or an object with `read` such as "
+            f"SlashScores(); got {spec!r}"
         )
     if not hasattr(spec, "read"):
-        unknown = set(wanted(spec)) - {"logits", "tokens", "intact", "index"}
-        if unknown:
+        try:
+            asked = wanted(spec)
+        except (TypeError, ValueError):
+            asked = []
+        unknown = sorted(set(asked) - _GIVEN)
+        if unknown or not asked:
             raise MetricError(
-                f"the metric {metric_name(spec)} asks for {', '.join(sorted(unknown))}; it can "
-                "have logits, tokens, intact and index, by these names"
+                f"the metric {metric_name(spec)} asks for {', '.join(unknown) or 'nothing'}; it "
+                f"can have {', '.join(sorted(_GIVEN))}, by these names"
             )
     return spec
 
 
 def metric_name(metric: Metric) -> str:
-    """How results call it: its short name, or the function's own."""
+    """How results call it: its short name, the function's own, or the object as it is written."""
     for name, known in METRICS.items():
-        if known is metric:
+        if known is metric or (hasattr(known, "read") and known == metric):
             return name
-    return str(getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__))
+    return str(getattr(metric, "__name__", None) or repr(metric))
 
 
 def wanted(metric: Callable[..., Tensor]) -> list[str]:

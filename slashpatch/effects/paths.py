@@ -30,7 +30,7 @@ from ..provenance import provenance
 from ..report.progress import progress_over
 from .metrics import as_metric
 from .result import Result
-from .runs import Condition, Meter, batches, conditions, prompts_for
+from .runs import Condition, Meter, Taken, batches, conditions, prompts_for, require_options
 from .statistics import compared, false_discovery
 from .stubs import Trunk
 
@@ -81,6 +81,7 @@ def paths(
         EditError for edits of several layers or of the last; HeadError for readers that are not
         later; ModelError for layers whose queries and keys cannot be read; MetricError.
     """
+    require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size)
     edits = _edits(edit)
     layer = edits[0].layers[0]
     meter = Meter(model, [as_metric(metric)])
@@ -112,7 +113,7 @@ def paths(
     taken: dict[Any, list[Tensor]] = {"intact": [], "all": [], **{edge: [] for edge in edges}}
     steps = [(batch, d) for batch in todo for d in sorted({head.layer for head in wanted})]
     work = [3 * sum(head.layer == d for head in wanted) for _, d in steps]
-    before: dict[int, tuple[Trunk, Tensor, Any]] = {}
+    before: dict[int, tuple[Trunk, Tensor, Taken]] = {}
     for batch, d in progress_over(steps, "trying paths", show=progress, n=work):
         if id(batch) not in before:
             trunk = Trunk(model, batch.tokens)
@@ -121,9 +122,9 @@ def paths(
             trunk.advance(layer)
             change = _change(model, meter, trunk, batch.tokens, edits)
             with patch(model, *edits), trunk.stubbed():
-                (values,), _ = meter.run(batch, intact if meter.compares else None, total)
+                (values,), _ = meter.run(batch, intact, total)
             taken["all"].append(values)
-            before = {id(batch): (trunk, change, intact if meter.compares else None)}
+            before = {id(batch): (trunk, change, intact)}
         trunk, change, intact = before[id(batch)]
         trunk.advance(d)
         own = [(head, of) for head, of in edges if head.layer == d]
@@ -152,6 +153,8 @@ def _readers(anatomy: anatomies.Anatomy, readers: Any, layer: int) -> list[Head]
         later = range(layer + 1, anatomy.n_layers)
         return [Head(d, head) for d in later for head in range(anatomy.n_heads)]
     found = sorted(anatomy.require(readers))
+    if not found:
+        raise HeadError("no readers were given; expected at least one head, or None for all")
     early = [head for head in found if head.layer <= layer]
     if early:
         raise HeadError(f"{early[0]} does not read layer {layer}: expected heads of later layers")

@@ -85,7 +85,7 @@ class Result:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             remarks, origin = tuple(record.pop("remarks")), record.pop("provenance")
             kind = record.pop("kind")
-            frames = {name: pd.DataFrame(rows) for name, rows in record.items()}
+            frames = {name: _numbers(pd.DataFrame(rows)) for name, rows in record.items()}
             return cls(kind, frames.pop("effects"), frames, remarks, origin)
         except FileNotFoundError:
             raise OutputError(f"no file {str(path)!r}") from None
@@ -96,3 +96,14 @@ class Result:
 
     def _repr_html_(self) -> str:
         return str(self.frame.to_html(index=False))
+
+
+def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """NaN where JSON has null in columns of numbers."""
+    import pandas as pd
+
+    for name in frame.columns:
+        values = frame[name]
+        if values.dtype == object and all(v is None or isinstance(v, (int, float)) for v in values):
+            frame[name] = pd.to_numeric(values)
+    return frame

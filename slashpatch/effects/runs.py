@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +71,19 @@ def _edit(spec: Any) -> Edit:
     raise EditError(f"expected an edit such as KnockOut('L16H0', 1), got {spec!r}")
 
 
+def require_options(seed: Any, confidence: Any, **counts: Any) -> None:
+    """Raise MetricError for a seed, a level or a number that is none, before anything runs."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise MetricError(f"seed is an integer; got {seed!r}")
+    number = isinstance(confidence, (int, float)) and not isinstance(confidence, bool)
+    if not number or not 0 < confidence < 1:
+        raise MetricError(f"confidence is between 0 and 1, such as 0.95; got {confidence!r}")
+    for name, count in counts.items():
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if count is not None and (not whole or count < 1):
+            raise PromptError(f"{name} is an integer from 1; got {count!r}")
+
+
 def prompts_for(
     model: TransformerBridge, metrics: Sequence[Metric], prompts: Any, **options: Any
 ) -> PromptSet:
@@ -108,12 +121,39 @@ class Batch:
 
     index: Int[Tensor, "batch"]
     tokens: Int[Tensor, "batch pos"]
+    n_prompts: int
+
+    def repeated(self, n: int) -> Batch:
+        """The same prompts n times over."""
+        return (
+            self
+            if n == 1
+            else replace(self, index=self.index.repeat(n), tokens=self.tokens.repeat(n, 1))
+        )
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a run leaves for others to compare with, or to take where layers are not run again.
+
+    Attributes:
+        logits: Where a metric compares with them.
+        read: What attention metrics read, by (metric, layer).
+    """
+
+    logits: Float[Tensor, "batch kept d_vocab"] | None
+    read: dict[tuple[int, int], Float[Tensor, "batch head"]]
+
+    def repeated(self, n: int) -> Taken:
+        """For the same prompts n times over."""
+        if n == 1:
+            return self
+        logits = None if self.logits is None else self.logits.repeat(n, 1, 1)
+        return Taken(logits, {at: values.repeat(n, 1) for at, values in self.read.items()})
 
 
 def batches(prompts: PromptSet, d_vocab: int, batch_size: int | None, device: Any) -> list[Batch]:
     """Prompts by length, as many together as memory for their logits allows. Nothing is padded."""
-    if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
-        raise PromptError(f"batch_size is an integer from 1; got {batch_size!r}")
     lengths: dict[int, list[int]] = {}
     for index, tokens in enumerate(prompts.tokens):
         lengths.setdefault(len(tokens), []).append(index)
@@ -122,7 +162,7 @@ def batches(prompts: PromptSet, d_vocab: int, batch_size: int | None, device: An
         most = batch_size or max(1, _LOGIT_BYTES // (4 * d_vocab * length))
         for chunk in torch.tensor(indices).split(most):
             rows = torch.stack([prompts.tokens[index] for index in chunk.tolist()])
-            found.append(Batch(chunk, rows.to(device)))
+            found.append(Batch(chunk, rows.to(device), len(prompts.tokens)))
     return found
 
 
@@ -167,21 +207,22 @@ class Meter:
     def run(
         self,
         batch: Batch,
-        intact: Float[Tensor, "batch kept d_vocab"] | None,
+        intact: Taken | None,
         what: Any,
         hooks: Sequence[tuple[str, Any]] = (),
-    ) -> tuple[list[Float[Tensor, "batch _"]], Float[Tensor, "batch kept d_vocab"]]:
-        """Each metric's values on a batch, and the logits; `intact` None: this is the intact run.
+    ) -> tuple[list[Float[Tensor, "batch _"]], Taken]:
+        """Each metric's values on a batch; `intact` None: this is the intact run.
 
         `what` names the run in messages; `hooks` act before attention is read. Raises MetricError.
         """
-        read: dict[tuple[int, int], Tensor] = {}
+        read = {} if intact is None else dict(intact.read)
         logits = self.logits(batch.tokens, [*hooks, *self._attention_hooks(batch.tokens, read)])
         given = {
             "logits": logits,
             "tokens": batch.tokens,
-            "intact": logits if intact is None else intact,
+            "intact": logits if intact is None else intact.logits,
             "index": batch.index,
+            "n_prompts": batch.n_prompts,
         }
         values = []
         for place, (metric, name) in enumerate(zip(self.metrics, self.names, strict=True)):
@@ -189,9 +230,12 @@ class Meter:
                 rows = [read[place, head.layer][:, head.head] for head in self.heads[place]]
                 found: Any = torch.stack(rows, dim=1)
             else:
+                before = logits._version
                 found = metric(**{key: given[key] for key in wanted(metric)})
+                if logits._version != before:
+                    raise MetricError(f"the metric {name} changes the logits in place; copy them")
             values.append(_checked(found, batch, name, what))
-        return values, logits
+        return values, Taken(logits if self.compares else None, read)
 
     def _attention_hooks(
         self, tokens: Tensor, read: dict[tuple[int, int], Tensor]
@@ -217,7 +261,8 @@ class Meter:
 
 def _checked(found: Any, batch: Batch, name: str, what: Any) -> Float[Tensor, "batch _"]:
     n = len(batch.index)
-    if not isinstance(found, Tensor) or found.ndim not in (1, 2) or found.shape[0] != n:
+    fits = isinstance(found, Tensor) and found.ndim in (1, 2) and found.shape[0] == n
+    if not fits or found.numel() == 0:
         came = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise MetricError(
             f"the metric {name} must give one number per prompt, [{n}], or [{n}, several]; "
@@ -250,16 +295,15 @@ def evaluate(
         for condition in range(len(runs))
     ]
     found: list[list[list[Tensor]]] = [[[] for _ in meter.metrics] for _ in runs]
-    kept: list[Tensor] = []
+    kept: list[Taken] = []
     for chunk, which in progress_over(steps, "measuring", show=progress):
         with patch(model, *runs[which].edits) if which else nullcontext():
             if which == 0:
                 kept = []
             for place, batch in enumerate(chunk):
-                intact = kept[place] if which and meter.compares else None
-                values, logits = meter.run(batch, intact, runs[which])
-                if which == 0 and meter.compares:
-                    kept.append(logits)
+                values, taken = meter.run(batch, kept[place] if which else None, runs[which])
+                if which == 0:
+                    kept.append(taken)
                 for metric, rows in enumerate(values):
                     found[which][metric].append(rows)
     order = torch.cat([batch.index for batch in todo]).argsort()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _RESAMPLES = 5_000
 _PERMUTATIONS = 10_000
+_EXACT = 12
 
 
 def interval(
@@ -58,8 +59,14 @@ def p_value(effects: Float[Tensor, "prompt *of"], seed: int = 0) -> Float[Tensor
         effects.double(),
         dim=0,
         n_permutations=_PERMUTATIONS,
+        exact_max_n=_EXACT,
         generator=derive_generator(seed, "sign flips"),
     )
+
+
+def least_p(n: int) -> float:
+    """The smallest p-value that n prompts can give."""
+    return 2.0 ** (1 - n) if n <= _EXACT else 1 / (_PERMUTATIONS + 1)
 
 
 def false_discovery(p: Float[Tensor, "*of"]) -> Float[Tensor, "*of"]:

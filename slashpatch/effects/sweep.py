@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -16,9 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import anatomy as anatomies
-from ..anatomy import Anatomy
 from ..edits import Edit, parse_edit
-from ..errors import EditError, MetricError, OutputError, SweepError
+from ..errors import EditError, HeadError, MetricError, OutputError, SweepError
 from ..files import require_writable
 from ..heads import Head
 from ..patching import patch
@@ -29,7 +29,7 @@ from .journal import Journal, require_same
 from .metrics import as_metric
 from .result import SUFFIXES, Result
 from .rows import OnRows
-from .runs import Batch, Condition, Meter, batches, prompts_for
+from .runs import Batch, Condition, Meter, Taken, batches, prompts_for, require_options
 from .statistics import compared, false_discovery
 from .stubs import Trunk
 
@@ -102,8 +102,8 @@ def sweep(
         EditError, HeadError, OffsetError, MetricError, PromptError, OutputError, or SweepError for
         a file of another sweep.
     """
-    anatomy = anatomies.read(model)
-    variants = _variants(anatomy, make_edit, heads, offsets)
+    require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size, per_pass=per_pass)
+    variants = _variants(model, make_edit, heads, offsets)
     meter = Meter(model, [as_metric(metric)])
     target = None if path is None else _target(path)
     found = prompts_for(
@@ -130,8 +130,11 @@ def sweep(
     if resume and target.exists() and not unfinished.exists():
         done = Result.load(target)
         require_same(origin, done.provenance, target)
+        if done.kind != "sweep" or len(done.frame) != len(variants):
+            raise SweepError(f"{str(target)!r} is no finished sweep; choose another file")
         return done
-    with Journal(unfinished, origin, resume) as journal:
+    indexes = range(-1, len(variants))
+    with Journal(unfinished, origin, resume, indexes, len(found.tokens)) as journal:
         rows = _Run(model, meter, found, batch_size, per_pass, progress).all(variants, journal)
         result = _result(variants, rows, origin)
         result.save(target)
@@ -148,12 +151,15 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _variants(anatomy: Anatomy, make_edit: Any, heads: Any, offsets: Any) -> list[Variant]:
+def _variants(model: TransformerBridge, make_edit: Any, heads: Any, offsets: Any) -> list[Variant]:
+    anatomy = anatomies.read(model)
     if heads is None:
         every = itertools.product(range(anatomy.n_layers), range(anatomy.n_heads))
         wanted: Sequence[Head] = [Head(*at) for at in every]
     else:
         wanted = sorted(anatomy.require(heads))
+        if not wanted:
+            raise HeadError("no heads were given; expected at least one, or None for all")
     steps: Sequence[int | None] = [None] if offsets is None else anatomy.require_offsets(offsets)
     make = _maker(make_edit, offsets is not None)
     found = []
@@ -161,6 +167,12 @@ def _variants(anatomy: Anatomy, make_edit: Any, heads: Any, offsets: Any) -> lis
         edit = make(head, offset)
         edit.validate(anatomy)
         found.append(Variant(index, head, offset, edit))
+    tried = set()
+    for one in found:
+        # Layers may differ in what they take: find out before hours of work.
+        if one.edit.layers not in tried and {"query", "key"} & set(one.edit.stages()):
+            one.edit.prepare(model, anatomy)
+        tried.add(one.edit.layers)
     return sorted(found, key=lambda one: (one.edit.layers[0], one.index))
 
 
@@ -185,6 +197,17 @@ def _maker(make_edit: Any, with_offset: bool) -> Callable[[Head, int | None], Ed
             f"expected a text such as 'KnockOut({{head}}, 1)' or a function of a head; got "
             f"{make_edit!r}"
         )
+
+    arguments = (None, None) if with_offset else (None,)
+    try:
+        inspect.signature(make_edit).bind(*arguments)
+    except TypeError:
+        raise EditError(
+            f"make_edit is called with a head{' and an offset' if with_offset else ''}, which "
+            f"{make_edit!r} does not take"
+        ) from None
+    except ValueError:
+        pass  # some builtins do not tell
 
     def from_function(head: Head, offset: int | None) -> Edit:
         made = make_edit(head, offset) if with_offset else make_edit(head)
@@ -215,13 +238,11 @@ class _Run:
         per_pass: int | None,
         progress: bool | None,
     ) -> None:
-        if per_pass is not None and (isinstance(per_pass, bool) or per_pass < 1):
-            raise SweepError(f"per_pass is an integer from 1; got {per_pass!r}")
         self.model, self.meter, self.progress = model, meter, progress
         self.todo = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device)
         self.order = torch.cat([batch.index for batch in self.todo]).argsort()
         self.per_pass = per_pass or self._room()
-        self.kept: list[Tensor | None] = [None] * len(self.todo)
+        self.kept: list[Taken] = []
 
     def _room(self) -> int:
         """How many variants share a pass."""
@@ -235,12 +256,10 @@ class _Run:
     def all(self, variants: list[Variant], journal: Journal | None) -> dict[int, list[float]]:
         """Each variant's values, by index; −1 is the intact model. The journal's are not run."""
         rows = {} if journal is None else journal.rows
-        if -1 not in rows or self.meter.compares:
-            intact = [self.meter.run(batch, None, Condition()) for batch in self.todo]
-            if self.meter.compares:
-                self.kept = [logits for _, logits in intact]
-            if -1 not in rows:
-                self._note(rows, journal, {-1: [values for (values,), _ in intact]})
+        intact = [self.meter.run(batch, None, Condition()) for batch in self.todo]
+        self.kept = [taken for _, taken in intact]
+        if -1 not in rows:
+            self._note(rows, journal, {-1: [values for (values,), _ in intact]})
         every = self._groups(variants)
         groups = [group for group in every if not all(one.index in rows for one in group)]
         trunks = [Trunk(self.model, batch.tokens) for batch in self.todo]
@@ -289,7 +308,7 @@ class _Run:
         return groups
 
     def _run(
-        self, trunk: Trunk, batch: Batch, kept: Tensor | None, group: list[Variant]
+        self, trunk: Trunk, batch: Batch, kept: Taken, group: list[Variant]
     ) -> list[Float[Tensor, "batch _"]]:
         """Values of each variant of a group on one batch."""
         n, size = len(group), len(batch.index)
@@ -300,13 +319,11 @@ class _Run:
                 OnRows(one.edit.heads, one.edit, place * size, (place + 1) * size)
                 for place, one in enumerate(group)
             ]
-        shared = Batch(batch.index.repeat(n), batch.tokens.repeat(n, 1)) if n > 1 else batch
-        intact = kept.repeat(n, 1, 1) if kept is not None and n > 1 else kept
         what = group[0].edit if n == 1 else f"{group[0].edit} to {group[-1].edit}"
         with ExitStack() as stack:
             stack.enter_context(patch(self.model, *edits))
             stack.enter_context(trunk.stubbed(n))
-            (values,), _ = self.meter.run(shared, intact, what)
+            (values,), _ = self.meter.run(batch.repeated(n), kept.repeated(n), what)
         return list(values.split(size))
 
 

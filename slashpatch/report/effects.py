@@ -23,6 +23,8 @@ _COLUMNS = {
     "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
 }
 _TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
+#: Heads that the table of matching heads shows.
+_HEADS = 6
 #: Columns with an interval beside them, by the names of its ends.
 _INTERVALS = {
     "effect": ("low", "high"),
@@ -59,6 +61,9 @@ def effects_report(result: Result, top: int = 40) -> Group:
     if len(result.tables.get("heads", ())):
         parts += [Text(), Text("heads that match earlier tokens, and at which lag", style="bold")]
         parts.append(_heads(result.tables["heads"]))
+        n = result.tables["heads"]["head"].nunique()
+        if n > _HEADS:
+            parts.append(Text(f"{n - _HEADS} more heads: --out or --json has them", style="dim"))
     if result.remarks:
         parts += [Text(), *(Text(remark) for remark in result.remarks)]
     return Group(*parts)
@@ -87,7 +92,8 @@ def _table(frame: pd.DataFrame, kind: str) -> Table:
 
 def _heads(frame: pd.DataFrame) -> Table:
     table = Table("edit", "head", "matches lag", "score", "at lag 1")
-    for row in frame.to_dict(orient="records"):
+    shown = list(dict.fromkeys(frame["head"]))[:_HEADS]
+    for row in frame[frame["head"].isin(shown)].to_dict(orient="records"):
         lag = row["matches_lag"]
         table.add_row(
             Text(str(row["edit"])),

@@ -76,7 +76,8 @@ def phase_diagram(
     require_suffix(target, TABLE_SUFFIXES)
     runs = [{name: _listed(value) for name, value in one.to_dict().items()} for one in todo]
     header = {"kappa": kappa, "runs": runs}
-    with Journal(target.with_name(target.name + ".unfinished"), header, resume) as journal:
+    unfinished = target.with_name(target.name + ".unfinished")
+    with Journal(unfinished, header, resume, range(len(todo)), len(_MEASURED)) as journal:
         frame = _frame(todo, rows[0], columns[0], _all(todo, journal, kappa, progress))
         write_table(frame, target)
         journal.remove()

@@ -54,12 +54,24 @@ def test_lags_by_definition(tiny):
     assert "effect" not in found.frame
 
 
+def test_lags_in_any_order_are_those_lags(planted):
+    found = sp.copying(planted, "ShiftSlash(L0H0, by=1)", (3, 2), n_tokens=20, n_prompts=4)
+    heads = found.tables["heads"]
+    assert heads["head"].tolist() == ["L1H2", "L1H2"]
+    assert heads["at_lag_1"][0] > 0.8 > 0.1 > heads["at_lag_1"][1]
+    assert heads["matches_lag"].tolist() == [1, 2]
+    assert found.frame["lag"].tolist() == [2, 3, 2, 3]
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(tiny):
     for wrong, said in (
         ({"lags": [7], "n_tokens": 7}, "lags are integers from 1 to 6"),
         ({"lags": [], "n_tokens": 7}, "lags are integers"),
+        ({"lags": [1.5], "n_tokens": 7}, "lags are integers"),
+        ({"lags": 7, "n_tokens": 7}, "lags are integers"),
         ({"n_tokens": 32}, "2 to 31 tokens"),
-        ({"n_tokens": 7, "n_prompts": 0}, "at least 1 prompt"),
+        ({"n_tokens": 7, "n_prompts": 0}, "n_prompts is an integer from 1"),
     ):
         with pytest.raises(PromptError, match=said):
             sp.copying(tiny, **wrong)

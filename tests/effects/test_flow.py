@@ -84,6 +84,28 @@ def test_the_report_says_where_else_it_changes(both):
     assert "1, 2 is beside what it edits" in remark
 
 
+def test_what_an_edit_keeps_is_not_what_it_edits(both):
+    keep = sp.flow(both, edits="KeepOnly(L0H2, 3)", **SMALL)
+    assert "beside" not in keep.remarks[0].partition("lowers")[0]
+    from slashpatch.effects.flow import _aimed
+    from slashpatch.effects.runs import conditions
+
+    def aimed(*edits):
+        return _aimed(conditions([list(edits)])[0], set(range(5)))
+
+    assert aimed("KeepOnly(L0H2, 3)") == {0, 1, 2, 4}
+    assert aimed("KnockOut(L0H2, 3)") == aimed("KnockOut(L0H2, 3, renormalize=False)") == {3}
+    assert aimed("KnockOut(L0H2, 3)", "KnockOut(L0H2, 1)") == {1, 3}
+    assert aimed("ScaleOffsets(L0H2, 3, factor=1)") == set()
+    assert aimed("KnockOut(L0H2, 3)", "AblateHeads(L0H0)") is None
+
+
+def test_few_prompts_say_nothing(near):
+    for n in (1, 6):
+        (remark,) = sp.flow(near, edits="KnockOut(L0H0, 1)", **{**SMALL, "n_prompts": n}).remarks
+        assert f"{n} prompts are too few to tell one changed offset among 7" in remark
+
+
 def test_moved_slashes_move_the_flow(near):
     found = sp.flow(near, edits="ShiftSlash(L0H0, by=3)", **SMALL)
     moved = curve(found, "ShiftSlash(L0H0, by=3)")
@@ -99,11 +121,13 @@ def test_equal_seeds_give_equal_results(tiny):
     assert not run(1)["flow"].equals(run(2)["flow"])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(tiny):
     for wrong, error, said in (
         ({"prompts": random_tokens(2, 9), "offsets": [8]}, PromptError, "need at least 10"),
         ({"prompts": torch.full((2, 9), 5), "offsets": [1]}, PromptError, "one and the same token"),
         ({"offsets": [-1]}, OffsetError, "an offset is an integer from 0"),
+        ({"offsets": [1], "n_replaced": 1.5}, PromptError, "n_replaced is an integer from 1"),
         ({"offsets": [1], "n_replaced": 0}, PromptError, "n_replaced is an integer from 1"),
     ):
         with pytest.raises(error, match=said):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from slashpatch.errors import (
 
 from ..planted import induction_model
 from ..tiny import bridge, llama, random_tokens
+from ..zoo import zoo
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_controls_of_a_planted_head(planted):
 
 
 def drawn(model, control, edit, n_pos=20):
-    batch = runs.Batch(torch.arange(2), random_tokens(2, n_pos))
+    batch = runs.Batch(torch.arange(2), random_tokens(2, n_pos), 2)
     condition = runs.conditions([edit])[0]
     return [str(one) for one in controls.as_control(control).draw(model, condition, [batch], 0)]
 
@@ -134,8 +136,16 @@ def test_what_controls_draw(tiny):
     pairs = drawn(tiny, "random-pairs:4", "DropBand(L0H1, high)")
     assert len(set(pairs)) == 4
     assert all(one.startswith("DropBand(L0H1, band='pairs ") for one in pairs)
-    bands = drawn(tiny, "random-pairs:6", "SwapBands(L0H1, high, low)")
-    assert len(set(bands)) == 6
+    # Of 4 pairs, two of 2 and two of 1: the band itself, in whatever words, is no control.
+    pairs = drawn(tiny, "random-pairs:5", "DropBand(L0H1, 'pairs 0-1')")
+    assert len(set(pairs)) == 5
+    assert not any("pairs 0-0+pairs 1-1" in one for one in pairs)
+    with pytest.raises(ControlError, match="found 0 different"):
+        drawn(tiny, "random-pairs:1", "DropBand(L0H1, 'pairs 0-3')")
+    bands = drawn(tiny, "random-pairs:5", "SwapBands(L0H1, 'pairs 0-0', 'pairs 3-3')")
+    exchanged = {frozenset(re.findall("pairs ([0-9])", one)) for one in bands}
+    assert len(exchanged) == 5
+    assert frozenset("03") not in exchanged
     joint = drawn(tiny, "random-heads:2", ["KnockOut(L0H0, 1)", "ShiftSlash(L0H0, 2)"])
     for one in joint:
         first, second = one.split(" then ")
@@ -148,13 +158,15 @@ def test_what_controls_draw(tiny):
 def test_output_norms_by_definition(tiny):
     """Matched heads are matched on what z W_O adds to the residual stream."""
     tokens = random_tokens(2, 9)
-    norms = controls.output_norms(tiny, [runs.Batch(torch.arange(2), tokens)])
+    norms = controls.output_norms(tiny, [runs.Batch(torch.arange(2), tokens, 2)])
     _, cache = tiny.run_with_cache(tokens)
     for layer, head in ((0, 0), (1, 3)):
         z = cache["z", layer][:, :, head]
         weight = tiny.original_model.model.layers[layer].self_attn.o_proj.original_component.weight
         written = z @ weight[:, head * 8 : head * 8 + 8].T
-        assert float(norms[layer, head]) == pytest.approx(float(written.norm(dim=-1).mean()))
+        assert float(norms[layer, head]) == pytest.approx(
+            float(written.detach().norm(dim=-1).mean())
+        )
 
 
 @pytest.mark.parametrize(
@@ -166,12 +178,33 @@ def test_output_norms_by_definition(tiny):
         ("other-offsets", "AblateHeads(L0H0)", "names no offset"),
         ("other-offsets:99", "KnockOut(L0H0, 1)", "offsets 1 to 16 leave 15 others for 1"),
         ("random-pairs", "KnockOut(L0H0, 1)", "names no band"),
-        ("random-pairs:99", "DropBand(L0H0, 'pairs 0-0')", "found only 4 different ones"),
+        ("random-pairs:99", "DropBand(L0H0, 'pairs 0-0')", "found 3 different ones"),
     ],
 )
 def test_controls_that_cannot_be_drawn(tiny, control, edit, said):
     with pytest.raises(ControlError, match=said):
         drawn(tiny, control, edit)
+
+
+def test_controls_in_models_whose_layers_differ():
+    gemma = zoo("Gemma 3")
+    with pytest.raises(ControlError, match="other pairs in other layers"):
+        drawn(gemma, "random-pairs:1", "DropBand((L0H0, L1H0), 'wavelength 8-64')")
+    without = zoo("SmolLM3")
+    for one in drawn(without, "matched-heads:3", "ShiftSlash(L0H0, 1)"):
+        assert one.startswith("ShiftSlash(L0")
+    tokens = random_tokens(2, 9)
+    fitted = sp.RankOne("L0H1", basis=sp.fit_rank_one(without, "L0H1", prompts=tokens))
+    with pytest.raises(ControlError, match="does not fit the model"):
+        drawn(without, "random-heads:1", fitted)
+
+
+def test_functions_of_frequencies_draw_the_same_in_each_process(tiny):
+    twice, thrice = (lambda theta: theta * 2), (lambda theta: theta * 3)
+    thrice.__qualname__ = twice.__qualname__
+    first = drawn(tiny, "matched-heads:3", sp.SetFrequencies("L0H1", twice))
+    assert first == drawn(tiny, "matched-heads:3", sp.SetFrequencies("L0H1", thrice))
+    assert all(" at 0x" not in one for one in first)
 
 
 @pytest.mark.parametrize("spec", ["random-head", "random-heads:0", "random-heads:-1", "", 3, None])
@@ -187,6 +220,8 @@ def test_what_is_no_control(spec):
         (lambda logits: logits.mean(), "one number per prompt, \\[3\\], or .*Do not average"),
         (lambda logits: logits, "one number per prompt"),
         (lambda logits: 1.0, "got float"),
+        (lambda logits: logits[:, 0, :0], "one number per prompt"),
+        (lambda logits: logits.mul_(0).sum((1, 2)), "changes the logits in place"),
         (lambda logits: logits[:, 0, 0] * torch.nan, "gave nan for prompt 0 under intact"),
         (lambda logits, index: 1 / (index - 1.0), "gave inf for prompt 1 under intact"),
     ],
@@ -208,6 +243,7 @@ def test_nan_under_an_edit_names_the_edit(tiny):
         sp.measure(tiny, "KnockOut(L0H1, 1)", broken, random_tokens(3, 8))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(tiny):
     tokens = random_tokens(3, 8)
     for wrong, error, said in (
@@ -220,6 +256,10 @@ def test_bad_input(tiny):
         ({"metrics": ["loss", "loss"]}, MetricError, "two metrics are called 'loss'"),
         ({"prompts": [torch.tensor([4])]}, PromptError, "one token only"),
         ({"metrics": "copying"}, PromptError, "same tokens twice over"),
+        ({"confidence": 1}, MetricError, "confidence is between 0 and 1"),
+        ({"seed": "a"}, MetricError, "seed is an integer"),
+        ({"n_prompts": 0, "metrics": "copying", "prompts": None}, PromptError, "n_prompts is an"),
+        ({"batch_size": 1.5}, PromptError, "batch_size is an integer from 1"),
         ({"batch_size": 0}, PromptError, "batch_size is an integer from 1"),
         (
             {"metrics": "loss-by-position", "prompts": [tokens[0], tokens[1, :5]]},
@@ -239,6 +279,17 @@ def test_default_prompts_follow_the_metric(tiny):
     assert repeated.provenance["prompts"]["source"] == "random tokens twice over, seed 0"
     with pytest.raises(PromptError, match="5 to 64 tokens"):
         sp.measure(tiny, "KnockOut(L0H1, 1)", "copying", n_prompts=2, max_tokens=4)
+
+
+def test_metrics_of_one_kind_stand_beside_one_another(tiny):
+    metrics = [sp.SlashScores("L1H0"), sp.SlashScores("L1H0", 2), sp.SlashScores()]
+    found = sp.measure(tiny, "KnockOut(L0H1, 1)", metrics, random_tokens(2, 9))
+    names = [
+        "SlashScores(heads=(L1H0,), offset=1)",
+        "SlashScores(heads=(L1H0,), offset=2)",
+        "slash",
+    ]
+    assert found.provenance["metrics"] == list(dict.fromkeys(found.frame["metric"])) == names
 
 
 def test_one_prompt_has_no_interval(tiny):

@@ -115,15 +115,15 @@ def test_logit_differences():
     expected = torch.stack(
         [logits[row, -2, 4 + prompt] - logits[row, -2, 7] for row, prompt in enumerate([2, 0, 1])]
     )
-    torch.testing.assert_close(metric(logits, index), expected.double())
+    torch.testing.assert_close(metric(logits, index, 3), expected.double())
     for wrong, said in (
-        (sp.LogitDifference((4, 5), 7), "got 2 answers and a prompt 2"),
+        (sp.LogitDifference((4, 5), 7), "an answer for each of 3 prompts, or one for all; got 2"),
         (sp.LogitDifference(D_VOCAB, 7), "token ids from 0 to 79"),
         (sp.LogitDifference(-1, 7), "token ids from 0 to 79"),
         (sp.LogitDifference(1, 7, position=9), "position 9 is outside a prompt of 9 tokens"),
     ):
         with pytest.raises(MetricError, match=said):
-            wrong(logits, index)
+            wrong(logits, index, 3)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -132,5 +132,20 @@ def test_what_is_no_metric():
         metrics.as_metric("lossy")
     with pytest.raises(MetricError, match="asks for patterns"):
         metrics.as_metric(lambda logits, patterns: logits)
-    with pytest.raises(MetricError, match="a metric is a name, a function"):
-        metrics.as_metric(3)
+    for wrong in (3, None, sp.SlashScores):
+        with pytest.raises(MetricError, match="a metric is a name, a function"):
+            metrics.as_metric(wrong)
+    for wrong in (max, lambda **given: given, lambda: 0):
+        with pytest.raises(MetricError, match="asks for nothing"):
+            metrics.as_metric(wrong)
+    for make, said in (
+        (lambda: sp.SlashScores([]), "at least one head"),
+        (lambda: sp.SlashScores(offset=-1), "offset is an integer from 0"),
+        (lambda: sp.SlashScores(offset=1.5), "offset is an integer from 0"),
+        (lambda: sp.PrefixMatching(lag=-1), "lag is an integer from 0"),
+        (lambda: sp.LogitDifference("a", 4), "right is a token id"),
+        (lambda: sp.LogitDifference(4, (5.7,)), "wrong is a token id"),
+        (lambda: sp.LogitDifference(4, 5, 0.5), "position is an integer"),
+    ):
+        with pytest.raises(MetricError, match=said):
+            make()

@@ -79,18 +79,27 @@ def test_no_change_gives_no_effect_and_readers_take_part_elsewhere(name):
     assert (both[0] - both[1]).abs().max() < 1e-4
 
 
-def test_heads_of_a_group_are_left_alone(tiny):
-    """The key and value of one query head change, and its group's other head stays as it is."""
+def test_metrics_of_attention():
+    """Below the reader nothing changes; in it, the edge of its key moves its pattern."""
+    model = tiny_model(seed=1, layers=3)
     tokens = random_tokens(2, 10)
-    captured = {}
+    for head in ("L0H2", "L1H1", "L2H0"):
+        found = sp.paths(model, "L0H1", "L1H1, L2H0", sp.SlashScores(head), tokens).frame
+        rows = found.set_index(["reader", "input"])["effect"]
+        assert (rows["L2H0", "k"] != 0) == (head == "L2H0")
+        assert (rows["L1H1", "k"] != 0) == (head != "L0H2")
+        assert rows["L1H1", "v"] == 0 or head == "L2H0"
 
-    def keep(pattern, hook):
-        captured[len(captured)] = pattern.clone()
 
-    with tiny.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", keep)]):
-        sp.paths(tiny, "L0H1", readers="L1H2", metric="loss", prompts=tokens, inputs="k")
-    *_, intact, made = captured[0], captured[len(captured) - 2]
-    assert made.shape == intact.shape
+def test_heads_of_a_group_are_left_alone(tiny):
+    """Of one query head the key or value changes; the other head of its group stays as it is."""
+    tokens = random_tokens(2, 10)
+    for of in "kv":
+        seen = []
+        with tiny.hooks(fwd_hooks=[("blocks.1.attn.o.hook_in", lambda z, hook: seen.append(z))]):
+            sp.paths(tiny, "L0H1", readers="L1H2", metric="loss", prompts=tokens, inputs=of)
+        moved = (seen[-1] - seen[0]).view(2, 10, 4, 8).abs().amax((0, 1, 3))
+        assert (moved > 1e-4).tolist() == [False, False, True, False]
 
 
 def test_bad_input(tiny):
@@ -100,6 +109,7 @@ def test_bad_input(tiny):
         ({"edit": "AblateHeads('L0H0, L1H0')"}, EditError, "a path starts in one layer"),
         ({"edit": "L0H0", "readers": "L0H1"}, HeadError, "L0H1 does not read layer 0"),
         ({"edit": "L0H0", "readers": "L1H9"}, HeadError, "L1H9 does not exist"),
+        ({"edit": "L0H0", "readers": []}, HeadError, "no readers were given"),
         ({"edit": "L0H0", "inputs": "qz"}, EditError, "inputs are some of q, k and v"),
         ({"edit": "L0H0", "metric": "loss-by-position"}, EditError, "one number per prompt"),
     ):

@@ -12,10 +12,19 @@ import pytest
 import torch
 
 import slashpatch as sp
+from slashpatch.effects.journal import Journal
 from slashpatch.effects.metrics import as_metric
 from slashpatch.effects.runs import Meter, conditions, evaluate, prompts_for
 from slashpatch.effects.stubs import Trunk
-from slashpatch.errors import EditError, HeadError, MetricError, ModelError, OutputError, SweepError
+from slashpatch.errors import (
+    EditError,
+    HeadError,
+    MetricError,
+    ModelError,
+    OutputError,
+    PromptError,
+    SweepError,
+)
 
 from ..planted import induction_model
 from ..tiny import random_tokens, tiny_model
@@ -128,15 +137,16 @@ def test_resuming(tmp_path, monkeypatch):
     with open(unfinished, "a") as file:
         file.write('{"index": 7, "val')  # killed while it wrote
     again = sp.sweep(model, path=path, resume=True, **SMALL)
-    assert done.count(done[4]) == 2  # the one that died
-    assert sorted(done[:4] + done[5:]) == sorted({*done})
+    done.remove("intact")  # once in each process, for what others are compared with
+    assert done.count(done[3]) == 2  # the one that died
+    assert sorted(done[:3] + done[4:]) == sorted({*done})
     assert len(done) == 1 + 9
     pd.testing.assert_frame_equal(again.frame, whole.frame)
     pd.testing.assert_frame_equal(sp.Result.load(path).frame, whole.frame)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.parquet", "whole.parquet"]
     done.clear()
     finished = sp.sweep(model, path=path, resume=True, **SMALL)
-    assert done == []
+    assert done == []  # not even the intact model
     pd.testing.assert_frame_equal(finished.frame, whole.frame)
 
 
@@ -178,9 +188,11 @@ def test_files_that_are_no_sweep(tiny, tmp_path):
         sp.sweep(tiny, path=tmp_path / "sweep.csv", **SMALL)
     from filelock import FileLock
 
-    with FileLock(tmp_path / "other.json.unfinished.lock"):
-        with pytest.raises(SweepError, match="another process is writing"):
-            sp.sweep(tiny, path=tmp_path / "other.json", **SMALL)
+    inner = Journal(tmp_path / "other.json.unfinished", {}, False, [0], 1)
+    with inner, pytest.raises(SweepError, match="another process is writing"):
+        sp.sweep(tiny, path=tmp_path / "other.json", **SMALL)
+    assert list(tmp_path.glob("other*")) == []
+    assert FileLock(inner._lock.lock_file).acquire(timeout=0)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -193,10 +205,82 @@ def test_bad_input(tiny):
         ({"make_edit": lambda head: None}, EditError, "make_edit gave None for L0H0"),
         ({"heads": "L7H0"}, HeadError, "L7H0 does not exist"),
         ({"metric": "loss-by-position"}, MetricError, "a metric with one number per prompt"),
-        ({"per_pass": 0}, SweepError, "per_pass is an integer from 1"),
+        ({"per_pass": 0}, PromptError, "per_pass is an integer from 1"),
+        ({"heads": []}, HeadError, "no heads were given"),
+        ({"make_edit": lambda: None}, EditError, "called with a head, which"),
+        ({"confidence": 95}, MetricError, "confidence is between 0 and 1"),
+        ({"confidence": float("nan")}, MetricError, "confidence is between 0 and 1"),
+        ({"seed": 1.5}, MetricError, "seed is an integer"),
     ):
         with pytest.raises(error, match=said):
             sp.sweep(tiny, **{**SMALL, **wrong})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"index": 2, "values": [NaN, 1, 1]}',
+        '{"index": 2, "values": [1, 1]}',
+        '{"index": 2, "values": [true, 1, 1]}',
+        '{"index": 2, "values": "123"}',
+        '{"index": 0.7, "values": [1, 1, 1]}',
+        '{"index": 9, "values": [1, 1, 1]}',
+        '{"index": -1, "values": [1, 1, 1]}',
+        "[]",
+    ],
+)
+def test_rows_that_are_none(tmp_path, line):
+    """After the header and the intact row: of another size, twice, or no number."""
+    path = tmp_path / "sweep.json"
+    model = tiny_model(seed=1)
+    sp.sweep(model, path=path, **SMALL)
+    header = {"format": "slashpatch-sweep-1", **sp.Result.load(path).provenance}
+    good = {"index": -1, "values": [1.0, 2.0, 3.0]}
+    unfinished = tmp_path / "sweep.json.unfinished"
+    unfinished.write_text("".join(f"{one}\n" for one in (*map(json.dumps, (header, good)), line)))
+    with pytest.raises(SweepError, match="line 3 of .* is no row of this sweep"):
+        sp.sweep(model, path=path, resume=True, **SMALL)
+
+
+def test_a_refused_run_leaves_no_file(tiny, tmp_path):
+    with pytest.raises(MetricError):
+        sp.sweep(tiny, metric="loss-by-position", path=tmp_path / "a.json", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_of_attention_below_and_above_the_edit():
+    model = tiny_model(seed=1, layers=3)
+    tokens = random_tokens(3, 12)
+    for head in ("L0H1", "L1H1", "L2H3"):
+        metric = sp.SlashScores(head, 2)
+        for per_pass in (1, 3):
+            found = sp.sweep(model, "KnockOut({head}, 1)", None, metric, tokens, per_pass=per_pass)
+            rows = found.frame.set_index("edit")["effect"]
+            expected = sp.measure(model, list(rows.index), metric, tokens).frame
+            expected = expected.set_index("edit")["effect"][rows.index]
+            assert rows.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert found.provenance["metric"] == "SlashScores(heads=(L2H3,), offset=2)"
+
+
+def test_another_metric_of_the_same_kind_is_refused(tiny, tmp_path):
+    tokens = random_tokens(3, 12)
+    path = tmp_path / "a.json"
+    sp.sweep(tiny, heads="L0H0", metric=sp.LogitDifference(5, 6), prompts=tokens, path=path)
+    with pytest.raises(SweepError, match="its metric is LogitDifference"):
+        sp.sweep(
+            tiny,
+            heads="L0H0",
+            metric=sp.LogitDifference(7, 8),
+            prompts=tokens,
+            path=path,
+            resume=True,
+        )
+
+
+def test_layers_that_cannot_take_the_edit_are_found_before_the_work(tmp_path):
+    with pytest.raises(ModelError, match="layer 1 has no RoPE"):
+        sp.sweep(zoo("SmolLM3"), "ShiftSlash({head}, 1)", path=tmp_path / "a.json", **SMALL)
+    assert list(tmp_path.iterdir()) == []
 
 
 _SCRIPT = """
