@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Slash heads from scratch
 #
-# The paper (arXiv 2601.08297) says that two conditions suffice: a shallow RoPE transformer trained by
-# gradient descent grows a slash head if its embeddings share a direction and its frequencies add up,
-# and the slash holds out of distribution. Here such a model is trained, in seconds on a CPU; then
-# each condition is taken away. The claim is the paper's; model, tasks and numbers are ours.
+# The paper (arXiv 2601.08297) says that two conditions suffice: a shallow RoPE transformer trained
+# by gradient descent grows a slash head if its embeddings share a direction and its frequencies add
+# up, and the slash holds out of distribution. Here such a model is trained, in seconds on a CPU;
+# then each condition is taken away. The claim is the paper's; model, tasks and numbers are ours.
 #
 # `python demos/04_slashes_from_scratch.py [--figures]`; `SLASHPATCH_DEMO=small` makes it small.
 
