@@ -37,6 +37,7 @@ bench: .venv/developed
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/fused.py
 	$(BIN)/python benchmarks/effects.py
+	$(BIN)/python benchmarks/theory.py
 
 families: .venv/developed
 	$(BIN)/python -m tests.zoo

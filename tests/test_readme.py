@@ -20,7 +20,7 @@ COMMANDS = [
 def test_there_is_nothing_else_to_run():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
     assert len(PYTHON) == 4
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 11
 
 
 @pytest.mark.real

@@ -132,7 +132,8 @@ def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
             norm = LogNorm(1, max(2.0, float(frame["steps"].max())))
             image = axis.imshow(shown, norm=norm, cmap="viridis_r", aspect="auto")
         for (i, j), number in np.ndenumerate(numbers):
-            text = "none" if not np.isfinite(number) else f"{number:.3g}"
+            form = ".2f" if value == "score" else ".0f"
+            text = f"{number:{form}}" if np.isfinite(number) else "none"
             axis.text(
                 j,
                 i,
