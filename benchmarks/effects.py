@@ -1,9 +1,19 @@
 """What slash heads pass on in the default model, and what a sweep costs. Part of `make bench`.
 
-`python benchmarks/effects.py` takes about eight minutes on two cores and writes a README table.
+`python benchmarks/effects.py [effects] [sweep]` takes about eight minutes on two cores and writes a README table.
 """
 
-from common import THREADS, in_turns, ratio, said, write_readme_table, write_results
+import sys
+
+from common import (
+    THREADS,
+    in_turns,
+    ratio,
+    read_results,
+    said,
+    write_readme_table,
+    write_results,
+)
 
 #: The five strongest heads at Δ=1 in the default model (`slashpatch scan`).
 FIVE = "(L16H0, L11H1, L1H2, L19H3, L2H1)"
@@ -98,8 +108,8 @@ def sweep_cost(model, sp):
     return times
 
 
-def main():
-    """Measure, and write results.json and the README's table."""
+def main(parts):
+    """Measure `effects`, `sweep` or both; what is not measured now stays as it was."""
     import torch
 
     import slashpatch as sp
@@ -108,15 +118,22 @@ def main():
     torch.set_num_threads(THREADS)
     model = sp.load(device="cpu")
     source = provenance(model, seed=0)
-    rows = {**copying_loss(model, sp), **lags(model, sp), **flow(model, sp)}
-    times = sweep_cost(model, sp)
-    write_results("effects", {"rows": rows, "sweep": times}, source)
+    figures = read_results("effects")
+    if "effects" in parts:
+        figures["rows"] = {}
+        for part in (copying_loss, lags, flow):
+            figures["rows"] |= part(model, sp)
+            write_results("effects", figures, source)
+    if "sweep" in parts:
+        figures["sweep"] = sweep_cost(model, sp)
+        write_results("effects", figures, source)
+    times = figures.get("sweep", {"seconds": 0, "plain_seconds": 0, "ratio": 0})
     lines = [
         f"{said(source)}; 16 prompts, seed 0, 95 % intervals over prompts.",
         "",
         "| figure | value |",
         "|---|---|",
-        *(f"| {name} | {figure} |" for name, figure in rows.items()),
+        *(f"| {name} | {figure} |" for name, figure in figures.get("rows", {}).items()),
         f"| sweep of {len(SAMPLE)} heads / patching and running the whole model, equal bit for bit "
         f"| {times['seconds']:.1f} s / {times['plain_seconds']:.1f} s = {times['ratio']:.2f} |",
     ]
@@ -125,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["effects", "sweep"])

@@ -183,3 +183,48 @@ def test_monitor_leaves_the_text_alone(real):
     with sp.SlashMonitor(real, kappa=0.5, on_detect=lambda *args: found.append(args)):
         assert real.generate(prompt, **arguments) == plain
     assert sp.Head(16, 0) in [head for head, *_ in found]
+
+
+FIVE = "(L16H0, L11H1, L1H2, L19H3, L2H1)"
+
+
+def test_a_sweep_is_the_naive_loop_bit_for_bit(real):
+    from slashpatch.effects.metrics import as_metric
+    from slashpatch.effects.runs import Meter, conditions, evaluate, prompts_for
+
+    size = {"n_prompts": 4, "max_tokens": 41}
+    names = ["L2H1", "L11H1", "L16H0", "L19H8", "L26H4"]
+    swept = sp.sweep(real, heads=names, **size).frame.set_index("name")["effect"]
+    assert swept.index[0] == "L16H0"
+    meter = Meter(real, [as_metric("copying")])
+    prompts = prompts_for(real, meter.metrics, None, **size, seed=0)
+    edits = conditions([sp.KnockOut(name, 1) for name in names])
+    intact, *values = evaluate(real, meter, prompts, edits)
+    assert swept[names].tolist() == [float((one[0] - intact[0]).mean()) for one in values]
+
+
+def test_the_copied_lag_and_the_induction_heads_move(real):
+    found = sp.copying(real, f"ShiftSlash({FIVE}, 1)", n_prompts=4, n_tokens=40)
+    top1 = found.frame.set_index(["edit", "lag"])["top1"]
+    shifted = next(edit for edit, _ in top1.index if edit != "intact")
+    assert top1["intact", 1] > 0.4 > 0.05 > top1["intact", 2]
+    assert top1[shifted, 2] > 0.15 > 0.05 > top1[shifted, 1]
+    lags = found.tables["heads"].set_index(["edit", "head"])["matches_lag"]
+    for head in ("L18H6", "L17H3", "L17H4"):
+        assert (lags["intact", head], lags[shifted, head]) == (1, 2)
+
+
+def test_flow_falls_at_the_offset_that_is_removed(real):
+    size = {"n_prompts": 6, "max_tokens": 24, "n_replaced": 6}
+    found = sp.flow(real, edits=f"KnockOut({FIVE}, 1)", offsets=range(1, 6), **size).frame
+    rows = found[found["edit"] != "intact"].set_index("offset")
+    assert rows.loc[1, "high"] < -0.1
+    assert rows["effect"].idxmin() == 1
+
+
+def test_induction_heads_read_the_slash_head_by_their_keys(real):
+    found = sp.paths(real, "KnockOut(L16H0, 1)", "L17H3, L18H6", n_prompts=4, max_tokens=41).frame
+    rows = found.set_index(["reader", "input"])["effect"]
+    for head in ("L17H3", "L18H6"):
+        assert rows[head, "k"] > 0.01
+        assert rows[head, "k"] > 5 * max(abs(rows[head, "q"]), abs(rows[head, "v"]))

@@ -122,7 +122,7 @@ def paths(
             trunk.advance(layer)
             change = _change(model, meter, trunk, batch.tokens, edits)
             with patch(model, *edits), trunk.stubbed():
-                (values,), _ = meter.run(batch, intact, total)
+                (values,), _ = meter.run(batch, intact, total, from_layer=layer)
             taken["all"].append(values)
             before = {id(batch): (trunk, change, intact)}
         trunk, change, intact = before[id(batch)]
@@ -131,7 +131,7 @@ def paths(
         edge = _Layer(meter, layers[d], trunk, batch.tokens, change)
         for (head, of), hook in edge.hooks(own):
             with trunk.stubbed():
-                (values,), _ = meter.run(batch, intact, f"{total} by {of} of {head}", [hook])
+                (values,), _ = meter.run(batch, intact, f"{total} by {of} of {head}", [hook], d)
             taken[head, of].append(values)
     return _result(taken, edges, order, total, meter, found, confidence, seed)
 

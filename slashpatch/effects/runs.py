@@ -210,12 +210,15 @@ class Meter:
         intact: Taken | None,
         what: Any,
         hooks: Sequence[tuple[str, Any]] = (),
+        from_layer: int = 0,
     ) -> tuple[list[Float[Tensor, "batch _"]], Taken]:
         """Each metric's values on a batch; `intact` None: this is the intact run.
 
-        `what` names the run in messages; `hooks` act before attention is read. Raises MetricError.
+        `what` names the run in messages; `hooks` act before attention is read; layers before
+        `from_layer` are not run again, and their attention is the intact one. Raises MetricError.
         """
-        read = {} if intact is None else dict(intact.read)
+        known = {} if intact is None else intact.read
+        read = {at: values for at, values in known.items() if at[1] < from_layer}
         logits = self.logits(batch.tokens, [*hooks, *self._attention_hooks(batch.tokens, read)])
         given = {
             "logits": logits,
@@ -227,6 +230,9 @@ class Meter:
         values = []
         for place, (metric, name) in enumerate(zip(self.metrics, self.names, strict=True)):
             if place in self.heads:
+                missing = [h for h in self.heads[place] if (place, h.layer) not in read]
+                if missing:
+                    raise MetricError(f"{name}: the pattern hook of {missing[0]} never fired")
                 rows = [read[place, head.layer][:, head.head] for head in self.heads[place]]
                 found: Any = torch.stack(rows, dim=1)
             else:

@@ -323,7 +323,9 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(patch(self.model, *edits))
             stack.enter_context(trunk.stubbed(n))
-            (values,), _ = self.meter.run(batch.repeated(n), kept.repeated(n), what)
+            (values,), _ = self.meter.run(
+                batch.repeated(n), kept.repeated(n), what, from_layer=trunk.layer
+            )
         return list(values.split(size))
 
 

@@ -120,11 +120,11 @@ def test_resuming(tmp_path, monkeypatch):
     whole = sp.sweep(model, path=tmp_path / "whole.parquet", **SMALL)
     run, done = Meter.run, []
 
-    def dies(self, batch, intact, what, hooks=()):
+    def dies(self, batch, intact, what, hooks=(), from_layer=0):
         done.append(str(what))
         if len(done) == 5:
             raise KeyboardInterrupt
-        return run(self, batch, intact, what, hooks)
+        return run(self, batch, intact, what, hooks, from_layer)
 
     monkeypatch.setattr(Meter, "run", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -245,3 +245,15 @@ def test_the_frequency_condition_of_a_real_head(tiny):
     assert other.margin < 0
     assert "predicted logit of the offset over all others: +" in str(one)
     assert one.to_dict()["profile"]["margin"] == one.to_row()["margin"] == one.margin
+
+
+def test_no_model_library_is_needed():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, slashpatch as sp\n"
+        "sp.theory.train(steps=2, progress=False).history\n"
+        "assert not {'transformer_lens', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
