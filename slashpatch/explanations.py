@@ -119,9 +119,10 @@ class Explanation:
         The frequency condition: if all tokens had the mean query and key, the head could be a slash
         head at the offset only where this is positive (`slashpatch.spectrum.margin`).
         """
-        if self.profile is None or self.offset >= len(self.profile.predicted):
+        if self.profile is None:
             return None
-        return margin(self.profile.predicted, self.offset)
+        at = (self.profile.offsets == self.offset).nonzero()  # offsets that an edit empties lack
+        return margin(self.profile.predicted, int(at[0])) if len(at) else None
 
     def __str__(self) -> str:
         from .report.explanation import explanation_report

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .errors import OffsetError
 from .rotary import Rotary
 
 
@@ -54,13 +55,15 @@ def concentration(
     return torch.hypot(real, imag) / mean_abs.clamp(min=torch.finfo(mean.dtype).tiny)
 
 
-def margin(profile: Float[Tensor, "offset"], offset: int) -> float:
-    """Logit of one offset over the best of all others, from a profile of Δ = 0, 1, 2, ...
+def margin(profile: Float[Tensor, "offset"], at: int) -> float:
+    """Logit at one place of a profile over the best of all others.
 
     Of the profile that mean query and mean key predict it is the frequency condition: all tokens
-    alike, the head attends mostly `offset` back only if it is positive, and then by a factor of
-    e^margin to the next best. Infinite where there is no other offset. *Ours*, after condition 2 of
-    arXiv 2601.08297.
+    alike, the head attends mostly to that offset only if it is positive, and then by a factor of
+    e^margin over the next best. Infinite where there is no other offset. Raises OffsetError for a
+    place outside the profile. *Ours*, after condition 2 of arXiv 2601.08297.
     """
-    others = torch.cat([profile[:offset], profile[offset + 1 :]])
-    return float(profile[offset] - others.max()) if len(others) else float("inf")
+    if not 0 <= at < len(profile):
+        raise OffsetError(f"a profile of {len(profile)} offsets has no place {at}")
+    others = torch.cat([profile[:at], profile[at + 1 :]])
+    return float(profile[at] - others.max()) if len(others) else float("inf")

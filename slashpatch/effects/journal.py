@@ -98,6 +98,7 @@ class Journal:
             and isinstance(values, list)
             and len(values) == self.width
             and all(type(value) in (int, float) and value == value for value in values)
+            and line == row(index, [float(value) for value in values])
         ):
             return index, [float(value) for value in values]
         raise SweepError(
@@ -107,7 +108,7 @@ class Journal:
 
     def write(self, rows: dict[int, list[float]]) -> None:
         """Add finished rows; they are on the disk when this returns."""
-        records: list[Any] = [{"index": index, "values": values} for index, values in rows.items()]
+        records: list[Any] = [row(index, values) for index, values in rows.items()]
         if self._file is None:
             with written_whole(self.path) as file:
                 file.write_bytes(_lines([self.header, *records]))
@@ -126,6 +127,13 @@ class Journal:
     def remove(self) -> None:
         """Delete the file: its rows are elsewhere."""
         self.path.unlink(missing_ok=True)
+
+
+def row(index: int, values: list[float]) -> dict[str, Any]:
+    """A line of the file, with a sum that tells whether it is as it was written."""
+    text = json.dumps([index, values])
+    check = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return {"index": index, "values": values, "check": check}
 
 
 def _lines(records: Iterable[Any]) -> bytes:

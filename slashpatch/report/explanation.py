@@ -63,7 +63,7 @@ def explanation_report(one: Explanation) -> Group:
             ),
             Text(
                 "predicted logit of the offset over all others: "
-                + ("beyond the profile" if one.margin is None else f"{one.margin:+.2f}")
+                + ("not in the profile" if one.margin is None else f"{one.margin:+.2f}")
                 + " (with all tokens alike, a slash head needs a positive one)"
             ),
             _spark("measured ", profile.measured, profile.measured_peak),

@@ -21,6 +21,8 @@ _SHOWN = 10
 
 def over_seeds(values: Sequence[float], form: str = ".2f") -> str:
     """Mean and Student's 95 % interval over seeds; how many are finite where not all are."""
+    if any(math.isnan(value) for value in values):
+        return "–"
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < len(values):
         reached = f"{sum(finite) / len(finite):{form}} in " if finite else "in "
@@ -59,13 +61,13 @@ def training_report(runs: Sequence[Run], kappa: float) -> Group:
         + over_seeds([run.time_to(kappa) for run in runs], ".0f"),
         f"layer 2 passes {kappa:g} after (steps): "
         + over_seeds([run.time_to(kappa, "matching") for run in runs], ".0f"),
-        f"slash score out of distribution (twice the length, tokens never seen): "
-        f"{over_seeds(outside)}",
+        "slash score out of distribution (twice the length, tokens never seen): "
+        + over_seeds(outside),
     ]
     title = (
         f"{settings.task}, Δ={offset}, cone {settings.cone:g}, frequencies "
-        f"{settings.frequencies}, {settings.optimizer} at {settings.rate:g}: mean ± half the 95 % "
-        f"interval over {len(runs)} seeds"
+        f"{settings.frequencies}, {settings.optimizer} at {settings.rate:g}: "
+        + (f"mean ± half the 95 % interval over {len(runs)} seeds" if len(runs) > 1 else "one seed")
     )
     return Group(Text(title, style="bold"), table, *map(Text, lines))
 
@@ -120,19 +122,19 @@ def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = (
         ("time_to_slash", "median", f"median steps to a score of {kappa:g} (none: not reached)"),
-        ("score", "mean", "mean final score"),
+        ("final_score", "mean", "mean final score"),
     )
     for axis, (value, how, title) in zip(figure.subplots(1, 2), panels, strict=True):
         table = _pivot(frame, value, how)
         numbers = table.to_numpy(dtype=float)
         shown = np.where(np.isfinite(numbers), numbers, np.nan)
-        if value == "score":
+        if value == "final_score":
             image = axis.imshow(shown, vmin=0, vmax=1, cmap="magma", aspect="auto")
         else:
             norm = LogNorm(1, max(2.0, float(frame["steps"].max())))
             image = axis.imshow(shown, norm=norm, cmap="viridis_r", aspect="auto")
         for (i, j), number in np.ndenumerate(numbers):
-            form = ".2f" if value == "score" else ".0f"
+            form = ".2f" if value == "final_score" else ".0f"
             text = f"{number:{form}}" if np.isfinite(number) else "none"
             axis.text(
                 j,
@@ -168,9 +170,10 @@ def phase_report(frame: pd.DataFrame, kappa: float) -> Group:
             str(row),
             str(column),
             over_seeds(runs["time_to_slash"].tolist(), ".0f"),
-            over_seeds(runs["score"].tolist()),
-            over_seeds(runs["matching"].tolist()),
-            over_seeds(runs["margin"].tolist()),
+            over_seeds(runs["final_score"].tolist()),
+            over_seeds(runs["final_matching"].tolist()),
+            over_seeds(runs["final_margin"].tolist()),
         )
-    said = f"{frame['seed'].nunique()} seeds, {frame['steps'].iloc[0]} steps; mean ± 95 % interval"
+    steps = " or ".join(str(one) for one in dict.fromkeys(frame["steps"]))
+    said = f"{frame['seed'].nunique()} seeds, {steps} steps; mean ± half the 95 % interval"
     return Group(Text(said, style="bold"), table)

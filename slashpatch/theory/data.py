@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -43,16 +42,16 @@ def sample(
 ) -> Examples:
     """n sequences of the task.
 
-    In training tokens are uniform over those that it sees. Out of distribution (*ours*): all
-    tokens, with Zipf's weights whose most frequent are those never seen; pass settings of another
-    length to change that too.
+    In training tokens are uniform over those that it sees. Out of distribution (*ours*): over
+    those that it never sees, the segment's uniform and the others by Zipf's law; pass settings of
+    another length to change that too.
     """
-    weights = torch.zeros(n, settings.vocabulary)
-    if out_of_distribution:
-        weights[:] = 1 / torch.arange(settings.vocabulary, 0, -1)
-    else:
-        weights[:, : settings.seen] = 1
+    weights = torch.zeros(n, settings.vocabulary, dtype=torch.float32)
+    chosen = slice(settings.seen, None) if out_of_distribution else slice(settings.seen)
+    weights[:, chosen] = 1
     own = torch.multinomial(weights, settings.segment, generator=generator)
+    if out_of_distribution:
+        weights[:, chosen] = 1 / torch.arange(1, weights[0, chosen].numel() + 1)
     # Nothing of a segment comes elsewhere, so that each question has one answer.
     others = torch.multinomial(
         weights.scatter(1, own, 0), settings.length, replacement=True, generator=generator
@@ -65,10 +64,21 @@ def embed(
     settings: Settings, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:
     """Semantic part (orthonormal) + cone × one common direction."""
-    x = torch.zeros(*tokens.shape, settings.vocabulary + 2)
+    x = torch.zeros(*tokens.shape, settings.vocabulary + 2, dtype=torch.float32)
     x.scatter_(-1, tokens[..., None], 1.0)
     x[..., -1] = settings.cone
     return x
+
+
+def _places(
+    settings: Settings, n: int, generator: torch.Generator
+) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch 1"]]:
+    """Where the two rounds of a sequence begin: somewhere, and after a random gap."""
+    half = settings.least_length // 2
+    slack = settings.length - 2 * half
+    first = (torch.rand(n, generator=generator, dtype=torch.float64) * (slack + 1)).long()
+    gap = torch.rand(n, generator=generator, dtype=torch.float64) * (slack - first + 1)
+    return first[:, None], (first + half + gap.long())[:, None]
 
 
 def _copying(
@@ -79,20 +89,15 @@ def _copying(
 ) -> Examples:
     """Other tokens, the segment, a random gap, the segment again, other tokens."""
     n, size = own.shape
-    slack = settings.length - 2 * size
-    first = (torch.rand(n, generator=generator) * (slack + 1)).long()
-    gap = (torch.rand(n, generator=generator) * (slack - first + 1)).long()
-    second = first + size + gap
+    first, second = _places(settings, n, generator)
     steps = torch.arange(size)
-    tokens = others.scatter(1, first[:, None] + steps, own).scatter(1, second[:, None] + steps, own)
+    tokens = others.scatter(1, first + steps, own).scatter(1, second + steps, own)
     asked = torch.arange(size - settings.offset)
     rows = torch.arange(n)[:, None]
-    queries = second[:, None] + asked
-    answers = first[:, None] + asked + settings.offset
     keys = torch.zeros(n, settings.length, settings.length, dtype=torch.bool)
-    keys[rows, queries, answers] = True
+    keys[rows, second + asked, first + asked + settings.offset] = True
     targets = torch.zeros(n, settings.length, dtype=torch.long)
-    targets[rows, queries] = own[:, settings.offset :]
+    targets[rows, second + asked] = own[:, settings.offset :]
     return Examples(embed(settings, tokens), keys, targets)
 
 
@@ -102,21 +107,20 @@ def _regression(
     others: Int[Tensor, "batch pos"],
     generator: torch.Generator,
 ) -> Examples:
-    """Blocks of an x, other tokens, and its label; then all of them again in another order."""
+    """Blocks of an x, other tokens, and its label; a gap; all of them again in another order."""
     n, size = own.shape
-    block = settings.offset + 1
-    labels = torch.randn(n, size, generator=generator)
+    labels = torch.randn(n, size, generator=generator, dtype=torch.float32)
     order = torch.rand(n, size, generator=generator).argsort(1)
-    starts = repeat(torch.arange(2 * size) * block, "block -> batch block", batch=n)
-    again = torch.cat([torch.arange(size).expand(n, -1), order], dim=1)
+    steps = torch.arange(size) * (settings.offset + 1)
+    first, second = (place + steps for place in _places(settings, n, generator))
     rows = torch.arange(n)[:, None]
-    x = embed(settings, others.scatter(1, starts, own.gather(1, again)))
-    place = starts + settings.offset
-    x[rows, place, : settings.vocabulary] = 0
-    x[rows, place, settings.vocabulary] = labels.gather(1, again)
+    again = own.gather(1, order)
+    x = embed(settings, others.scatter(1, first, own).scatter(1, second, again))
+    for starts, values in ((first, labels), (second, labels.gather(1, order))):
+        x[rows, starts + settings.offset, : settings.vocabulary] = 0
+        x[rows, starts + settings.offset, settings.vocabulary] = values
     keys = torch.zeros(n, settings.length, settings.length, dtype=torch.bool)
-    queries, answers = starts[:, size:], place.gather(1, order)
-    keys[rows, queries, answers] = True
-    targets = torch.zeros(n, settings.length)
-    targets[rows, queries] = labels.gather(1, order)
+    keys[rows, second, first.gather(1, order) + settings.offset] = True
+    targets = torch.zeros(n, settings.length, dtype=torch.float32)
+    targets[rows, second] = labels.gather(1, order)
     return Examples(x, keys, targets)

@@ -51,10 +51,14 @@ class ShallowTransformer:
         d_model, d_head = settings.vocabulary + 2, 2 * len(settings.thetas())
         generator = seeded(settings.seed, "weights")
         w_q, w_k = (
-            settings.initial * d_model**-0.5 * torch.randn(d_model, d_head, generator=generator)
+            settings.initial
+            * d_model**-0.5
+            * torch.randn(d_model, d_head, generator=generator, dtype=torch.float32)
             for _ in range(2)
         )
-        return cls(w_q, w_k, settings.matching * torch.eye(settings.vocabulary))
+        return cls(
+            w_q, w_k, settings.matching * torch.eye(settings.vocabulary, dtype=torch.float32)
+        )
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..effects.journal import Journal
@@ -13,21 +13,22 @@ from ..errors import TheoryError
 from ..files import TABLE_SUFFIXES, require_writable, write_table
 from ..output import require_suffix
 from ..report.progress import progress_over
-from .settings import Settings
+from .settings import Settings, as_number
 from .training import train
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_MEASURED = ("time_to_slash", "score", "matching", "margin")
+#: None of them is the name of a knob.
+_MEASURED = ("time_to_slash", "final_score", "final_matching", "final_margin")
 
 
 def phase_diagram(
     settings: Settings | None = None,
     *,
-    rows: tuple[str, Sequence[Any]] = ("cone", (0.0, 0.25, 0.5, 1.0, 2.0)),
-    columns: tuple[str, Sequence[Any]] = ("frequencies", ("high", "medium", "low", "all")),
-    seeds: Sequence[int] = (0, 1, 2),
+    rows: tuple[str, Iterable[Any]] = ("cone", (0.0, 0.25, 0.5, 1.0, 2.0)),
+    columns: tuple[str, Iterable[Any]] = ("frequencies", ("high", "medium", "low", "all")),
+    seeds: Iterable[int] = (0, 1, 2),
     kappa: float | int = 0.3,
     path: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -48,28 +49,36 @@ def phase_diagram(
 
     Returns:
         A row per pair of values and seed: `time_to_slash` (steps until the score of the rewarded
-        offset reaches κ for good; infinite if it does not), the final `score`, `matching` score
-        and `margin`.
+        offset reaches κ for good; infinite if it does not), `final_score`, `final_matching` (layer
+        2's) and `final_margin`.
 
     Raises:
         TheoryError for a knob that is none, SweepError for an unfinished file of another diagram,
         OutputError.
     """
-    base = settings or Settings()
-    for name, values in (rows, columns):
-        if name not in base.to_dict() or name == "seed" or not len(values):
-            known = ", ".join(key for key in base.to_dict() if key != "seed")
-            raise TheoryError(
-                f"a knob is one of {known}, with its values; got {name!r}: {values!r}"
-            )
+    base = Settings() if settings is None else settings
+    as_number("kappa", kappa, 0.0, 1.0)
+    if not isinstance(base, Settings):
+        raise TheoryError(f"expected a Settings; got {settings!r}")
+    known = [key for key in base.to_dict() if key != "seed"]
+    for knob in (rows, columns):
+        good = isinstance(knob, (tuple, list)) and len(knob) == 2 and knob[0] in known
+        values = list(knob[1]) if good and isinstance(knob[1], Iterable) else []
+        if not values or isinstance(knob[1], str):
+            raise TheoryError(f"a knob is one of {', '.join(known)}, with its values; got {knob!r}")
     if rows[0] == columns[0]:
         raise TheoryError(f"two knobs are needed; got {rows[0]} twice")
+    seeds = list(seeds)
     if not seeds:
         raise TheoryError("no seeds were given; expected at least one")
+    if resume and path is None:
+        raise TheoryError("resume goes with a path: the file whose diagram goes on")
     todo = [
         dataclasses.replace(base, **{rows[0]: row, columns[0]: column}, seed=seed)
         for row, column, seed in itertools.product(rows[1], columns[1], seeds)
     ]
+    if len(set(todo)) < len(todo):
+        raise TheoryError("the same settings and seed are asked for twice; leave one out")
     if path is None:
         return _frame(todo, rows[0], columns[0], _all(todo, None, kappa, progress))
     target = require_writable(path)
@@ -110,19 +119,18 @@ def _frame(
 ) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {
-                row: _said(getattr(one, row)),
-                column: _said(getattr(one, column)),
-                "seed": one.seed,
-                **dict(zip(_MEASURED, found[index], strict=True)),
-                "steps": one.steps,
-            }
-            for index, one in enumerate(todo)
-        ]
-    )
+    records = []
+    for index, one in enumerate(todo):
+        record = {row: _said(getattr(one, row)), column: _said(getattr(one, column))}
+        record["seed"] = one.seed
+        record |= dict(zip(_MEASURED, found[index], strict=True))
+        record.setdefault("steps", one.steps)
+        records.append(record)
+    return pd.DataFrame(records)
 
 
 def _said(value: Any) -> Any:
-    return ", ".join(f"{one:g}" for one in value) if isinstance(value, tuple) else value
+    """A knob's value as a table has it."""
+    if value is None:
+        return "default"
+    return ", ".join(map(repr, value)) if isinstance(value, tuple) else value

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,6 @@ LEARNING_RATES = {
     ("regression", "gd"): 100.0,
     ("regression", "adam"): 0.02,
 }
-_MOST_STEPS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
         frequencies: "all", "high", "medium" or "low" (thirds of the rotary pairs), or θ's.
         n_pairs: Rotary pairs of "all"; θ_l = base^(−l/n_pairs).
         base: Of the frequencies.
-        vocabulary: Tokens. The last quarter is never seen in training.
+        vocabulary: Tokens. The second half is never seen in training.
         length: Positions of a sequence.
         segment: Tokens of a copy, or x's of a sequence.
         batch_size: Sequences of a step.
@@ -78,33 +79,23 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.frequencies, (list, tuple)):
-            object.__setattr__(self, "frequencies", tuple(float(one) for one in self.frequencies))
-        elif isinstance(self.frequencies, Tensor):
-            object.__setattr__(self, "frequencies", tuple(self.frequencies.double().tolist()))
         _one_of("task", self.task, TASKS)
         _one_of("optimizer", self.optimizer, ("gd", "adam"))
-        for name, least in (
-            ("offset", 1),
-            ("n_pairs", 1),
-            ("vocabulary", 8),
-            ("length", 4),
-            ("segment", 2),
-            ("batch_size", 1),
-            ("steps", 0),
-        ):
-            _integer(name, getattr(self, name), least)
-        if self.n_sequences is not None:
-            _integer("n_sequences", self.n_sequences, 1)
-        _number("cone", self.cone, 0.0, 2.0)
-        for name in ("initial", "matching", "output_scale"):
-            _number(name, getattr(self, name), 0.0)
-        _number("base", self.base, 1.0)
-        for name in ("learning_rate", "matching_rate"):
-            if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 0.0)
+        for name, (least, most) in _COUNTS.items():
+            if getattr(self, name) is not None or name != "n_sequences":
+                self._set(name, as_integer(name, getattr(self, name), least, most))
+        self._set("cone", as_number("cone", self.cone, 0.0, 2.0))
+        self._set("base", as_number("base", self.base, 1.0))
+        for name in ("initial", "matching", "output_scale", "learning_rate", "matching_rate"):
+            if getattr(self, name) is not None or not name.endswith("_rate"):
+                self._set(name, as_number(name, getattr(self, name), 0.0))
+        if not isinstance(self.frequencies, str):
+            self._set("frequencies", _as_frequencies(self.frequencies))
         self._check_frequencies()
         self._check_room()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_frequencies(self) -> None:
         found = self.frequencies
@@ -120,10 +111,10 @@ class Settings:
             raise TheoryError(f"frequencies are radians per token, from −π to π; got {found}")
 
     def _check_room(self) -> None:
-        if self.segment > self.seen:
+        if self.segment >= self.seen:
             raise TheoryError(
-                f"segment: {self.segment} different tokens are needed, and training sees "
-                f"{self.seen} (three quarters of the vocabulary)"
+                f"segment: {self.segment} different tokens and at least one other are needed, and "
+                f"training sees {self.seen} (half of the vocabulary)"
             )
         if self.task == "copying" and self.offset >= self.segment:
             raise TheoryError(
@@ -145,7 +136,7 @@ class Settings:
     @property
     def seen(self) -> int:
         """Tokens that training sees; the rest are for tests out of distribution."""
-        return self.vocabulary - self.vocabulary // 4
+        return self.vocabulary // 2
 
     @property
     def rate(self) -> float:
@@ -180,19 +171,48 @@ class Settings:
         return dataclasses.asdict(self)
 
 
+_COUNTS = {
+    "offset": (1, 4096),
+    "n_pairs": (1, 4096),
+    "vocabulary": (8, 65536),
+    "length": (4, 4096),
+    "segment": (2, 4096),
+    "batch_size": (1, 65536),
+    "n_sequences": (1, 65536),
+    "steps": (0, 10_000_000),
+    "seed": (0, 2**63 - 1),
+}
+
+
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise TheoryError(f"{name} is one of {', '.join(known)}; got {value!r}")
 
 
-def _integer(name: str, value: Any, least: int) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST_STEPS
-    if not good:
-        raise TheoryError(f"{name} is an integer from {least}; got {value!r}")
+def as_integer(name: str, value: Any, least: int, most: int) -> int:
+    """An integer in a range. Raises TheoryError."""
+    try:
+        found = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = least - 1
+    if not least <= found <= most:
+        raise TheoryError(f"{name} is an integer from {least} to {most}; got {value!r}")
+    return found
 
 
-def _number(name: str, value: Any, least: float, most: float = 1e9) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+def as_number(name: str, value: Any, least: float, most: float = 1e9) -> float:
+    """A number in a range. Raises TheoryError."""
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not good or not least <= value <= most:
-        beyond = f" to {most:g}" if most < 1e9 else ""
-        raise TheoryError(f"{name} is a number from {least:g}{beyond}; got {value!r}")
+        raise TheoryError(f"{name} is a number from {least:g} to {most:g}; got {value!r}")
+    return float(value)
+
+
+def _as_frequencies(given: Any) -> tuple[float, ...]:
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(values, (list, tuple)):
+        raise TheoryError(f"frequencies are a band's name or several θ's; got {given!r}")
+    good = all(isinstance(one, numbers.Real) and not isinstance(one, bool) for one in values)
+    if not good:
+        raise TheoryError(f"frequencies are a band's name or several θ's; got {given!r}")
+    return tuple(float(one) for one in values)

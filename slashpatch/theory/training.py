@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from ..slash import slash_scores
 from ..spectrum import margin, predicted_profile
 from .data import Examples, sample, seeded
 from .model import Pass, ShallowTransformer
-from .settings import Settings
+from .settings import Settings, as_integer, as_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,12 +73,15 @@ class Run:
     def time_to(self, kappa: float | int = 0.3, column: str | None = None) -> float | int:
         """Steps until a column (the rewarded offset's score) reaches κ for good; infinite if never.
 
-        To within a twentieth, the distance of recorded steps. κ is *ours*.
+        To within a twentieth, the distance of recorded steps. κ is *ours*. Raises TheoryError.
         """
         name = column or f"score_{self.settings.offset}"
+        least = as_number("kappa", kappa, 0.0, 1.0)
+        if name not in self.rows[0]:
+            raise TheoryError(f"no column {name!r}; expected one of {', '.join(self.rows[0])}")
         after = math.inf
         for row in reversed(self.rows):
-            if row[name] < kappa:
+            if not row[name] >= least:
                 break
             after = row["step"]
         return after
@@ -85,19 +90,23 @@ class Run:
         self, length: int | None = None, out_of_distribution: bool = False, seed: int = 0
     ) -> dict[str, float | int]:
         """What the weights do now, on fresh sequences. Raises TheoryError."""
-        changed = dataclasses.replace(self.settings, length=length or self.settings.length)
+        changed = self.settings
+        if length is not None:
+            changed = dataclasses.replace(changed, length=length)
         generator = seeded(seed, "reading", length, out_of_distribution)
         examples = sample(changed, _READ_SEQUENCES, generator, out_of_distribution)
         return _reading(changed, self.model, examples, self.step)
 
     def out_of_distribution(self) -> float:
-        """Slash score at twice the length, on tokens most of which training never saw. *Ours*."""
+        """Slash score at twice the length, on tokens that training never saw. *Ours*."""
         found = self.read(2 * self.settings.length, out_of_distribution=True)
         return found[f"score_{self.settings.offset}"]
 
     def profile(self, n_offsets: int | None = None) -> Float[Tensor, "offset"]:
         """Logit by offset that the mean query and key predict, from Δ = 0."""
-        n = n_offsets or self.settings.length
+        n = self.settings.length
+        if n_offsets is not None:
+            n = as_integer("n_offsets", n_offsets, 1, 2**20)
         examples = _examples(self.settings)
         with torch.no_grad():
             found = self.model.forward(self.settings, examples)
@@ -107,24 +116,26 @@ class Run:
         """Write a .safetensors checkpoint, from which training goes on bit for bit."""
         if not str(path).endswith(".safetensors"):
             raise TheoryError(f"a checkpoint's name ends in .safetensors; got {str(path)!r}")
+        tensors = {**self.model.weights, **self.state}
         header = {
             "format": _FORMAT,
             "settings": self.settings.to_dict(),
             "step": self.step,
             "rows": self.rows,
         }
-        save_tensors(path, header, {**self.model.weights, **self.state})
+        save_tensors(path, {**header, "digest": _digest(header, tensors)}, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Run:
         """Read a checkpoint. Raises TheoryError for any other file."""
 
         def build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Run:
-            settings = dict(header["settings"])
-            if isinstance(settings["frequencies"], list):
-                settings["frequencies"] = tuple(settings["frequencies"])
+            digest = header.pop("digest")
+            if _digest(header, tensors) != digest:
+                raise TheoryError(f"{str(path)!r} is damaged: it is not what was saved")
+            settings = Settings(**header["settings"])
             model = ShallowTransformer(*(tensors.pop(name) for name in ("w_q", "w_k", "w_m")))
-            return cls(Settings(**settings), model, header["step"], header["rows"], tensors)
+            return cls(settings, model, header["step"], header["rows"], tensors)
 
         found = load_tensors(path, _FORMAT, build, TheoryError)
         assert isinstance(found, Run)
@@ -164,17 +175,19 @@ def train(
         settings = Settings(**knobs)
     elif knobs:
         raise TheoryError("give a Settings or its fields, not both")
+    elif not isinstance(settings, Settings):
+        raise TheoryError(f"expected a Settings, or its fields by name; got {settings!r}")
     if checkpoint is not None:
         if not str(checkpoint).endswith(".safetensors"):
             raise TheoryError(f"a checkpoint's name ends in .safetensors; got {str(checkpoint)!r}")
         require_writable(checkpoint)
-    run = Run(settings, ShallowTransformer.initial(settings))
-    if resume:
-        if checkpoint is None:
-            raise TheoryError("resume goes with a checkpoint: the file from which to go on")
-        if os.path.exists(checkpoint):
+    if resume and checkpoint is None:
+        raise TheoryError("resume goes with a checkpoint: the file from which to go on")
+    with _one_thread(), torch.inference_mode(False), torch.enable_grad():
+        if resume and checkpoint is not None and os.path.exists(checkpoint):
             run = _resumed(settings, checkpoint)
-    with _one_thread():
+        else:
+            run = Run(settings, ShallowTransformer.initial(settings))
         _train(run, checkpoint, progress)
     return run
 
@@ -283,6 +296,15 @@ def _restore(
         }
         if kept:
             optimizer.state[one] = kept
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Of all that a checkpoint holds."""
+    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:32]
 
 
 def _detached(run: Run) -> Run:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch.effects.journal import Journal
+from slashpatch.effects.journal import Journal, row
 from slashpatch.effects.metrics import as_metric
 from slashpatch.effects.runs import Meter, conditions, evaluate, prompts_for
 from slashpatch.effects.stubs import Trunk
@@ -226,6 +226,7 @@ def test_bad_input(tiny):
         '{"index": 0.7, "values": [1, 1, 1]}',
         '{"index": 9, "values": [1, 1, 1]}',
         '{"index": -1, "values": [1, 1, 1]}',
+        json.dumps({**row(2, [1.0, 2.0, 3.0]), "values": [1.0, 2.0, 4.0]}),
         "[]",
     ],
 )
@@ -235,7 +236,7 @@ def test_rows_that_are_none(tmp_path, line):
     model = tiny_model(seed=1)
     sp.sweep(model, path=path, **SMALL)
     header = {"format": "slashpatch-sweep-1", **sp.Result.load(path).provenance}
-    good = {"index": -1, "values": [1.0, 2.0, 3.0]}
+    good = row(-1, [1.0, 2.0, 3.0])
     unfinished = tmp_path / "sweep.json.unfinished"
     unfinished.write_text("".join(f"{one}\n" for one in (*map(json.dumps, (header, good)), line)))
     with pytest.raises(SweepError, match="line 3 of .* is no row of this sweep"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from slashpatch.errors import TheoryError
+from slashpatch.errors import OffsetError, TheoryError
 from slashpatch.spectrum import margin
 from slashpatch.theory import Settings, ShallowTransformer
 from slashpatch.theory.data import embed, sample, seeded
@@ -40,7 +40,7 @@ def test_copying_asks_for_the_token_so_far_on(offset):
             assert earlier == [answer - offset]  # one occurrence: the question has one answer
         gaps.add(int(queries[0] - answers[0]))
     assert len(gaps) > 3  # at a random distance
-    assert int(tokens.max()) < settings.seen == 12
+    assert int(tokens.max()) < settings.seen == 8
 
 
 @pytest.mark.parametrize("offset", [1, 2])
@@ -57,14 +57,21 @@ def test_regression_asks_for_the_label(offset):
         assert len(set(x[queries].argmax(-1).tolist())) == 6
 
 
-def test_out_of_distribution_is_another_distribution():
-    settings = Settings(**SMALL)
-    tokens = [
-        sample(settings, 200, seeded(0, "test"), outside).x[..., :16].argmax(-1)
-        for outside in (False, True)
-    ]
-    assert int((tokens[0] >= 12).sum()) == 0
-    assert float((tokens[1] >= 12).double().mean()) > 0.3
+@pytest.mark.parametrize("task", ["copying", "regression"])
+def test_out_of_distribution_no_token_was_seen(task):
+    settings = Settings(**{**SMALL, "task": task, "length": 60})
+    for outside in (False, True):
+        found = sample(settings, 300, seeded(0, "test"), outside)
+        tokens = found.x[..., :16].argmax(-1)[found.x[..., :16].sum(-1) > 0]
+        assert bool(((tokens >= 8) == outside).all())
+        counts = tokens.bincount(minlength=16).double()
+        share = counts.max() / counts[counts > 0].min()
+        assert (share > 1.5) == outside  # Zipf's law, and not uniform
+        # Both rounds lie anywhere.
+        asked = found.asked.nonzero()[:, 1]
+        assert int(asked.max()) > 50
+        distances = {int(q - a) for row in found.keys for q, a in row.nonzero()}
+        assert len(distances) > 20
 
 
 @pytest.mark.parametrize("task", ["copying", "regression"])
@@ -117,11 +124,26 @@ def test_frequencies():
     assert Settings(frequencies=torch.tensor([0.5])).rotary().scale == 2**-0.5
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_other_libraries():
+    import numpy as np
+
+    settings = Settings(
+        offset=np.int64(1), cone=np.float32(0.5), seed=np.int64(3), frequencies=np.array([1.0, 0.5])
+    )
+    assert (settings.seed, settings.cone, settings.frequencies) == (3, 0.5, (1.0, 0.5))
+    assert type(settings.seed) is int
+    assert settings == Settings(cone=0.5, seed=3, frequencies=[1.0, 0.5])
+
+
 def test_margin():
     profile = torch.tensor([1.0, 4.0, 2.5, -1.0])
     assert margin(profile, 1) == 1.5
     assert margin(profile, 2) == -1.5
     assert margin(profile[:1], 0) == math.inf
+    for wrong in (-1, 4):
+        with pytest.raises(OffsetError, match=f"a profile of 4 offsets has no place {wrong}"):
+            margin(profile, wrong)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +158,17 @@ def test_margin():
         ({"frequencies": "middle"}, "frequencies is one of all, high, medium, low"),
         ({"frequencies": "high", "n_pairs": 2}, "a third of the pairs"),
         ({"cone": -0.1}, "cone is a number from 0 to 2"),
+        ({"frequencies": 0.5}, "frequencies are a band's name or several"),
+        ({"frequencies": ["a"]}, "frequencies are a band's name or several"),
+        ({"frequencies": torch.eye(2)}, "frequencies are a band's name or several"),
+        ({"frequencies": [True]}, "frequencies are a band's name or several"),
+        ({"seed": 1.5}, "seed is an integer from 0"),
+        ({"seed": -1}, "seed is an integer from 0"),
+        ({"length": 6_000_000}, "length is an integer from 4 to 4096"),
+        ({"cone": float("nan")}, "cone is a number from 0 to 2"),
+        ({"segment": 32, "length": 64}, "training sees 32"),
         ({"cone": 2.1}, "cone is a number from 0 to 2"),
-        ({"segment": 49}, "training sees 48"),
+        ({"segment": 49}, "training sees 32"),
         ({"task": "sorting"}, "task is one of copying, regression"),
         ({"optimizer": "sgd"}, "optimizer is one of gd, adam"),
         ({"learning_rate": -1.0}, "learning_rate is a number from 0"),
@@ -146,6 +177,7 @@ def test_margin():
         ({"n_sequences": 0}, "n_sequences is an integer from 1"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_settings_that_do_not_fit(knobs, said):
     with pytest.raises(TheoryError, match=said):
         Settings(**knobs)

@@ -4,6 +4,8 @@ Thresholds are those that the default settings must meet, three seeds each.
 """
 
 import functools
+import io
+import json
 import math
 
 import pandas as pd
@@ -170,6 +172,59 @@ def test_a_loss_that_is_not_finite_says_so(monkeypatch):
         theory.train(**SMALL, steps=5, progress=False)
 
 
+def test_damaged_checkpoints_are_refused(tmp_path):
+    """A tensor missing, changed, or of another type; a header that was edited."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path, other = tmp_path / "run.safetensors", tmp_path / "other.safetensors"
+    theory.train(**SMALL, steps=8, optimizer="adam", checkpoint=path, progress=False)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["slashpatch"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert len(tensors) == 3 + 1 + 3 * 3
+
+    def write(tensors=tensors, **changed):
+        save_file(tensors, other, metadata={"slashpatch": json.dumps({**header, **changed})})
+
+    write()
+    assert theory.Run.load(other).step == 8
+    flipped = tensors["w_q"].clone()
+    flipped[0, 0] += 1e-6
+    for wrong in (
+        {"tensors": {k: v for k, v in tensors.items() if k != "generator"}},
+        {"tensors": {k: v for k, v in tensors.items() if k != "w_k.exp_avg"}},
+        {"tensors": {**tensors, "w_q": flipped}},
+        {"tensors": {**tensors, "w_m": tensors["w_m"].bfloat16()}},
+        {"tensors": {**tensors, "more": flipped}},
+        {"step": 4},
+        {"rows": []},
+        {"settings": {**header["settings"], "cone": 0.5}},
+    ):
+        write(**wrong)
+        with pytest.raises(TheoryError, match="is damaged"):
+            theory.Run.load(other)
+
+
+def test_training_where_no_gradients_are_kept():
+    expected = theory.train(**SMALL, steps=3, progress=False).rows
+    for guard in (torch.no_grad(), torch.inference_mode()):
+        with guard:
+            assert theory.train(**SMALL, steps=3, progress=False).rows == expected
+
+
+def test_reading_what_is_not_there():
+    found = run()
+    for call, said in (
+        (lambda: found.time_to(float("nan")), "kappa is a number from 0 to 1"),
+        (lambda: found.time_to(0.3, "nope"), "no column 'nope'; expected one of step, loss"),
+        (lambda: found.profile(-1), "n_offsets is an integer from 1"),
+        (lambda: found.read(0), "length is an integer from 4"),
+    ):
+        with pytest.raises(TheoryError, match=said):
+            call()
+
+
 def test_settings_by_name_or_whole():
     with pytest.raises(TheoryError, match="no setting cones; expected some of task, offset"):
         theory.train(cones=1)
@@ -188,9 +243,9 @@ def test_phase_diagram(tmp_path, monkeypatch):
     base = theory.Settings(**SMALL, steps=150)
     frame = theory.phase_diagram(base, **knobs)
     assert len(frame) == 2 * 3 * 2
-    assert set(frame["frequencies"]) == {"low", "all", "1, 0.5"}
+    assert set(frame["frequencies"]) == {"low", "all", "1.0, 0.5"}
     good = frame[(frame["cone"] == 1) & (frame["frequencies"] == "all")]
-    assert (good["score"] > 0.5).all()
+    assert (good["final_score"] > 0.5).all()
     assert good["time_to_slash"].max() < 150
     without = frame[(frame["cone"] == 0) | (frame["frequencies"] == "low")]
     assert without["time_to_slash"].tolist() == [math.inf] * 8
@@ -219,12 +274,44 @@ def test_phase_diagram(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["phase.parquet"]
 
 
+def test_knobs_that_share_a_name_with_what_is_measured_and_defaults():
+    base = theory.Settings(**SMALL, steps=2)
+    from rich.console import Console
+
+    from slashpatch.report.theory import phase_figure, phase_report
+
+    for rows, columns, expected in (
+        (("matching", (0.5, 2.0)), ("offset", (1, 2)), [0.5, 0.5, 2.0, 2.0]),
+        (("n_sequences", (None, 4)), ("offset", (1, 2)), ["default", "default", 4, 4]),
+        (
+            ("frequencies", ((1.0, 0.5), (1.0, 0.50000001))),
+            ("steps", (1, 2)),
+            ["1.0, 0.5"] * 2 + ["1.0, 0.50000001"] * 2,
+        ),
+    ):
+        frame = theory.phase_diagram(base, rows=rows, columns=columns, seeds=[0], progress=False)
+        assert frame[rows[0]].tolist() == expected
+        assert frame[columns[0]].tolist() == list(columns[1]) * 2
+        phase_figure(frame, 0.3)
+        console = Console(width=150, record=True, file=io.StringIO())
+        console.print(phase_report(frame, 0.3))
+        assert console.export_text().count("in 0 of 1 seeds") == 4
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_knobs_that_are_none():
     for wrong, said in (
         ({"rows": ("cones", (0, 1))}, "a knob is one of task, offset"),
         ({"rows": ("seed", (0, 1))}, "a knob is one of"),
         ({"rows": ("cone", ())}, "with its values"),
         ({"rows": ("frequencies", ("all",))}, "two knobs are needed"),
+        ({"rows": ("cone",)}, "a knob is one of"),
+        ({"rows": ("cone", 3)}, "a knob is one of"),
+        ({"rows": ("cone", (0, 0.0))}, "asked for twice"),
+        ({"seeds": (1, 1)}, "asked for twice"),
+        ({"seeds": (0.5,)}, "seed is an integer"),
+        ({"kappa": float("nan")}, "kappa is a number from 0 to 1"),
+        ({"resume": True}, "resume goes with a path"),
         ({"seeds": ()}, "no seeds were given"),
         ({"rows": ("cone", (-1.0,))}, "cone is a number from 0"),
     ):
@@ -245,6 +332,22 @@ def test_the_frequency_condition_of_a_real_head(tiny):
     assert other.margin < 0
     assert "predicted logit of the offset over all others: +" in str(one)
     assert one.to_dict()["profile"]["margin"] == one.to_row()["margin"] == one.margin
+
+
+def test_the_margin_where_an_edit_leaves_an_offset_out():
+    """A profile lacks offsets whose diagonal was removed: places are looked up, not counted."""
+    from slashpatch.spectrum import margin
+
+    from ..planted import planted_model
+
+    model, prompts = planted_model([2, None]), torch.randint(4, 80, (2, 24))
+    with sp.patch(model, sp.KnockOut("L0H0", 1)):
+        one = sp.explain(model, "L0H0", prompts, offset=2)
+        gone = sp.explain(model, "L0H0", prompts, offset=1)
+    assert one.profile.offsets[:3].tolist() == [0, 2, 3]
+    assert one.margin == margin(one.profile.predicted, 1) > 0
+    assert gone.margin is None
+    assert "not in the profile" in str(gone)
 
 
 def test_no_model_library_is_needed():
