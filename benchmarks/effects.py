@@ -62,7 +62,7 @@ def lags(model, sp):
     """Which lag is copied, with and without moved slashes."""
     found = sp.copying(model, f"ShiftSlash({FIVE}, 1)")
     rows = {}
-    for edit, name in (("intact", "intact"), (None, f"ShiftSlash({FIVE}, 1)")):
+    for edit, name in (("intact", "intact"), (None, "ShiftSlash(five heads, 1)")):
         own = found.frame[(found.frame["edit"] == "intact") == (edit == "intact")]
         for lag in (1, 2):
             row = own[own["lag"] == lag].iloc[0]
@@ -79,7 +79,7 @@ def flow(model, sp):
     for offset in (1, 2, 3, 4, 8, 16):
         before = value(intact.loc[offset], "flow", "flow_low", "flow_high")
         after = value(edited.loc[offset], "flow", "flow_low", "flow_high")
-        rows[f"flow at Δ={offset}, intact → KnockOut({FIVE}, 1)"] = (
+        rows[f"flow at Δ={offset}, intact → KnockOut(five heads, 1)"] = (
             f"{before} → {after}; q = {edited.loc[offset, 'q']:.3f}"
         )
     (rows["in words"],) = found.remarks
@@ -132,7 +132,8 @@ def main(parts):
         write_results("effects", figures, source)
     times = figures.get("sweep", {"seconds": 0, "plain_seconds": 0, "ratio": 0})
     lines = [
-        f"{said(source)}; 16 prompts, seed 0, 95 % intervals over prompts.",
+        f"{said(source)}; 16 prompts, seed 0, 95 % intervals over prompts. Five heads: "
+        f"{FIVE[1:-1]}.",
         "",
         "| figure | value |",
         "|---|---|",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import anatomy as anatomies
 from .. import rope
+from ..anatomy import kept_frequencies
 from ..calls import by_matrix
 from ..edits import AblateHeads, Edit
 from ..errors import EditError, HeadError, ModelError
@@ -181,7 +182,8 @@ def _until(
     """A pass that ends after `layer`."""
     last = layer == meter.anatomy.n_layers - 1
     kwargs: dict[str, Any] = {} if last else {"stop_at_layer": layer + 1}
-    with torch.no_grad(), by_matrix():
+    kept = kept_frequencies(model) if meter.follows_length else nullcontext()
+    with torch.no_grad(), by_matrix(), kept:
         model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, **kwargs)
 
 
