@@ -117,7 +117,7 @@ def prompt_set(
         found = PromptSet(_random(model, n_prompts, length, seed), f"random tokens, seed {seed}")
     elif prompts is None:
         found = PromptSet(_natural(model, n_prompts, length, seed), f"natural text, seed {seed}")
-    elif (path := _as_path(prompts)) is not None:
+    elif (path := as_path(prompts)) is not None:
         found = PromptSet(_file(model, path, n_prompts, length), f"file {path.name}")
     elif isinstance(prompts, str):
         found = PromptSet(_texts(model, [prompts], max_tokens), "text")
@@ -152,7 +152,7 @@ def repeated_random_tokens(
     return torch.cat([torch.tensor([bos] * n_prompts).view(n_prompts, -1), first, first], dim=1)
 
 
-def _as_path(prompts: Any) -> Path | None:
+def as_path(prompts: Any) -> Path | None:
     """The file that `prompts` names, if it is a path; raises PromptError if that does not exist."""
     if isinstance(prompts, str):
         if "\n" in prompts or len(prompts) > 1000:

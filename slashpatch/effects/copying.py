@@ -20,7 +20,7 @@ from ..slash import as_offsets
 from .metrics import PrefixMatching, copy_length, copying_loss
 from .result import Result
 from .runs import Condition, Meter, conditions, evaluate, require_options
-from .statistics import compared, false_discovery, interval
+from .statistics import adjusted, compared, interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,8 +193,6 @@ def _frame(
     seed: int,
     confidence: float,
 ) -> pd.DataFrame:
-    import pandas as pd
-
     rows = []
     for condition, top, loss in zip(every, tops, losses, strict=True):
         top_low, top_high = interval(top, seed, confidence)
@@ -215,10 +213,7 @@ def _frame(
             if condition.edits:
                 row |= {key: float(effect[key][at]) for key in ("effect", "low", "high", "p")}
             rows.append(row)
-    frame = pd.DataFrame(rows)
-    if "p" in frame:
-        frame["q"] = false_discovery(torch.tensor(frame["p"].to_numpy())).numpy()
-    return frame
+    return adjusted(rows)
 
 
 def _heads(

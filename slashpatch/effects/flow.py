@@ -19,7 +19,7 @@ from ..slash import as_offsets
 from .metrics import kl_divergence, next_token_loss
 from .result import Result
 from .runs import Condition, Meter, batches, conditions, prompts_for, require_options
-from .statistics import compared, false_discovery, interval, least_p
+from .statistics import adjusted, compared, interval, least_p
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,7 @@ def flow(
         prompts,
         random_tokens=random_tokens,
         n_prompts=n_prompts,
-        max_tokens=None if max_tokens is None else min(max_tokens, model.cfg.n_ctx),
+        max_tokens=max_tokens,
         seed=seed,
     )
     variants = [_replaced(found, i, steps[-1], n_replaced, seed) for i in range(len(found.tokens))]
@@ -170,8 +170,6 @@ def _frame(
     seed: int,
     confidence: float,
 ) -> pd.DataFrame:
-    import pandas as pd
-
     rows = []
     for condition, curve in zip(every, curves, strict=True):
         low, high = interval(curve, seed, confidence)
@@ -188,10 +186,7 @@ def _frame(
             if condition.edits:
                 row |= {key: float(effect[key][at]) for key in ("effect", "low", "high", "p")}
             rows.append(row)
-    frame = pd.DataFrame(rows)
-    if "p" in frame:
-        frame["q"] = false_discovery(torch.tensor(frame["p"].to_numpy())).numpy()
-    return frame
+    return adjusted(rows)
 
 
 def _remark(condition: Condition, frame: pd.DataFrame) -> str:

@@ -21,7 +21,7 @@ from .runs import (
     prompts_for,
     require_options,
 )
-from .statistics import compared, false_discovery
+from .statistics import adjusted, compared
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,7 @@ def measure(
         prompts,
         random_tokens=random_tokens,
         n_prompts=n_prompts,
-        max_tokens=None if max_tokens is None else min(max_tokens, model.cfg.n_ctx),
+        max_tokens=max_tokens,
         seed=seed,
     )
     todo = batches(found, model.cfg.d_vocab, batch_size, model.cfg.device)
@@ -175,12 +175,10 @@ class _Table:
         """All rows, p-values adjusted."""
         import pandas as pd
 
-        frame = pd.DataFrame(self.rows)
-        frame["q"] = false_discovery(torch.tensor(frame["p"].to_numpy())).numpy()
         tables = {"values": values}
         if self.draws:
             tables["draws"] = pd.DataFrame(self.draws)
-        return Result("measure", frame, tables, provenance=origin)
+        return Result("measure", adjusted(self.rows), tables, provenance=origin)
 
 
 def _values(meter: Meter, values: dict[Condition, list[Tensor]]) -> pd.DataFrame:

@@ -104,7 +104,7 @@ def paths(
         prompts,
         random_tokens=random_tokens,
         n_prompts=n_prompts,
-        max_tokens=None if max_tokens is None else min(max_tokens, model.cfg.n_ctx),
+        max_tokens=max_tokens,
         seed=seed,
     )
     todo = batches(found, model.cfg.d_vocab, batch_size, model.cfg.device)

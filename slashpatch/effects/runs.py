@@ -19,7 +19,7 @@ from ..errors import EditError, MetricError, PromptError
 from ..fused import reads_diagonals
 from ..heads import Head
 from ..patching import patch
-from ..prompts import PromptSet, prompt_set, repeated_random_tokens
+from ..prompts import PromptSet, as_path, prompt_set, repeated_random_tokens
 from ..report.progress import progress_over
 from .metrics import Metric, kept_positions, metric_name, needs_copies, wanted
 
@@ -85,16 +85,27 @@ def require_options(seed: Any, confidence: Any, **counts: Any) -> None:
 
 
 def prompts_for(
-    model: TransformerBridge, metrics: Sequence[Metric], prompts: Any, **options: Any
+    model: TransformerBridge,
+    metrics: Sequence[Metric],
+    prompts: Any,
+    *,
+    max_tokens: int | None,
+    **options: Any,
 ) -> PromptSet:
     """The prompts given; else repeated random tokens where a metric needs them, or natural text.
 
-    `options` are those of `prompt_set`. Raises PromptError; a prompt of one token has no next one.
+    `max_tokens`, at most the model's context, is the length of prompts that are made here or of
+    pieces of a file; texts and tokens of the user's are taken whole. `options` are those of
+    `prompt_set`. Raises PromptError; a prompt of one token has no next one.
     """
+    if prompts is not None and as_path(prompts) is None:
+        max_tokens = None
+    elif max_tokens is not None:
+        max_tokens = min(max_tokens, model.cfg.n_ctx)
     if prompts is None and any(map(needs_copies, metrics)) and not options.get("random_tokens"):
-        found = repeated(model, options["n_prompts"], options["max_tokens"], options["seed"])
+        found = repeated(model, options["n_prompts"], max_tokens, options["seed"])
     else:
-        found = prompt_set(model, prompts, **options)
+        found = prompt_set(model, prompts, max_tokens=max_tokens, **options)
     if min(len(tokens) for tokens in found.tokens) < 2:
         raise PromptError("a prompt has one token only; nothing is predicted there")
     return found

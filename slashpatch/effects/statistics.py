@@ -6,11 +6,14 @@ The unit is the prompt: tokens of one prompt are not independent.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _RESAMPLES = 5_000
 _PERMUTATIONS = 10_000
@@ -78,6 +81,16 @@ def false_discovery(p: Float[Tensor, "*of"]) -> Float[Tensor, "*of"]:
     if bool(known.any()):
         adjusted[known] = torch.as_tensor(false_discovery_control(p[known].numpy()))
     return adjusted
+
+
+def adjusted(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as a table, with q beside p: adjusted over all rows that have a p-value."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    if "p" in frame:
+        frame["q"] = false_discovery(torch.tensor(frame["p"].to_numpy())).numpy()
+    return frame
 
 
 def compared(

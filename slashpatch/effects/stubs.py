@@ -5,7 +5,7 @@ TransformerLens' `start_at_layer` discards what the earlier blocks give, but com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,33 @@ class Trunk:
         self.tokens = tokens
         self.layer = 0
         self._output: Any = None
+        self._ahead: dict[int, Any] = {}
+
+    @contextmanager
+    def keeping(self, layers: Iterable[int]) -> Iterator[None]:
+        """Within it, a pass over the tokens keeps what `advance` to these layers would run for."""
+        handles = []
+        try:
+            for layer in set(layers) - {0}:
+
+                def keep(module: Any, args: Any, output: Any, layer: int = layer) -> None:
+                    self._ahead[layer] = output
+
+                handles.append(self.model.blocks[layer - 1].register_forward_hook(keep))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def advance(self, layer: int) -> None:
         """Run the blocks up to `layer`, and keep what they give."""
         if layer < self.layer:
             raise ModelError(f"a trunk at layer {self.layer} does not go back to {layer}")
         if layer == self.layer:
+            return
+        if layer in self._ahead:
+            self._output, self.layer = self._ahead[layer], layer
+            self._ahead = {at: kept for at, kept in self._ahead.items() if at > layer}
             return
         kept = []
         handle = self.model.blocks[layer - 1].register_forward_hook(

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 #: Bytes that one layer's attention of variants that share a pass may take.
 _SHARED_BYTES = 512 * 2**20
+#: Bytes of layers' outputs that are kept from the intact run; beyond, each is computed in its turn.
+_AHEAD_BYTES = 1024 * 2**20
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def sweep(
         prompts,
         random_tokens=random_tokens,
         n_prompts=n_prompts,
-        max_tokens=None if max_tokens is None else min(max_tokens, model.cfg.n_ctx),
+        max_tokens=max_tokens,
         seed=seed,
     )
     origin = provenance(
@@ -256,13 +258,19 @@ class _Run:
     def all(self, variants: list[Variant], journal: Journal | None) -> dict[int, list[float]]:
         """Each variant's values, by index; −1 is the intact model. The journal's are not run."""
         rows = {} if journal is None else journal.rows
-        intact = [self.meter.run(batch, None, Condition()) for batch in self.todo]
+        trunks = [Trunk(self.model, batch.tokens) for batch in self.todo]
+        layers = {one.edit.layers[0] for one in variants}
+        size = 4 * self.model.cfg.d_model * sum(batch.tokens.numel() for batch in self.todo)
+        ahead = layers if len(layers) * size <= _AHEAD_BYTES else set()
+        intact = []
+        for trunk, batch in zip(trunks, self.todo, strict=True):
+            with trunk.keeping(ahead):
+                intact.append(self.meter.run(batch, None, Condition()))
         self.kept = [taken for _, taken in intact]
         if -1 not in rows:
             self._note(rows, journal, {-1: [values for (values,), _ in intact]})
         every = self._groups(variants)
         groups = [group for group in every if not all(one.index in rows for one in group)]
-        trunks = [Trunk(self.model, batch.tokens) for batch in self.todo]
         sizes = [len(group) for group in groups]
         for group in progress_over(groups, "sweeping", show=self.progress, n=sizes):
             found: dict[int, list[Tensor]] = {one.index: [] for one in group}

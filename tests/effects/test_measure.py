@@ -292,6 +292,19 @@ def test_metrics_of_one_kind_stand_beside_one_another(tiny):
     assert found.provenance["metrics"] == list(dict.fromkeys(found.frame["metric"])) == names
 
 
+def test_prompts_of_the_user_are_taken_whole(tiny, tmp_path):
+    text = "the of a and is " * 6
+    (tmp_path / "a.txt").write_text(text)
+    for given, n in (
+        (text, 30),
+        ([text], 30),
+        (random_tokens(1, 30), 29),
+        (tmp_path / "a.txt", 10),
+    ):
+        found = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss-by-position", given, max_tokens=11)
+        assert len(found.frame) == n
+
+
 def test_one_prompt_has_no_interval(tiny):
     row = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", random_tokens(1, 8)).frame.iloc[0]
     assert row[["low", "high", "p", "q"]].isna().all()

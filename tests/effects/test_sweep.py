@@ -42,7 +42,10 @@ def naive(model, edits, metric="copying", prompts=None):
 
 
 @pytest.mark.parametrize("edit", ["KnockOut({head}, 1)", "FreezeBand({head}, high)"])
-def test_a_sweep_is_the_naive_loop_bit_for_bit(edit):
+@pytest.mark.parametrize("ahead", [0, 2**30])
+def test_a_sweep_is_the_naive_loop_bit_for_bit(edit, ahead, monkeypatch):
+    """Whether layers' outputs are kept from the intact run or computed in their turn."""
+    monkeypatch.setattr("slashpatch.effects.sweep._AHEAD_BYTES", ahead)
     model = tiny_model(seed=1, layers=3)
     found = sp.sweep(model, edit, **SMALL).frame.sort_values(["layer", "head"])
     expected = naive(model, list(found["edit"]))
@@ -58,10 +61,15 @@ def test_stubbed_layers_change_nothing(name):
     model = zoo(name)
     tokens = random_tokens(2, 11)
     trunk = Trunk(model, tokens)
+    kept = Trunk(model, tokens)
     with torch.no_grad():
-        whole = model(tokens)
+        with kept.keeping(range(model.cfg.n_layers)):
+            whole = model(tokens)
         for layer in range(model.cfg.n_layers):
             trunk.advance(layer)
+            kept.advance(layer)
+            with kept.stubbed():
+                assert torch.equal(model(tokens), whole)
             with trunk.stubbed():
                 assert torch.equal(model(tokens), whole)
             with trunk.stubbed(2):
