@@ -367,7 +367,10 @@ EFFECTS = ("--prompts", 3, "--device", "cpu")
             ),
             "then",
         ),
-        (("flow", "-e", "KnockOut(L0H1, 1)", "--max-tokens", 13, "--offsets", "1-3"), "flow at"),
+        (
+            ("flow", "-e", "KnockOut(L0H1, 1)", "--max-tokens", 13, "--offsets", "1-3"),
+            "too few to tell",
+        ),
         (("flow", "--max-tokens", 13, "--offsets", "1-3", "--random-tokens"), "flow"),
         (("copying", "-e", "ShiftSlash(L0H1, 1)", "--tokens", 9), "copies no lag"),
         (("sweep", "--heads", "L0H1, L1H2", "--max-tokens", 13), "L1H2"),
