@@ -11,28 +11,27 @@ import typer
 from . import __version__
 from .commands.check import check
 from .commands.effects import copying, flow, measure, sweep
+from .commands.scan import scan
 from .commands.theory import theory
 from .errors import EditError, OutputError, SlashpatchError
 from .options import (
-    Device,
     DeviceOption,
     Dtype,
     DtypeOption,
     EditOption,
-    Engine,
-    EngineOption,
     JsonOption,
     KappaOption,
-    ModelArgument,
     ModelOption,
     OffsetsOption,
     SeedOption,
+    TextOption,
     TokensOption,
+    load_bridge,
 )
-from .output import new_console, print_json, require_suffix
+from .output import new_console, print_json, print_written, require_output
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    pass
 
 app = typer.Typer(
     name="slashpatch",
@@ -63,124 +62,7 @@ def _root(
     pass
 
 
-@app.command()
-def scan(
-    model: ModelArgument = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Scan this text instead of the built-in.")
-    ] = None,
-    random_tokens: Annotated[
-        bool, typer.Option("--random-tokens", help="Scan random tokens only.")
-    ] = False,
-    offsets: OffsetsOption = "0-15",
-    kappa: KappaOption = 0.1,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 512,
-    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
-    edit: EditOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Save as .safetensors, .parquet, .csv or .json."),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the heads as .png, .svg or .pdf.")
-    ] = None,
-    as_json: JsonOption = False,
-    engine: EngineOption = Engine.auto,
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = Dtype.float32,
-) -> None:
-    """Find the slash heads of a model, on natural text and on random tokens."""
-    from .files import TABLE_SUFFIXES, require_writable, write_table
-    from .patching import patch
-    from .scan import scan as run_scan
-    from .scans import require_kappa
-    from .slash import as_offsets
-
-    wanted = as_offsets(offsets)
-    require_kappa(kappa)
-    if text is not None and random_tokens:
-        raise EditError("give --text or --random-tokens, not both")
-    require_suffix(out, (".safetensors", *TABLE_SUFFIXES))
-    require_suffix(plot, (".png", ".svg", ".pdf"))
-    for path in (out, plot):
-        if path is not None:
-            require_writable(path)
-    bridge = _load(model, device, dtype)
-    saved = out is not None and out.suffix == ".safetensors"
-    common: dict[str, Any] = {
-        "offsets": wanted,
-        "engine": engine.value,
-        "n_prompts": prompts,
-        "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
-        "seed": seed,
-    }
-    with patch(bridge, *(edit or ())):
-        if random_tokens:
-            found, control = run_scan(bridge, random_tokens=True, moments=saved, **common), None
-        else:
-            found = run_scan(bridge, text, moments=saved, **common)
-            control = run_scan(bridge, random_tokens=True, moments=False, **common)
-    if out is not None and out.suffix == ".safetensors":
-        found.save(out)
-    elif out is not None:
-        frame = found.to_dataframe()
-        if control is not None:
-            frame["random_tokens"] = control.scores.flatten().numpy()
-        write_table(frame, out)
-    if plot is not None:
-        from .report.figures import save_figure, scan_figure
-
-        save_figure(scan_figure(found, control, kappa), plot)
-    if as_json:
-        print_json(_scan_record(found, control, kappa))
-        return
-    from .report.tables import heatmap, scan_table, side_by_side
-
-    console = new_console()
-    left = heatmap(found.scores.nan_to_num(0).amax(-1), _title(found))
-    if control is None:
-        console.print(left)
-    else:
-        right = heatmap(control.scores.nan_to_num(0).amax(-1), _title(control))
-        console.print(side_by_side(left, right, console.width))
-    console.print()
-    console.print(scan_table(found, kappa, top, control))
-    for path in (out, plot):
-        if path is not None:
-            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _title(found: Any) -> str:
-    first, last = found.offsets[0], found.offsets[-1]
-    source = found.provenance["prompts"][0]["source"].partition(",")[0]
-    return f"{source}: highest score over Δ {first} to {last}"
-
-
-def _scan_record(found: Any, control: Any, kappa: float) -> dict[str, Any]:
-    rows = []
-    for entry in found.slash_heads(kappa):
-        low, high = entry.interval
-        row = {
-            "head": str(entry.head),
-            "offset": entry.offset,
-            "score": entry.score,
-            "low": low,
-            "high": high,
-        }
-        if control is not None:
-            at = (entry.head.layer, entry.head.head, control.offsets.index(entry.offset))
-            row["random_tokens"] = float(control.scores[at])
-        rows.append(row)
-    return {
-        "kappa": kappa,
-        "offsets": list(found.offsets),
-        "n_tokens": found.n_tokens,
-        "slash_heads": rows,
-        "provenance": found.provenance,
-        "control": None if control is None else control.provenance,
-    }
+app.command()(scan)
 
 
 @app.command()
@@ -192,9 +74,7 @@ def explain(
         bool, typer.Option("--all", help="A table over all heads that reach kappa.")
     ] = False,
     model: ModelOption = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Use this text instead of the built-in.")
-    ] = None,
+    text: TextOption = None,
     offset: Annotated[
         int | None, typer.Option(min=0, help="Default: where the head scores highest.")
     ] = None,
@@ -212,7 +92,7 @@ def explain(
     """Say why a head is a slash head: rank, frequencies, and what happens without them."""
     from .explain import explain as explain_one
     from .explain import explain_all
-    from .files import TABLE_SUFFIXES, require_writable, write_table
+    from .files import TABLE_SUFFIXES, write_table
     from .heads import heads
     from .scans import require_kappa
 
@@ -225,9 +105,8 @@ def explain(
     if out is not None:
         if not every:
             raise OutputError("--out goes with --all")
-        require_suffix(out, TABLE_SUFFIXES)
-        require_writable(out)
-    bridge = _load(model, device, dtype)
+        require_output(out, TABLE_SUFFIXES)
+    bridge = load_bridge(model, device, dtype)
     common: dict[str, Any] = {
         "n_prompts": prompts,
         "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
@@ -253,8 +132,7 @@ def explain(
     from .report.explanation import explanations_table
 
     console.print(explanations_table(frame))
-    if out is not None:
-        console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+    print_written(console, out)
 
 
 @app.command()
@@ -280,7 +158,7 @@ def generate(
     if not edit:
         raise EditError("give at least one --edit, such as --edit 'KnockOut(L16H0, 1)'")
     edits = [parse_edit(typed) for typed in edit]
-    bridge = _load(model, device, dtype)
+    bridge = load_bridge(model, device, dtype)
     with busy("generating with the edits"), patch(bridge, *edits):
         edited = continuation(bridge, prompt, max_new_tokens, sample, seed)
     with busy("generating without"):
@@ -328,7 +206,7 @@ def watch(
     require_kappa(kappa)
     wanted = as_offsets(offsets)
     edits = [parse_edit(typed) for typed in edit or ()]
-    bridge = _load(model, device, dtype)
+    bridge = load_bridge(model, device, dtype)
     steps = watched(bridge, prompt, edits, wanted, kappa, max_new_tokens, top)
     if as_json:
         print_json({"prompt": prompt, "edits": [str(one) for one in edits], "steps": list(steps)})
@@ -350,7 +228,7 @@ def demo(
     from .demo import tell
 
     console = None if as_json else new_console()
-    record = tell(_load(model, device, dtype), console, seed)
+    record = tell(load_bridge(model, device, dtype), console, seed)
     if as_json:
         print_json(record)
 
@@ -358,12 +236,6 @@ def demo(
 for _command in (measure, flow, copying, sweep, check):
     app.command()(_command)
 app.add_typer(theory, name="theory")
-
-
-def _load(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:
-    from .models import load
-
-    return load(model, device.value if device else None, dtype.value)
 
 
 def main() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 class Device(str, Enum):
@@ -67,3 +71,17 @@ EditOption = Annotated[
     ),
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
+TextOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Prompts from this text, not the built-in.")
+]
+RandomOption = Annotated[bool, typer.Option("--random-tokens", help="Random tokens as prompts.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw as .png, .svg or .pdf.")
+]
+
+
+def load_bridge(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:
+    """The model that the options name."""
+    from .models import load
+
+    return load(model, device.value if device else None, dtype.value)

@@ -8,17 +8,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import OutputError
+from .files import require_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
-def require_suffix(path: Path | None, suffixes: tuple[str, ...]) -> None:
-    """Raise OutputError for a path whose suffix says nothing that we write."""
-    if path is not None and path.suffix not in suffixes:
+
+def require_output(path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Raise OutputError for a path that cannot be written, or says nothing that we write.
+
+    Call it before long work.
+    """
+    if path is None:
+        return
+    if path.suffix not in suffixes:
         raise OutputError(
             f"cannot write {str(path)!r}: expected a name that ends in {', '.join(suffixes)}"
         )
+    require_writable(path)
+
+
+def print_written(console: Console, *paths: Path | None) -> None:
+    """Say which files were written."""
+    for path in paths:
+        if path is not None:
+            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def new_console() -> Console:

@@ -265,7 +265,7 @@ def test_ctrl_c_ends_with_one_line(call, monkeypatch, model):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    monkeypatch.setattr(cli, "load_bridge", interrupted)
     assert call("watch", "the of a", "-m", model) == (130, "", "slashpatch: interrupted\n")
 
 

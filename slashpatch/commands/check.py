@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from ..options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument, SeedOption
+from ..options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    load_bridge,
+)
 from ..output import new_console, print_json
 
 
@@ -17,9 +25,8 @@ def check(
 ) -> None:
     """Try on a model all that slashpatch promises: pass, refused (why) or fail (exit code 1)."""
     from ..checks import check as check_model
-    from ..models import load
 
-    report = check_model(load(model, device.value if device else None, dtype.value), seed=seed)
+    report = check_model(load_bridge(model, device, dtype), seed=seed)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -15,28 +15,23 @@ from ..options import (
     EditOption,
     JsonOption,
     ModelArgument,
+    PlotOption,
+    RandomOption,
     SeedOption,
+    TextOption,
+    load_bridge,
 )
-from ..output import new_console, print_json, require_suffix
+from ..output import FIGURE_SUFFIXES, new_console, print_json, print_written, require_output
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
     from ..effects.result import Result
 
 TogetherOption = Annotated[
     bool, typer.Option("--together", help="All edits act at once, instead of each by itself.")
 ]
-TextOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Prompts from this text, not the built-in.")
-]
-RandomOption = Annotated[bool, typer.Option("--random-tokens", help="Random tokens as prompts.")]
 PromptsOption = Annotated[int, typer.Option(min=1, help="How many: the unit of intervals.")]
 OutOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Save as .parquet or .json, with provenance.")
-]
-PlotOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw as .png, .svg or .pdf.")
 ]
 RowsOption = Annotated[int, typer.Option("--top", min=1, help="Rows of the table.")]
 
@@ -83,7 +78,7 @@ def measure(
         as_metric(name)
     controls = [as_control(one) for one in control or ()]
     _require(out, None, text, random_tokens)
-    bridge = _load(model, device, dtype)
+    bridge = load_bridge(model, device, dtype)
     found = run(
         bridge,
         conditions,
@@ -123,7 +118,7 @@ def flow(
     conditions = _edits(edit, together, needed=False)
     wanted = as_offsets(offsets)
     _require(out, plot, text, random_tokens)
-    bridge = _load(model, device, dtype)
+    bridge = load_bridge(model, device, dtype)
     found = run(
         bridge,
         text,
@@ -158,7 +153,7 @@ def copying(
 
     conditions = _edits(edit, together, needed=False)
     _require(out, plot, None, False)
-    bridge = _load(model, device, dtype)
+    bridge = load_bridge(model, device, dtype)
     found = run(
         bridge, conditions, range(1, lags + 1), n_prompts=prompts, n_tokens=tokens, seed=seed
     )
@@ -203,7 +198,7 @@ def sweep(
     wanted = None if heads is None else as_heads(heads)
     as_metric(metric)
     _require(out, plot, text, random_tokens)
-    bridge = _load(model, device, dtype)
+    bridge = load_bridge(model, device, dtype)
     found = run(
         bridge,
         edit,
@@ -233,21 +228,11 @@ def _edits(typed: list[str] | None, together: bool, needed: bool = True) -> list
 def _require(out: Path | None, plot: Path | None, text: Path | None, random_tokens: bool) -> None:
     """Refuse before the model is loaded."""
     from ..effects.result import SUFFIXES
-    from ..files import require_writable
 
     if text is not None and random_tokens:
         raise EditError("give --text or --random-tokens, not both")
-    require_suffix(out, SUFFIXES)
-    require_suffix(plot, (".png", ".svg", ".pdf"))
-    for path in (out, plot):
-        if path is not None:
-            require_writable(path)
-
-
-def _load(model: str | None, device: Any, dtype: Dtype) -> TransformerBridge:
-    from ..models import load
-
-    return load(model, device.value if device else None, dtype.value)
+    require_output(out, SUFFIXES)
+    require_output(plot, FIGURE_SUFFIXES)
 
 
 def _show(
@@ -271,6 +256,4 @@ def _show(
 
     console = new_console()
     console.print(effects_report(found, top), highlight=False)
-    for path in (out, plot):
-        if path is not None:
-            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    print_written(console, out, plot)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import TheoryError
-from ..options import JsonOption, KappaOption, SeedOption
-from ..output import new_console, print_json, require_suffix
+from ..options import JsonOption, KappaOption, PlotOption, SeedOption
+from ..output import FIGURE_SUFFIXES, new_console, print_json, print_written, require_output
 
 theory = typer.Typer(
     help="Slash heads from scratch: train a shallow RoPE transformer under two conditions.",
@@ -42,10 +42,6 @@ OptimizerOption = Annotated[Optimizer, typer.Option(help="Plain gradient descent
 RateOption = Annotated[float | None, typer.Option("--learning-rate", help="Default: by optimizer.")]
 StepsOption = Annotated[int, typer.Option(min=0, help="Steps of training.")]
 SeedsOption = Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")]
-PlotOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw as .png, .svg or .pdf.")
-]
-_PLOTS = (".png", ".svg", ".pdf")
 
 
 @theory.command()
@@ -75,15 +71,13 @@ def train(
     seed: SeedOption = 0,
 ) -> None:
     """Train, and show when the slash forms and when layer 2 finds what it brings."""
-    from ..files import TABLE_SUFFIXES, require_writable, write_table
+    from ..files import TABLE_SUFFIXES, write_table
     from ..theory import Settings
     from ..theory import train as run
 
-    require_suffix(out, TABLE_SUFFIXES)
-    require_suffix(plot, _PLOTS)
-    for path in (out, plot, checkpoint):
-        if path is not None:
-            require_writable(path)
+    require_output(out, TABLE_SUFFIXES)
+    require_output(plot, FIGURE_SUFFIXES)
+    require_output(checkpoint, (".safetensors",))
     if checkpoint is not None and seeds != 1:
         raise TheoryError("a checkpoint is of one run; give --seeds 1")
     settings = [
@@ -133,7 +127,7 @@ def train(
 
     console = new_console()
     console.print(training_report(runs, kappa), highlight=False)
-    _wrote(console, out, plot, checkpoint)
+    print_written(console, out, plot, checkpoint)
 
 
 @theory.command()
@@ -158,14 +152,11 @@ def phase(
     seed: SeedOption = 0,
 ) -> None:
     """Train over two knobs, with several seeds: where slash heads emerge, and how soon."""
-    from ..files import TABLE_SUFFIXES, require_writable
+    from ..files import TABLE_SUFFIXES
     from ..theory import Settings, phase_diagram
 
-    require_suffix(out, TABLE_SUFFIXES)
-    require_suffix(plot, _PLOTS)
-    for path in (out, plot):
-        if path is not None:
-            require_writable(path)
+    require_output(out, TABLE_SUFFIXES)
+    require_output(plot, FIGURE_SUFFIXES)
     if resume and out is None:
         raise TheoryError("--resume goes with --out: the file whose diagram goes on")
     settings = Settings(task=task.value, optimizer=optimizer.value, steps=steps)
@@ -190,13 +181,7 @@ def phase(
 
     console = new_console()
     console.print(phase_report(frame, kappa), highlight=False)
-    _wrote(console, out, plot)
-
-
-def _wrote(console: Any, *paths: Path | None) -> None:
-    for path in paths:
-        if path is not None:
-            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    print_written(console, out, plot)
 
 
 def _frequencies(text: str) -> str | tuple[float, ...]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .. import anatomy as anatomies
 from ..edits import Edit, parse_edit
-from ..errors import EditError, HeadError, MetricError, OutputError, SweepError
-from ..files import require_writable
+from ..errors import EditError, HeadError, MetricError, SweepError
 from ..heads import Head
+from ..output import require_output
 from ..patching import patch
 from ..prompts import PromptSet
 from ..provenance import provenance
@@ -107,7 +107,8 @@ def sweep(
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size, per_pass=per_pass)
     variants = _variants(model, make_edit, heads, offsets)
     meter = Meter(model, [as_metric(metric)])
-    target = None if path is None else _target(path)
+    target = None if path is None else Path(path)
+    require_output(target, SUFFIXES)
     found = prompts_for(
         model,
         meter.metrics,
@@ -142,15 +143,6 @@ def sweep(
         result.save(target)
         journal.remove()
     return result
-
-
-def _target(path: str | os.PathLike[str]) -> Path:
-    target = require_writable(path)
-    if target.suffix not in SUFFIXES:
-        raise OutputError(
-            f"cannot write {str(target)!r}: expected a name that ends in {', '.join(SUFFIXES)}"
-        )
-    return target
 
 
 def _variants(model: TransformerBridge, make_edit: Any, heads: Any, offsets: Any) -> list[Variant]:

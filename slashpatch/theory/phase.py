@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..effects.journal import Journal
 from ..errors import TheoryError
-from ..files import TABLE_SUFFIXES, require_writable, write_table
-from ..output import require_suffix
+from ..files import TABLE_SUFFIXES, write_table
+from ..output import require_output
 from ..report.progress import progress_over
 from .settings import Settings, as_number
 from .training import train
@@ -81,8 +82,8 @@ def phase_diagram(
         raise TheoryError("the same settings and seed are asked for twice; leave one out")
     if path is None:
         return _frame(todo, rows[0], columns[0], _all(todo, None, kappa, progress))
-    target = require_writable(path)
-    require_suffix(target, TABLE_SUFFIXES)
+    target = Path(path)
+    require_output(target, TABLE_SUFFIXES)
     runs = [{name: _listed(value) for name, value in one.to_dict().items()} for one in todo]
     header = {"kappa": kappa, "runs": runs}
     unfinished = target.with_name(target.name + ".unfinished")
