@@ -61,7 +61,7 @@ class _Attached:
         self.anatomy = anatomies.read(model)
         self.serial = next(_serial)
         self._model = weakref.ref(model)
-        self.edits = tuple(_as_edit(edit) for edit in edits)
+        self.edits = tuple(as_edit(edit) for edit in edits)
         for edit in self.edits:
             edit.validate(self.anatomy)
         self.entries: list[tuple[str, Callable[..., Any]]] = []
@@ -278,7 +278,8 @@ def _require_first(hook: Any) -> None:
         )
 
 
-def _as_edit(edit: Any) -> Edit:
+def as_edit(edit: Any) -> Edit:
+    """An edit, or the one that a text says. Raises EditError for anything else."""
     if isinstance(edit, str):
         return parse_edit(edit)
     if not isinstance(edit, Edit):

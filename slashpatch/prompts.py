@@ -78,6 +78,11 @@ class PromptSet:
         return sum(len(prompt) for prompt in self.tokens)
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What a result's provenance says of them."""
+        return {"source": self.source, "n": len(self.tokens), "digest": self.digest}
+
+    @property
     def digest(self) -> str:
         """SHA-256 over lengths and token ids, first 16 hex digits."""
         sha = hashlib.sha256()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import einops
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import anatomy as anatomies
-from .anatomy import Anatomy, run_probe
+from .anatomy import Anatomy, kept_frequencies, run_probe
 from .errors import ModelError
 from .precision import MASKED, rounding
 from .qk import HookLayout, LayerQK
@@ -60,6 +61,14 @@ def follows_length(model: TransformerBridge) -> bool:
                 return True
             stack += found.values()
     return False
+
+
+@contextmanager
+def leaving_no_trace(model: TransformerBridge) -> Iterator[None]:
+    """Passes without gradients, after which dynamic RoPE does not remember their length."""
+    kept = kept_frequencies(model) if follows_length(model) else nullcontext()
+    with torch.no_grad(), kept:
+        yield
 
 
 class _Frequencies:

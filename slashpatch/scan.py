@@ -129,7 +129,7 @@ def scan(
     details = {
         "engine": engine,
         "engine_of_layers": went,
-        "prompts": [{"source": found.source, "n": len(found.tokens), "digest": found.digest}],
+        "prompts": [found.record],
         "seed": seed,
     }
     if refusal is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -235,13 +236,16 @@ def output_norms(model: TransformerBridge, batches: Sequence[Batch]) -> Float[Te
     sums = torch.zeros(anatomy.n_layers, anatomy.n_heads, dtype=torch.float64)
 
     def add(z: Tensor, hook: Any) -> None:
-        weight = model.blocks[hook.layer()].attn.W_O
-        written = torch.einsum("bphd,hdm->bphm", z, weight.to(z))
-        sums[hook.layer()] += written.norm(dim=-1).double().sum((0, 1)).cpu()
+        weight = model.blocks[hook.layer()].attn.W_O.to(z)
+        # |z W|² = z (W Wᵀ) zᵀ: what is written is never formed for all heads at once.
+        squares = einsum(
+            z, weight @ weight.mT, z, "b pos head d, head d e, b pos head e -> b pos head"
+        )
+        sums[hook.layer()] += squares.clamp(min=0).sqrt().double().sum((0, 1)).cpu()
 
     hooks = [(anatomy.hook(layer, "z"), add) for layer in range(anatomy.n_layers)]
     try:
-        with torch.no_grad(), internal_passes():
+        with rope.leaving_no_trace(model), internal_passes():
             for batch in batches:
                 run_for_attention(model, batch.tokens, None, hooks)
     except (AttributeError, RuntimeError, ValueError) as error:

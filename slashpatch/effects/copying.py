@@ -14,12 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import OffsetError, PromptError
-from ..prompts import PromptSet, repeated_random_tokens
 from ..provenance import provenance
 from ..slash import as_offsets
 from .metrics import PrefixMatching, copy_length, copying_loss
 from .result import Result
-from .runs import Condition, Meter, conditions, evaluate, require_options
+from .runs import Condition, Meter, conditions, evaluate, repeated, require_options
 from .statistics import adjusted, compared, interval
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def copying_losses(
     (Olsson et al., arXiv 2209.11895). Raises PromptError for fewer than 2 tokens, or more than the
     context holds twice.
     """
-    tokens = _repeated(model, n_prompts, n_tokens, seed)
+    tokens = torch.stack(repeated(model, n_prompts, n_tokens, seed).tokens).to(model.cfg.device)
     with torch.no_grad():
         return copying_loss(model(tokens), tokens).float().cpu()
 
@@ -59,7 +58,7 @@ def copied_lags(
     does, or for a lag that is not from 1 to n_tokens − 1. *Ours*.
     """
     chosen = _lags(lags, n_tokens)
-    tokens = _repeated(model, n_prompts, n_tokens, seed)
+    tokens = torch.stack(repeated(model, n_prompts, n_tokens, seed).tokens).to(model.cfg.device)
     with torch.no_grad():
         rates = LagTop1(chosen)(model(tokens), tokens).cpu()
     return rates[:, [chosen.index(lag) for lag in lags]]
@@ -74,15 +73,6 @@ def _lags(lags: Any, n_tokens: int) -> tuple[int, ...]:
     if not found or not (found[0] >= 1 and found[-1] < n_tokens):
         raise PromptError(f"lags are integers from 1 to {n_tokens - 1}; got {lags!r}")
     return found
-
-
-def _repeated(model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int) -> Tensor:
-    if n_prompts < 1 or n_tokens < 2 or 2 * n_tokens >= model.cfg.n_ctx:
-        raise PromptError(
-            f"expected at least 1 prompt, and 2 to {(model.cfg.n_ctx - 1) // 2} tokens so that two "
-            f"copies fit the context; got {n_prompts} prompts of {n_tokens} tokens"
-        )
-    return repeated_random_tokens(model, n_prompts, n_tokens, seed).to(model.cfg.device)
 
 
 @dataclass(frozen=True)
@@ -160,8 +150,7 @@ def copying(
     require_options(seed, confidence, n_prompts=n_prompts, n_tokens=n_tokens)
     wanted = () if isinstance(edits, (list, tuple)) and not edits else conditions(edits)
     chosen = _lags(lags, n_tokens)
-    tokens = _repeated(model, n_prompts, n_tokens, seed).cpu()
-    found = PromptSet(tuple(tokens), f"random tokens twice over, seed {seed}")
+    found = repeated(model, n_prompts, n_tokens, seed)
     tried = sorted({0, 1, *chosen})
     matching = [PrefixMatching(lag=lag) for lag in tried]
     meter = Meter(model, [LagTop1(chosen), LagLoss(chosen), *matching])
@@ -172,7 +161,7 @@ def copying(
     frame = _frame(every, chosen, tops, losses, seed, confidence)
     details = {
         "measured": [str(condition) for condition in wanted],
-        "prompts": {"source": found.source, "n": n_prompts, "digest": found.digest},
+        "prompts": found.record,
         "confidence": confidence,
         "seed": seed,
     }

@@ -107,7 +107,7 @@ def flow(
     frame = _frame(every, steps, curves, seed, confidence)
     details = {
         "measured": [str(condition) for condition in wanted],
-        "prompts": {"source": found.source, "n": len(found.tokens), "digest": found.digest},
+        "prompts": found.record,
         "n_replaced": [len(one.positions) for one in variants],
         "confidence": confidence,
         "seed": seed,
@@ -158,8 +158,8 @@ def _curve(
         else:
             variants = batch.index - 1
         places = (replaced.positions[variants][:, None] + offsets).to(device)
-        for row, place in zip(logits, places, strict=True):
-            sums += kl_divergence(base[place], row[place]).double().cpu()
+        rows_of = torch.arange(len(logits), device=device)[:, None]
+        sums += kl_divergence(base[places], logits[rows_of, places]).double().sum(0).cpu()
     return sums / len(replaced.positions)
 
 

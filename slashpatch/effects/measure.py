@@ -104,7 +104,7 @@ def measure(
         "measured": [str(condition) for condition in wanted],
         "metrics": meter.names,
         "controls": [str(control) for control in drawn_by],
-        "prompts": {"source": found.source, "n": len(found.tokens), "digest": found.digest},
+        "prompts": found.record,
         "confidence": confidence,
         "seed": seed,
     }

@@ -28,10 +28,9 @@ def token_losses(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos-1"]:
     """Loss of each token given those before it, in nats."""
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none"
-    )
-    return losses.view(len(tokens), -1)
+    from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
+
+    return lm_cross_entropy_loss(logits.float(), tokens.long(), per_token=True)
 
 
 def next_token_loss(
@@ -102,8 +101,10 @@ def copying_top1(
     logits: Float[Tensor, "batch kept d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch"]:
     """How often the likeliest token is the next one of the second copy. Raises PromptError."""
+    from transformer_lens.utilities.lm_utils import lm_accuracy
+
     n = copy_length(tokens)
-    return (logits[:, -n:-1].argmax(-1) == tokens[:, 1 - n :]).double().mean(1)
+    return lm_accuracy(logits[:, -n:], tokens[:, -n:], per_token=True).double().mean(1)
 
 
 @dataclass(frozen=True)

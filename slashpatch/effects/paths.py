@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .. import anatomy as anatomies
 from .. import rope
-from ..anatomy import kept_frequencies
 from ..calls import by_matrix
 from ..edits import AblateHeads, Edit
 from ..errors import EditError, HeadError, ModelError
@@ -112,25 +111,27 @@ def paths(
     edges = [(head, of) for head in wanted for of in INPUTS if of in inputs]
     total = Condition(tuple(edits))
     taken: dict[Any, list[Tensor]] = {"intact": [], "all": [], **{edge: [] for edge in edges}}
-    steps = [(batch, d) for batch in todo for d in sorted({head.layer for head in wanted})]
-    work = [3 * sum(head.layer == d for head in wanted) for _, d in steps]
-    before: dict[int, tuple[Trunk, Tensor, Taken]] = {}
-    for batch, d in progress_over(steps, "trying paths", show=progress, n=work):
-        if id(batch) not in before:
-            trunk = Trunk(model, batch.tokens)
-            (values,), intact = meter.run(batch, None, Condition())
-            taken["intact"].append(values)
-            trunk.advance(layer)
-            change = _change(model, meter, trunk, batch.tokens, edits)
-            with patch(model, *edits), trunk.stubbed():
-                (values,), _ = meter.run(batch, intact, total, from_layer=layer)
-            taken["all"].append(values)
-            before = {id(batch): (trunk, change, intact)}
-        trunk, change, intact = before[id(batch)]
+    ready: list[tuple[Trunk, Tensor, Taken]] = []
+    for batch in todo:
+        trunk = Trunk(model, batch.tokens)
+        (values,), intact = meter.run(batch, None, Condition())
+        taken["intact"].append(values)
+        trunk.advance(layer)
+        change = _change(model, meter, trunk, batch.tokens, edits)
+        with patch(model, *edits), trunk.stubbed():
+            (values,), _ = meter.run(batch, intact, total, from_layer=layer)
+        taken["all"].append(values)
+        ready.append((trunk, change, intact))
+    by_layer = {
+        d: [edge for edge in edges if edge[0].layer == d] for d in {h.layer for h in wanted}
+    }
+    steps = [(d, place) for d in sorted(by_layer) for place in range(len(todo))]
+    work = [len(by_layer[d]) for d, _ in steps]
+    for d, place in progress_over(steps, "trying paths", show=progress, n=work):
+        batch, (trunk, change, intact) = todo[place], ready[place]
         trunk.advance(d)
-        own = [(head, of) for head, of in edges if head.layer == d]
         edge = _Layer(meter, layers[d], trunk, batch.tokens, change)
-        for (head, of), hook in edge.hooks(own):
+        for (head, of), hook in edge.hooks(by_layer[d]):
             with trunk.stubbed():
                 (values,), _ = meter.run(batch, intact, f"{total} by {of} of {head}", [hook], d)
             taken[head, of].append(values)
@@ -182,8 +183,7 @@ def _until(
     """A pass that ends after `layer`."""
     last = layer == meter.anatomy.n_layers - 1
     kwargs: dict[str, Any] = {} if last else {"stop_at_layer": layer + 1}
-    kept = kept_frequencies(model) if meter.follows_length else nullcontext()
-    with torch.no_grad(), by_matrix(), kept:
+    with rope.leaving_no_trace(model), by_matrix():
         model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, **kwargs)
 
 
@@ -223,7 +223,7 @@ class _Layer:
         if change is not None:
             hooks.append((f"blocks.{self.qk.layer}.hook_in", lambda x, hook: x + change))
         for name, value in held.items():
-            hooks.append((name, lambda x, hook, value=value: value.clone()))
+            hooks.append((name, lambda x, hook, value=value: value))
         for key, name in wanted.items():
 
             def take(x: Tensor, hook: Any, key: str = key) -> None:
@@ -279,7 +279,7 @@ def _result(
     rest = rest.sort_values("effect", key=lambda e: -e.abs(), kind="stable")
     details = {
         "measured": [str(total)],
-        "prompts": {"source": prompts.source, "n": len(prompts.tokens), "digest": prompts.digest},
+        "prompts": prompts.record,
         "confidence": confidence,
         "seed": seed,
     }

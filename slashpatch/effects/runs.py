@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .. import anatomy as anatomies
 from .. import rope
-from ..anatomy import Anatomy, kept_frequencies
-from ..edits import Edit, parse_edit
+from ..anatomy import Anatomy
+from ..edits import Edit
 from ..errors import EditError, MetricError, PromptError
 from ..fused import reads_diagonals
 from ..heads import Head
-from ..patching import patch
+from ..patching import as_edit, patch
 from ..prompts import PromptSet, as_path, prompt_set, repeated_random_tokens
 from ..report.progress import progress_over
 from .metrics import Metric, kept_positions, metric_name, needs_copies, wanted
@@ -53,7 +53,7 @@ def conditions(edits: Any) -> tuple[Condition, ...]:
     found = []
     for member in edits:
         together = member if isinstance(member, (list, tuple)) else [member]
-        found.append(Condition(tuple(_edit(one) for one in together)))
+        found.append(Condition(tuple(as_edit(one) for one in together)))
         if not found[-1].edits:
             raise EditError("a condition is without edits; leave it out, intact is always measured")
     names = [str(one) for one in found]
@@ -61,14 +61,6 @@ def conditions(edits: Any) -> tuple[Condition, ...]:
     if twice is not None:
         raise EditError(f"{twice} is given twice")
     return tuple(found)
-
-
-def _edit(spec: Any) -> Edit:
-    if isinstance(spec, Edit):
-        return spec
-    if isinstance(spec, str):
-        return parse_edit(spec)
-    raise EditError(f"expected an edit such as KnockOut('L16H0', 1), got {spec!r}")
 
 
 def require_options(seed: Any, confidence: Any, **counts: Any) -> None:
@@ -103,7 +95,8 @@ def prompts_for(
     elif max_tokens is not None:
         max_tokens = min(max_tokens, model.cfg.n_ctx)
     if prompts is None and any(map(needs_copies, metrics)) and not options.get("random_tokens"):
-        found = repeated(model, options["n_prompts"], max_tokens, options["seed"])
+        n_tokens = ((max_tokens or model.cfg.n_ctx) - 1) // 2
+        found = repeated(model, options["n_prompts"], n_tokens, options["seed"])
     else:
         found = prompt_set(model, prompts, max_tokens=max_tokens, **options)
     if min(len(tokens) for tokens in found.tokens) < 2:
@@ -111,16 +104,12 @@ def prompts_for(
     return found
 
 
-def repeated(
-    model: TransformerBridge, n_prompts: int, max_tokens: int | None, seed: int
-) -> PromptSet:
-    """Random tokens twice over, in prompts of at most `max_tokens`. Raises PromptError."""
-    n_ctx = model.cfg.n_ctx
-    n_tokens = (min(n_ctx, max_tokens or n_ctx) - 1) // 2
-    if n_tokens < 2 or (max_tokens or 0) > n_ctx:
+def repeated(model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int) -> PromptSet:
+    """`n_tokens` random tokens twice over. Raises PromptError where two copies do not fit."""
+    if n_prompts < 1 or n_tokens < 2 or 2 * n_tokens >= model.cfg.n_ctx:
         raise PromptError(
-            f"two copies of at least 2 tokens and a first token need 5 to {n_ctx} tokens; "
-            f"got max_tokens={max_tokens}"
+            f"expected at least 1 prompt, and 2 to {(model.cfg.n_ctx - 1) // 2} tokens so that two "
+            f"copies fit the context; got {n_prompts} prompts of {n_tokens} tokens"
         )
     rows = repeated_random_tokens(model, n_prompts, n_tokens, seed)
     return PromptSet(tuple(rows), f"random tokens twice over, seed {seed}")
@@ -136,11 +125,7 @@ class Batch:
 
     def repeated(self, n: int) -> Batch:
         """The same prompts n times over."""
-        return (
-            self
-            if n == 1
-            else replace(self, index=self.index.repeat(n), tokens=self.tokens.repeat(n, 1))
-        )
+        return replace(self, index=self.index.repeat(n), tokens=self.tokens.repeat(n, 1))
 
 
 @dataclass(frozen=True)
@@ -157,8 +142,6 @@ class Taken:
 
     def repeated(self, n: int) -> Taken:
         """For the same prompts n times over."""
-        if n == 1:
-            return self
         logits = None if self.logits is None else self.logits.repeat(n, 1, 1)
         return Taken(logits, {at: values.repeat(n, 1) for at, values in self.read.items()})
 
@@ -189,11 +172,10 @@ class Meter:
         self.names = [metric_name(metric) for metric in self.metrics]
         twice = next((name for name in self.names if self.names.count(name) > 1), None)
         if twice is not None:
-            raise MetricError(f"two metrics are called {twice!r}; give one a `name` of its own")
+            raise MetricError(f"two metrics are called {twice!r}; name functions apart")
         self.compares = any(
             "intact" in wanted(metric) for metric in self.metrics if not hasattr(metric, "read")
         )
-        self.follows_length = rope.follows_length(model)
         every = [
             Head(layer, head)
             for layer in range(self.anatomy.n_layers)
@@ -211,8 +193,7 @@ class Meter:
         """One forward pass, without what no metric needs: a KV cache, or all positions' logits."""
         saving = {"use_cache": False, "logits_to_keep": kept_positions(self.metrics, tokens)}
         kwargs: dict[str, Any] = {name: saving[name] for name in self.anatomy.kwargs}
-        kept = kept_frequencies(self.model) if self.follows_length else nullcontext()
-        with torch.no_grad(), kept:
+        with rope.leaving_no_trace(self.model):
             return self.model.run_with_hooks(tokens, fwd_hooks=list(hooks), **kwargs)
 
     def run(
@@ -241,11 +222,7 @@ class Meter:
         values = []
         for place, (metric, name) in enumerate(zip(self.metrics, self.names, strict=True)):
             if place in self.heads:
-                missing = [h for h in self.heads[place] if (place, h.layer) not in read]
-                if missing:
-                    raise MetricError(f"{name}: the pattern hook of {missing[0]} never fired")
-                rows = [read[place, head.layer][:, head.head] for head in self.heads[place]]
-                found: Any = torch.stack(rows, dim=1)
+                found: Any = self._of_heads(place, read)
             else:
                 before = logits._version
                 found = metric(**{key: given[key] for key in wanted(metric)})
@@ -268,6 +245,20 @@ class Meter:
                     read[at] = m.read(pattern, tokens)
 
                 yield self.anatomy.hook(layer, "pattern"), take
+
+    def _of_heads(
+        self, place: int, read: dict[tuple[int, int], Tensor]
+    ) -> Float[Tensor, "batch head"]:
+        """What a metric of attention read of its heads, in their order."""
+        layers, heads = torch.tensor([(head.layer, head.head) for head in self.heads[place]]).T
+        own, at = layers.unique(return_inverse=True)
+        missing = [layer for layer in own.tolist() if (place, layer) not in read]
+        if missing:
+            raise MetricError(
+                f"{self.names[place]}: the pattern hook of layer {missing[0]} never fired"
+            )
+        every = torch.stack([read[place, layer].cpu() for layer in own.tolist()], dim=1)
+        return every[:, at, heads]
 
     def labels(self, place: int, n: int) -> list[str]:
         """What each of a metric's numbers is of: a head, a position, or nothing."""

@@ -6,16 +6,14 @@ TransformerLens' `start_at_layer` discards what the earlier blocks give, but com
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..anatomy import kept_frequencies
 from ..errors import ModelError
-from ..rope import follows_length
+from ..rope import leaving_no_trace
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -67,10 +65,7 @@ class Trunk:
         )
         stop = {"stop_at_layer": layer} if layer < len(self.model.blocks) else {}
         try:
-            kept_rope = (
-                kept_frequencies(self.model) if follows_length(self.model) else nullcontext()
-            )
-            with torch.no_grad(), kept_rope, self.stubbed():
+            with leaving_no_trace(self.model), self.stubbed():
                 self.model(self.tokens, return_type=None, **stop)
         finally:
             handle.remove()

@@ -121,7 +121,7 @@ def sweep(
     origin = provenance(
         model,
         metric=meter.names[0],
-        prompts={"source": found.source, "n": len(found.tokens), "digest": found.digest},
+        prompts=found.record,
         swept=_digest(variants),
         confidence=confidence,
         seed=seed,
@@ -296,11 +296,11 @@ class _Run:
         groups: list[list[Variant]] = []
         for one in variants:
             last = groups[-1] if groups else []
-            shares = "key" not in one.edit.stages() and len(last) < self.per_pass
-            if last and shares and "key" not in last[0].edit.stages():
-                shares = last[0].edit.layers == one.edit.layers
-            else:
-                shares = False
+            shares = (
+                0 < len(last) < self.per_pass
+                and last[0].edit.layers == one.edit.layers
+                and not any("key" in edit.stages() for edit in (last[0].edit, one.edit))
+            )
             if shares:
                 last.append(one)
             else:

@@ -12,12 +12,11 @@ from slashpatch.errors import (
     EditError,
     MetricError,
     OutputError,
-    PatchError,
     PromptError,
 )
 
 from ..planted import induction_model
-from ..tiny import bridge, llama, random_tokens
+from ..tiny import random_tokens
 from ..zoo import zoo
 
 
@@ -164,9 +163,8 @@ def test_output_norms_by_definition(tiny):
         z = cache["z", layer][:, :, head]
         weight = tiny.original_model.model.layers[layer].self_attn.o_proj.original_component.weight
         written = z @ weight[:, head * 8 : head * 8 + 8].T
-        assert float(norms[layer, head]) == pytest.approx(
-            float(written.detach().norm(dim=-1).mean())
-        )
+        expected = float(written.detach().norm(dim=-1).mean())
+        assert float(norms[layer, head]) == pytest.approx(expected, rel=1e-5)  # float32 sums
 
 
 @pytest.mark.parametrize(
@@ -277,7 +275,7 @@ def test_default_prompts_follow_the_metric(tiny):
     repeated = sp.measure(tiny, "KnockOut(L0H1, 1)", "copying", n_prompts=2, max_tokens=9)
     assert natural.provenance["prompts"]["source"] == "natural text, seed 0"
     assert repeated.provenance["prompts"]["source"] == "random tokens twice over, seed 0"
-    with pytest.raises(PromptError, match="5 to 64 tokens"):
+    with pytest.raises(PromptError, match="2 to 31 tokens so that two copies fit"):
         sp.measure(tiny, "KnockOut(L0H1, 1)", "copying", n_prompts=2, max_tokens=4)
 
 
@@ -309,12 +307,6 @@ def test_one_prompt_has_no_interval(tiny):
     row = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", random_tokens(1, 8)).frame.iloc[0]
     assert row[["low", "high", "p", "q"]].isna().all()
     assert row["effect"] == row["effect"]
-
-
-def test_keys_cached_before_are_no_matter_and_hooks_must_fire():
-    model = bridge(llama(seed=3), "other")
-    with pytest.raises(PatchError, match="never fired"), sp.patch(model, "KnockOut(L0H1, 1)"):
-        pass
 
 
 def test_saved_and_loaded(tiny, tmp_path):
