@@ -88,8 +88,10 @@ def flow(model, sp):
 
 def sweep_cost(model, sp):
     """Seconds of a sweep of a sample of heads, and of patching and running the whole model."""
+    from slashpatch.effects.conditions import conditions
+    from slashpatch.effects.evaluation import Meter, evaluate
+    from slashpatch.effects.inputs import prompts_for
     from slashpatch.effects.metrics import as_metric
-    from slashpatch.effects.runs import Meter, conditions, evaluate, prompts_for
 
     heads = [sp.Head(*at) for at in SAMPLE]
     meter = Meter(model, [as_metric("copying")])
@@ -116,7 +118,7 @@ def main(parts):
     import torch
 
     import slashpatch as sp
-    from slashpatch.provenance import provenance
+    from slashpatch.bridge.provenance import provenance
 
     torch.set_num_threads(THREADS)
     model = sp.load(device="cpu")

@@ -40,7 +40,7 @@ def tokens_of(model, n_tokens):
     """A prompt of the built-in text, repeated where it is longer than the context."""
     import torch
 
-    from slashpatch.prompts import prompt_set
+    from slashpatch.data.prompts import prompt_set
 
     text = prompt_set(model, n_prompts=1, max_tokens=min(n_tokens, 1024)).tokens[0]
     return text.repeat(-(-n_tokens // len(text)))[:n_tokens][None].to(torch.int64)
@@ -69,7 +69,7 @@ def times(model, plain):
     import torch
 
     import slashpatch as sp
-    from slashpatch.anatomy import run_for_attention
+    from slashpatch.bridge import run_for_hooks
 
     eight = [
         entry.head
@@ -82,11 +82,11 @@ def times(model, plain):
 
         def forward(tokens=tokens):
             with torch.no_grad(), sp.fused(model):
-                run_for_attention(model, tokens, None, [])
+                run_for_hooks(model, tokens, [])
 
         def knocked_out(tokens=tokens):
             with torch.no_grad(), sp.fused(model), sp.patch(model, knock_out):
-                run_for_attention(model, tokens, None, [])
+                run_for_hooks(model, tokens, [])
 
         def scan(tokens=tokens, offsets=range(16), moments=False):
             sp.scan(model, tokens, offsets, "fused", moments=moments)
@@ -150,7 +150,7 @@ def alone(what, n_tokens, config=None):
     import torch
 
     import slashpatch as sp
-    from slashpatch.anatomy import run_for_attention
+    from slashpatch.bridge import run_for_hooks
 
     torch.set_num_threads(THREADS)
     if what == "sdpa":
@@ -170,7 +170,7 @@ def alone(what, n_tokens, config=None):
         def run():
             if what == "forward":
                 with torch.no_grad(), sp.fused(model):
-                    run_for_attention(model, tokens, None, [])
+                    run_for_hooks(model, tokens, [])
             else:
                 sp.scan(model, tokens, range(16), "fused", moments="moments" in what)
 
@@ -231,7 +231,7 @@ def main(parts):
     import torch
 
     import slashpatch as sp
-    from slashpatch.provenance import provenance
+    from slashpatch.bridge.provenance import provenance
 
     torch.set_num_threads(THREADS)
     model = sp.load(device="cpu")

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import slashpatch as sp
-from slashpatch.prompts import prompt_set
-from slashpatch.provenance import provenance
+from slashpatch.bridge.provenance import provenance
+from slashpatch.data.prompts import prompt_set
 
 
 def fastest_start(*arguments):

@@ -3,17 +3,16 @@
 Importing this is cheap: torch and TransformerLens load on first use of a name that needs them.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .errors import SlashpatchError
 from .heads import Head, heads
 
 if TYPE_CHECKING:
-    from . import theory
-    from .checks import check
+    from .bridge.loading import load
+    from .checking.check import check
+    from .checking.result import Check, Report
     from .edits import (
         AblateHeads,
         Basis,
@@ -32,45 +31,45 @@ if TYPE_CHECKING:
         fit_rank_one,
         parse_edit,
     )
+    from .effects.attention_metrics import PrefixMatching, SlashScores
     from .effects.copying import copied_lags, copying, copying_losses
     from .effects.flow import flow
+    from .effects.logit_metrics import LogitDifference
     from .effects.measure import measure
-    from .effects.metrics import LogitDifference, PrefixMatching, SlashScores
     from .effects.paths import paths
     from .effects.result import Result
     from .effects.sweep import sweep
-    from .explain import explain, explain_all
-    from .explanations import Explanation
-    from .fused import fused
-    from .models import load
-    from .monitor import SlashMonitor
-    from .patching import hooks, patch
-    from .reports import Check, Report
-    from .scan import scan
-    from .scans import Scan, SlashHead
+    from .explaining.explain import explain, explain_all
+    from .explaining.result import Explanation
+    from .patching.fused import fused
+    from .patching.patch import hooks, patch
+    from .scanning.monitor import SlashMonitor
+    from .scanning.result import Scan, SlashHead
+    from .scanning.scan import scan
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "checks": "check",
+    "bridge.loading": "load",
+    "checking.check": "check",
+    "checking.result": "Check Report",
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
     "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
+    "effects.attention_metrics": "PrefixMatching SlashScores",
     "effects.copying": "copied_lags copying copying_losses",
     "effects.flow": "flow",
+    "effects.logit_metrics": "LogitDifference",
     "effects.measure": "measure",
-    "effects.metrics": "LogitDifference PrefixMatching SlashScores",
     "effects.paths": "paths",
     "effects.result": "Result",
     "effects.sweep": "sweep",
-    "explain": "explain explain_all",
-    "explanations": "Explanation",
-    "fused": "fused",
-    "models": "load",
-    "monitor": "SlashMonitor",
-    "patching": "hooks patch",
-    "reports": "Check Report",
-    "scan": "scan",
-    "scans": "Scan SlashHead",
+    "explaining.explain": "explain explain_all",
+    "explaining.result": "Explanation",
+    "patching.fused": "fused",
+    "patching.patch": "hooks patch",
+    "scanning.monitor": "SlashMonitor",
+    "scanning.result": "Scan SlashHead",
+    "scanning.scan": "scan",
 }
 _LAZY = {name: home for home, names in _HOMES.items() for name in names.split()}
 _PACKAGES = ("theory",)
@@ -136,14 +135,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `slashpatch.scan` the function when the file scan.py is imported after it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _LAZY and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch.slash import slash_scores
+from slashpatch.maths.slash_scores import slash_scores
 
 pytestmark = pytest.mark.real
 
@@ -45,7 +45,7 @@ def test_demo_generation_differs(demo):
 
 @pytest.fixture(scope="module")
 def prompt(real):
-    from slashpatch.prompts import prompt_set
+    from slashpatch.data.prompts import prompt_set
 
     return prompt_set(real, n_prompts=1, max_tokens=256).tokens[0]
 
@@ -63,8 +63,8 @@ def test_scores_equal_the_direct_mean_over_hook_pattern(real, prompt):
 
 def test_the_fused_engine_is_the_other_one(real):
     """1,024 tokens: logits within 1e-4 (they reach 40), scores within 1e-6, edited or not."""
-    from slashpatch.fused import ways
-    from slashpatch.prompts import prompt_set
+    from slashpatch.data.prompts import prompt_set
+    from slashpatch.patching.fused import ways
 
     tokens = prompt_set(real, n_prompts=1, max_tokens=1024).tokens[0][None]
     edits = [(), (sp.KnockOut(["L16H0", "L11H1", "L19H3"], 1), sp.FreezeBand("L1H2", "high"))]
@@ -189,8 +189,10 @@ FIVE = "(L16H0, L11H1, L1H2, L19H3, L2H1)"
 
 
 def test_a_sweep_is_the_naive_loop_bit_for_bit(real):
+    from slashpatch.effects.conditions import conditions
+    from slashpatch.effects.evaluation import Meter, evaluate
+    from slashpatch.effects.inputs import prompts_for
     from slashpatch.effects.metrics import as_metric
-    from slashpatch.effects.runs import Meter, conditions, evaluate, prompts_for
 
     size = {"n_prompts": 4, "max_tokens": 41}
     names = ["L2H1", "L11H1", "L16H0", "L19H8", "L26H4"]

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch import anatomy, rope
-from slashpatch.checks import check
+from slashpatch.bridge import read
+from slashpatch.bridge.passes import kept_frequencies
+from slashpatch.checking.check import check
+from slashpatch.checking.result import CONTRACTS
 from slashpatch.errors import ModelError, ScanError
-from slashpatch.precision import rounding
-from slashpatch.reports import CONTRACTS
+from slashpatch.maths.precision import rounding
 
 from .tiny import bridge, padded, random_tokens
 from .zoo import FAMILIES, LONG, N_CTX, N_LAYERS, Family, build, in_readme, report, table, zoo
@@ -79,7 +80,7 @@ def test_the_bridge_computes_what_transformers_does(name):
 
 @each_family
 def test_frequencies_and_pairs(name):
-    family, layers = FAMILIES[name], rope.read(zoo(name))
+    family, layers = FAMILIES[name], read(zoo(name)).qk
     assert len(layers) == N_LAYERS
     last = layers[-1].rotary
     assert (last.pairing if last else "") == family.pairing
@@ -108,7 +109,7 @@ def test_other_frequencies_are_those_of_a_model_that_has_them(name, n_tokens):
             module.long_inv_freq = 0.5 * _long_frequencies(module)
     edits = [
         sp.SetFrequencies([(qk.layer, head) for head in range(4)], _halved)
-        for qk in rope.read(model)
+        for qk in read(model).qk
         if qk.rotary
     ]
     with torch.no_grad():
@@ -133,7 +134,7 @@ def _long_frequencies(module):
 def test_a_shifted_head_scores_as_from_other_positions(name):
     """Logit i → j of a query turned back by 2 is the intact one of i + 2 → j for equal vectors."""
     model = zoo(name)
-    qk = next(one for one in rope.read(model) if one.rotary)
+    qk = next(one for one in read(model).qk if one.rotary)
     tokens = torch.full((1, 10), 7)  # one token again and again: one query, one key
     found = {}
 
@@ -205,9 +206,9 @@ def test_long_padded_prompts_beyond_a_window(name, side):
 def test_positions_beyond_the_trained_context(name):
     """Twice the context: both engines agree under an edit, and a cached pass with a whole one."""
     model, tokens = zoo(name), random_tokens(1, 2 * N_CTX)
-    layer = next(qk.layer for qk in rope.read(model) if qk.rotary)
+    layer = next(qk.layer for qk in read(model).qk if qk.rotary)
     edit = sp.FreezeBand((layer, 1), "pairs 1")
-    with torch.no_grad(), anatomy.kept_frequencies(model), sp.patch(model, edit):
+    with torch.no_grad(), kept_frequencies(model), sp.patch(model, edit):
         whole = model.original_model(tokens).logits
         with sp.fused(model):
             fused = model.original_model(tokens).logits
@@ -224,7 +225,7 @@ def test_values_that_only_other_prompts_clip_are_clipped():
     """OLMo whose clip no token of a short probe reaches: still read after it."""
     config = {**FAMILIES["OLMo"].config, "clip_qkv": 1e4}
     model = bridge(build(Family("Olmo", config)), "olmo")
-    assert all(qk.q.turned and qk.k.turned for qk in rope.read(model))
+    assert all(qk.q.after_rope and qk.k.after_rope for qk in read(model).qk)
 
 
 @pytest.mark.parametrize("name", ["HunYuan", "OLMo"])
@@ -250,7 +251,7 @@ def test_frequencies_follow_the_prompt(name):
     """Each edit acts on the frequencies of its own pass."""
     model = bridge(build(FAMILIES[name]), "live")
     short, long = random_tokens(1, 10), random_tokens(1, N_CTX + 6)
-    qk = rope.read(model)[0]
+    qk = read(model).qk[0]
     with torch.no_grad():
         model(short)
         few = qk.current().inv_freq
@@ -300,11 +301,11 @@ def test_layers_with_frequencies_of_their_own_that_begin_alike(kind, dtype):
     gemma = FAMILIES["Gemma 3"]
     family = dataclasses.replace(gemma, config={**gemma.config, "rope_parameters": own})
     model = bridge(build(family, dtype), "gemma")
-    layers = rope.read(model)
+    layers = read(model).qk
     assert layers[0].live is None
     assert layers[1].live[1] == "full_attention_inv_freq"
     before = [qk.rotary.inv_freq.clone() for qk in layers]
-    with torch.no_grad(), anatomy.kept_frequencies(model):
+    with torch.no_grad(), kept_frequencies(model):
         model(random_tokens(1, N_CTX + 20))
         assert not torch.equal(layers[1].current().inv_freq, before[1])
     assert all(torch.equal(qk.rotary.inv_freq, own) for qk, own in zip(layers, before, strict=True))
@@ -332,7 +333,7 @@ def test_reading_a_dynamic_model_leaves_its_memory_alone():
         model(long)
         expected = model(middle)
         model(long)
-        rope.read(model)
+        _ = read(model).qk
         check(model)
         assert torch.equal(model(middle), expected)
 
@@ -371,7 +372,7 @@ STRANGE = {
 def test_a_rotary_layout_that_nobody_has_is_refused(what):
     model = _tables(build(FAMILIES["Llama"]), STRANGE[what])
     with pytest.raises(ModelError, match="layer 0: they do not reproduce its scores"):
-        rope.read(model)
+        _ = read(model).qk
     with (
         pytest.raises(ModelError, match="do not reproduce"),
         sp.patch(model, "ShiftSlash(L0H1, 1)"),

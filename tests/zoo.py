@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from slashpatch.checks import check
-from slashpatch.reports import Report
+from slashpatch.checking.check import check
+from slashpatch.checking.result import Report
 
 from .tiny import D_VOCAB, bridge
 

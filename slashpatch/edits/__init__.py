@@ -1,12 +1,15 @@
 """Edits: one idea a file."""
 
 from .ablate import AblateHeads
-from .base import Edit, Site
+from .bands import DropBand, ScaleBand
+from .base import Edit, HookContext
+from .basis import Basis, fit_rank_one
+from .frequencies import FreezeBand, SetFrequencies, SwapBands
 from .offsets import KeepOnly, KnockOut, ScaleOffsets
-from .parse import EDITS, parse_edit
+from .parse import EDITS, as_edit, parse_edit
 from .plant import PlantSlash
-from .rank_one import Basis, RankOne, fit_rank_one
-from .rotary import DropBand, FreezeBand, ScaleBand, SetFrequencies, ShiftSlash, SwapBands
+from .rank_one import RankOne
+from .shift import ShiftSlash
 
 __all__ = [
     "EDITS",
@@ -15,6 +18,7 @@ __all__ = [
     "DropBand",
     "Edit",
     "FreezeBand",
+    "HookContext",
     "KeepOnly",
     "KnockOut",
     "PlantSlash",
@@ -23,8 +27,8 @@ __all__ = [
     "ScaleOffsets",
     "SetFrequencies",
     "ShiftSlash",
-    "Site",
     "SwapBands",
+    "as_edit",
     "fit_rank_one",
     "parse_edit",
 ]

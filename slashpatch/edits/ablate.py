@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..calls import internal_passes
+from ..bridge import ModelInfo
+from ..bridge.modes import own_passes
 from ..errors import EditError
-from .base import Edit, Site
+from .base import Edit, HookContext
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from ..anatomy import Anatomy
 
 _MODES = ("zero", "mean", "resample")
 _REFERENCE_PROMPTS, _REFERENCE_TOKENS = 4, 256
@@ -62,11 +62,11 @@ class AblateHeads(Edit):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise EditError(f"AblateHeads: seed is an integer; got {self.seed!r}")
 
-    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Tensor]:
+    def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Tensor]:
         """Per layer: mean z [head, d_head], or z of shuffled reference rows [row, head, d_head]."""
         if self.mode == "zero":
             return {}
-        bank = _reference_z(self, model, anatomy)
+        bank = _reference_z(self, model, info)
         if self.mode == "mean":
             return {layer: z.double().mean(0).to(z) for layer, z in bank.items()}
         from transformer_lens.utilities.statistics import derive_generator
@@ -76,29 +76,29 @@ class AblateHeads(Edit):
         return {layer: z[order.to(z.device)] for layer, z in bank.items()}
 
     def on_z(
-        self, site: Site, z: Float[Tensor, "batch pos head d_head"]
+        self, ctx: HookContext, z: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Z of the replacement."""
         if self.mode == "zero":
             return torch.zeros_like(z)
         if self.mode == "mean":
-            return site.state.to(z).expand_as(z)
-        rows = site.call.positions.to(z.device) % len(site.state)
-        return site.state.to(z)[rows]
+            return ctx.prepared.to(z).expand_as(z)
+        rows = ctx.call.positions.to(z.device) % len(ctx.prepared)
+        return ctx.prepared.to(z)[rows]
 
 
 def _reference_z(
-    edit: AblateHeads, model: TransformerBridge, anatomy: Anatomy
+    edit: AblateHeads, model: TransformerBridge, info: ModelInfo
 ) -> dict[int, Float[Tensor, "row head d_head"]]:
     """z of the edit's heads at every token of the reference prompts, in order."""
-    from ..prompts import prompt_set
+    from ..data.prompts import prompt_set
 
     if edit.reference in ("natural", "random"):
         prompts = prompt_set(
             model,
             random_tokens=edit.reference == "random",
             n_prompts=_REFERENCE_PROMPTS,
-            max_tokens=min(_REFERENCE_TOKENS, anatomy.n_ctx),
+            max_tokens=min(_REFERENCE_TOKENS, info.n_ctx),
             seed=edit.seed,
         )
     else:
@@ -110,8 +110,8 @@ def _reference_z(
         layer = hook.layer()
         rows[layer].append(z[0, :, edit.heads_in(layer)].detach())
 
-    hooks = [(anatomy.hook(layer, "z"), keep) for layer in edit.layers]
-    with torch.no_grad(), internal_passes():
+    hooks = [(info.hook(layer, "z"), keep) for layer in edit.layers]
+    with torch.no_grad(), own_passes():
         for tokens in prompts.tokens:
             model.run_with_hooks(tokens[None].to(model.cfg.device), fwd_hooks=hooks)
     return {layer: torch.cat(parts) for layer, parts in rows.items()}

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxtyping import Float
 from torch import Tensor
 
-from ..calls import Call
-from ..diagonals import DiagonalChange
+from ..bridge import ModelInfo
+from ..bridge.forward_call import ForwardCall
+from ..bridge.qk import LayerQK
 from ..errors import EditError, HeadError
 from ..heads import Head, HeadsLike, heads
-from ..qk import LayerQK
-from ..rotary import Rotary
+from ..maths.diagonals import DiagonalChange
+from ..maths.rotary import Rotary
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-    from ..anatomy import Anatomy
 
 
 #: In the order in which they fire.
@@ -28,37 +27,49 @@ STAGES = ("query", "key", "scores", "pattern", "z")
 
 
 @dataclass(frozen=True)
-class Site:
-    """Where an edit acts during one forward pass: one layer, and the edit's heads in it.
+class HookContext:
+    """Where an edit acts in the current forward pass: one layer, and the edit's heads in it.
 
     Tensors that an edit gets and returns hold these heads only, in this order, so an edit cannot
-    reach another head. `memory` lasts from one hook of the pass to the next; `state` is what the
-    edit's `prepare` returned for this layer; `qk` is there for edits of queries and keys;
-    `frequencies` holds, by (stage, layer), θ [head, pair] as edits left it so far in this pass.
+    reach another head.
+
+    Attributes:
+        layer: Its index.
+        heads: The edit's heads in it, ascending.
+        n_heads: Query heads of the layer.
+        call: The current forward pass.
+        prepared: What the edit's `prepare` returned for this layer.
+        memory: From one hook of the pass to the next, of this edit in this layer.
+        qk: The layer's queries, keys and rotation; for edits of queries and keys.
     """
 
     layer: int
     heads: list[int]
     n_heads: int
-    call: Call
-    state: Any = None
+    call: ForwardCall
+    prepared: Any = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     qk: LayerQK | None = None
-    frequencies: dict[tuple[str, int], Float[Tensor, "head pair"]] = field(default_factory=dict)
 
     def theta(self, stage: str) -> Float[Tensor, "own pair"]:
-        """The frequencies that these heads' queries or keys have by now in this pass."""
-        table = self.frequencies.get((stage, self.layer))
+        """Return the frequencies of these heads' queries or keys after the edits so far."""
+        table = self._thetas.get((stage, self.layer))
         own = self.rotary.inv_freq
         return own.expand(len(self.heads), -1) if table is None else table[self.heads]
 
     def set_theta(self, stage: str, new: Float[Tensor, "own pair"]) -> None:
         """Note new frequencies of these heads, for the edits that come after."""
-        table = self.frequencies.get((stage, self.layer))
+        table = self._thetas.get((stage, self.layer))
         own = self.rotary.inv_freq
         table = own.repeat(self.n_heads, 1) if table is None else table.clone()
         table[self.heads] = new.to(table)
-        self.frequencies[stage, self.layer] = table
+        self._thetas[stage, self.layer] = table
+
+    @property
+    def _thetas(self) -> dict[tuple[str, int], Float[Tensor, "head pair"]]:
+        """Frequencies by (stage, layer), as edits left them so far in this pass."""
+        found: dict[tuple[str, int], Tensor] = self.call.state.setdefault("frequencies", {})
+        return found
 
     @property
     def rotary(self) -> Rotary:
@@ -97,40 +108,40 @@ class Edit:
         """The edit's head indices in `layer`, ascending."""
         return [head.head for head in cast("tuple[Head, ...]", self.heads) if head.layer == layer]
 
-    def validate(self, anatomy: Anatomy) -> None:
+    def validate(self, info: ModelInfo) -> None:
         """Raise if the model cannot take this edit. Called before anything is attached."""
-        anatomy.require(self.heads)
+        info.require(self.heads)
 
-    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
+    def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Any]:
         """State per layer, computed once when the edit is attached."""
         return {}
 
     def on_query(
-        self, site: Site, q: Float[Tensor, "batch pos head d_head"]
+        self, ctx: HookContext, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Edit the queries before RoPE and after any norm."""
         return q
 
     def on_key(
-        self, site: Site, k: Float[Tensor, "batch pos head d_head"]
+        self, ctx: HookContext, k: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Edit the head's own copy of its keys, before RoPE; the KV group keeps the shared ones."""
         return k
 
     def on_scores(
-        self, site: Site, scores: Float[Tensor, "batch head query key"]
+        self, ctx: HookContext, scores: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
         """Edit the masked logits before the softmax."""
         return scores
 
     def on_pattern(
-        self, site: Site, pattern: Float[Tensor, "batch head query key"]
+        self, ctx: HookContext, pattern: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
         """Edit the attention after the softmax."""
         return pattern
 
     def on_z(
-        self, site: Site, z: Float[Tensor, "batch pos head d_head"]
+        self, ctx: HookContext, z: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Edit the head outputs, before the output projection."""
         return z
@@ -156,7 +167,7 @@ class Edit:
 
         return not self.diagonal_changes() or depth("diagonal_changes") > min(map(depth, acts))
 
-    def stages(self) -> dict[str, Callable[[Site, Tensor], Tensor]]:
+    def stages(self) -> dict[str, Callable[[HookContext, Tensor], Tensor]]:
         """The hooks that this edit overrides, in the order in which they fire."""
         return {
             stage: getattr(self, f"on_{stage}")

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..diagonals import DiagonalChange, has_keys
+from ..bridge import ModelInfo
 from ..errors import EditError, OffsetError, PatchError
-from ..slash import as_offsets
-from .base import Edit, Site
-
-if TYPE_CHECKING:
-    from ..anatomy import Anatomy
-
+from ..maths.diagonals import DiagonalChange, has_keys
+from ..maths.offsets import as_offsets
+from .base import Edit, HookContext
 
 _LARGEST = 1e30
 
@@ -45,10 +42,10 @@ class _DiagonalEdit(Edit):
         if not isinstance(getattr(self, "renormalize", True), bool):
             raise EditError(f"{type(self).__name__}: renormalize is True or False")
 
-    def validate(self, anatomy: Anatomy) -> None:
+    def validate(self, info: ModelInfo) -> None:
         """Raise if the model lacks a head, or its context cannot hold an offset."""
-        super().validate(anatomy)
-        anatomy.require_offsets(self.offsets)
+        super().validate(info)
+        info.require_offsets(self.offsets)
 
     def _amounts(self) -> tuple[float, float]:
         """Factors on the attention at `offsets`, and elsewhere; each 0 or more."""
@@ -62,32 +59,32 @@ class _DiagonalEdit(Edit):
         return (DiagonalChange("scores", self.offsets, _log(own), _log(elsewhere)),)
 
     def on_scores(
-        self, site: Site, scores: Float[Tensor, "batch head query key"]
+        self, ctx: HookContext, scores: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
         """The edited logits; rows that lost all keys keep theirs and are cleared in the pattern."""
         if not getattr(self, "renormalize", True):
             return scores
-        past = site.call.cached_columns(scores.shape[-1])
+        past = ctx.call.cached_columns(scores.shape[-1])
         edited = self.diagonal_changes()[0].on_matrix(scores, past)
         left = has_keys(edited, past)
-        site.memory["emptied"] = has_keys(scores, past) & ~left
+        ctx.memory["emptied"] = has_keys(scores, past) & ~left
         # A row of nothing but −inf would give NaN, in the forward or in the backward pass; rows of
         # padding had no keys to begin with and stay as they are.
         return torch.where(left[..., None], edited, scores)
 
     def on_pattern(
-        self, site: Site, pattern: Float[Tensor, "batch head query key"]
+        self, ctx: HookContext, pattern: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
         """The edited pattern (not renormalised), or zeros in the rows that lost all keys."""
         if not getattr(self, "renormalize", True):
-            past = site.call.cached_columns(pattern.shape[-1])
+            past = ctx.call.cached_columns(pattern.shape[-1])
             return self.diagonal_changes()[0].on_matrix(pattern, past)
-        if "emptied" not in site.memory:
+        if "emptied" not in ctx.memory:
             raise PatchError(
                 f"{self}: its hook on the pattern ran without the one on the scores; use all hooks "
                 "of slashpatch.hooks, once each"
             )
-        return pattern.masked_fill(site.memory.pop("emptied")[..., None], 0.0)
+        return pattern.masked_fill(ctx.memory.pop("emptied")[..., None], 0.0)
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,11 +9,13 @@ from typing import Any
 from ..errors import EditError, SlashpatchError
 from ..heads import Head
 from .ablate import AblateHeads
+from .bands import DropBand, ScaleBand
 from .base import Edit
+from .frequencies import FreezeBand, SetFrequencies, SwapBands
 from .offsets import KeepOnly, KnockOut, ScaleOffsets
 from .plant import PlantSlash
 from .rank_one import RankOne
-from .rotary import DropBand, FreezeBand, ScaleBand, SetFrequencies, ShiftSlash, SwapBands
+from .shift import ShiftSlash
 
 EDITS: dict[str, type[Edit]] = {
     edit.__name__: edit
@@ -68,6 +70,18 @@ def parse_edit(text: str) -> Edit:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         problem = str(error).replace("__init__()", name).replace(f"{name}.{name}", name)
         raise EditError(f"cannot read {text!r}: {problem}") from None
+
+
+def as_edit(edit: Any) -> Edit:
+    """Return an edit, or the one that a text says. Raises EditError for anything else."""
+    if isinstance(edit, str):
+        return parse_edit(edit)
+    if not isinstance(edit, Edit):
+        raise EditError(
+            f"expected an edit such as KnockOut('L16H0', 1), got {edit!r} "
+            f"of type {type(edit).__name__}"
+        )
+    return edit
 
 
 def _value(node: ast.expr) -> Any:

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import rope
+from .. import bridge
 from ..errors import EditError, ModelError
-from ..slash import as_offsets
-from .base import Site
+from ..maths.offsets import as_offsets
+from .base import HookContext
 from .rotary import _finite, _RotaryEdit
 
 
@@ -42,16 +42,16 @@ class PlantSlash(_RotaryEdit):
         object.__setattr__(self, "offset", offsets[0])
         object.__setattr__(self, "strength", _finite("PlantSlash", "strength", self.strength))
 
-    def validate(self, anatomy: Any) -> None:
+    def validate(self, info: Any) -> None:
         """Raise if the model lacks a head, or its context cannot hold the offset."""
-        super().validate(anatomy)
-        anatomy.require_offsets(self.offset)
+        super().validate(info)
+        info.require_offsets(self.offset)
 
-    def prepare(self, model: Any, anatomy: Any) -> dict[int, Any]:
+    def prepare(self, model: Any, info: Any) -> dict[int, Any]:
         """Nothing to keep; raises where logits depend on more than the offset."""
-        found = super().prepare(model, anatomy)
+        found = super().prepare(model, info)
         for layer in self.layers:
-            if not rope.read(model)[layer].relative:
+            if not bridge.read(model).qk[layer].relative:
                 raise ModelError(
                     f"{self}: layer {layer} norms queries and keys after RoPE with a weight for "
                     "each dimension, so no constant direction peaks at an offset wherever it stands"
@@ -59,25 +59,25 @@ class PlantSlash(_RotaryEdit):
         return found
 
     def on_query(
-        self, site: Site, q: Float[Tensor, "batch pos head d_head"]
+        self, ctx: HookContext, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The constant direction, turned back by the offset."""
-        rotary = site.rotary
-        site.set_theta("query", rotary.inv_freq.expand(len(site.heads), -1))
+        rotary = ctx.rotary
+        ctx.set_theta("query", rotary.inv_freq.expand(len(ctx.heads), -1))
         amplitude = self.strength / (abs(rotary.scale) * rotary.n_pairs * rotary.gain**2)
-        constant = amplitude * _ones(site, q)
-        return rotary.turn(constant, -self.offset * rotary.inv_freq.to(q.device))
+        constant = amplitude * _ones(ctx, q)
+        return rotary.rotate_by(constant, -self.offset * rotary.inv_freq.to(q.device))
 
     def on_key(
-        self, site: Site, k: Float[Tensor, "batch pos head d_head"]
+        self, ctx: HookContext, k: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The constant direction."""
         # What is planted has the layer's own frequencies, whatever edits came before.
-        site.set_theta("key", site.rotary.inv_freq.expand(len(site.heads), -1))
-        return _ones(site, k)
+        ctx.set_theta("key", ctx.rotary.inv_freq.expand(len(ctx.heads), -1))
+        return _ones(ctx, k)
 
 
-def _ones(site: Site, x: Tensor) -> Tensor:
+def _ones(ctx: HookContext, x: Tensor) -> Tensor:
     """1 in the real part of every pair, 0 elsewhere."""
-    real, imag, rest = site.rotary.split(x)
-    return site.rotary.join(torch.ones_like(real), torch.zeros_like(imag), torch.zeros_like(rest))
+    real, imag, rest = ctx.rotary.split(x)
+    return ctx.rotary.join(torch.ones_like(real), torch.zeros_like(imag), torch.zeros_like(rest))

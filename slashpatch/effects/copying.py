@@ -13,12 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..bridge.provenance import provenance
 from ..errors import OffsetError, PromptError
-from ..provenance import provenance
-from ..slash import as_offsets
-from .metrics import PrefixMatching, copy_length, copying_loss
+from ..maths.offsets import as_offsets
+from .attention_metrics import PrefixMatching
+from .conditions import Condition, conditions, require_options
+from .evaluation import Meter, evaluate
+from .inputs import repeated
+from .logit_metrics import copy_length, copying_loss
 from .result import Result
-from .runs import Condition, Meter, conditions, evaluate, repeated, require_options
 from .statistics import adjusted, compared, interval
 
 if TYPE_CHECKING:

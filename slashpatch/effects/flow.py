@@ -10,15 +10,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..bridge.provenance import provenance
+from ..data.progress import progress_over
+from ..data.prompts import PromptSet
 from ..errors import PromptError
-from ..patching import patch
-from ..prompts import PromptSet
-from ..provenance import provenance
-from ..report.progress import progress_over
-from ..slash import as_offsets
-from .metrics import kl_divergence, next_token_loss
+from ..maths.offsets import as_offsets
+from ..patching.patch import patch
+from .conditions import Condition, conditions, require_options
+from .evaluation import Meter
+from .inputs import batches, prompts_for
+from .logit_metrics import kl_divergence, next_token_loss
 from .result import Result
-from .runs import Condition, Meter, batches, conditions, prompts_for, require_options
 from .statistics import adjusted, compared, interval, least_p
 
 if TYPE_CHECKING:

@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..provenance import provenance
-from .controls import Control, as_control
+from ..bridge.provenance import provenance
+from .conditions import Condition, conditions, require_options
+from .control import Control
+from .controls import as_control
+from .evaluation import Meter, evaluate
+from .inputs import batches, prompts_for
 from .metrics import as_metric
 from .result import Result
-from .runs import (
-    Condition,
-    Meter,
-    batches,
-    conditions,
-    evaluate,
-    prompts_for,
-    require_options,
-)
 from .statistics import adjusted, compared
 
 if TYPE_CHECKING:

@@ -19,20 +19,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import anatomy as anatomies
-from .. import rope
-from ..calls import by_matrix
+from .. import bridge
+from ..bridge.attached import has_per_head_keys
+from ..bridge.modes import forming_matrices
+from ..bridge.passes import leaving_no_trace
+from ..bridge.prefix_cache import PrefixCache
+from ..bridge.provenance import provenance
+from ..data.progress import progress_over
 from ..edits import AblateHeads, Edit
 from ..errors import EditError, HeadError, ModelError
 from ..heads import Head
-from ..patching import active_edits, patch
-from ..provenance import provenance
-from ..report.progress import progress_over
+from ..patching.patch import patch
+from .conditions import Condition, conditions, require_options
+from .evaluation import Meter, Taken
+from .inputs import batches, prompts_for
 from .metrics import as_metric
 from .result import Result
-from .runs import Condition, Meter, Taken, batches, conditions, prompts_for, require_options
 from .statistics import compared, false_discovery
-from .stubs import Trunk
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -85,18 +88,18 @@ def paths(
     edits = _edits(edit)
     layer = edits[0].layers[0]
     meter = Meter(model, [as_metric(metric)])
-    anatomy = meter.anatomy
+    info = meter.info
     for one in edits:
-        one.validate(anatomy)
-    wanted = _readers(anatomy, readers, layer)
+        one.validate(info)
+    wanted = _readers(info, readers, layer)
     if not inputs or set(inputs) - set(INPUTS):
         raise EditError(f"inputs are some of q, k and v, such as 'qk'; got {inputs!r}")
-    if any("key" in one.stages() for one in active_edits(model)):
+    if has_per_head_keys(model):
         raise EditError(
             "paths needs a model without active edits that give heads keys of their own; "
             "leave those patches first"
         )
-    layers = rope.read(model)
+    layers = bridge.read(model).qk
     found = prompts_for(
         model,
         meter.metrics,
@@ -111,28 +114,28 @@ def paths(
     edges = [(head, of) for head in wanted for of in INPUTS if of in inputs]
     total = Condition(tuple(edits))
     taken: dict[Any, list[Tensor]] = {"intact": [], "all": [], **{edge: [] for edge in edges}}
-    ready: list[tuple[Trunk, Tensor, Taken]] = []
+    ready: list[tuple[PrefixCache, Tensor, Taken]] = []
     for batch in todo:
-        trunk = Trunk(model, batch.tokens)
+        prefix = PrefixCache(model, batch.tokens)
         (values,), intact = meter.run(batch, None, Condition())
         taken["intact"].append(values)
-        trunk.advance(layer)
-        change = _change(model, meter, trunk, batch.tokens, edits)
-        with patch(model, *edits), trunk.stubbed():
+        prefix.advance(layer)
+        change = _change(model, meter, prefix, batch.tokens, edits)
+        with patch(model, *edits), prefix.skipped():
             (values,), _ = meter.run(batch, intact, total, from_layer=layer)
         taken["all"].append(values)
-        ready.append((trunk, change, intact))
+        ready.append((prefix, change, intact))
     by_layer = {
         d: [edge for edge in edges if edge[0].layer == d] for d in {h.layer for h in wanted}
     }
     steps = [(d, place) for d in sorted(by_layer) for place in range(len(todo))]
     work = [len(by_layer[d]) for d, _ in steps]
     for d, place in progress_over(steps, "trying paths", show=progress, n=work):
-        batch, (trunk, change, intact) = todo[place], ready[place]
-        trunk.advance(d)
-        edge = _Layer(meter, layers[d], trunk, batch.tokens, change)
+        batch, (prefix, change, intact) = todo[place], ready[place]
+        prefix.advance(d)
+        edge = _Layer(meter, layers[d], prefix, batch.tokens, change)
         for (head, of), hook in edge.hooks(by_layer[d]):
-            with trunk.stubbed():
+            with prefix.skipped():
                 (values,), _ = meter.run(batch, intact, f"{total} by {of} of {head}", [hook], d)
             taken[head, of].append(values)
     return _result(taken, edges, order, total, meter, found, confidence, seed)
@@ -148,13 +151,13 @@ def _edits(edit: Any) -> list[Edit]:
     return list(condition.edits)
 
 
-def _readers(anatomy: anatomies.Anatomy, readers: Any, layer: int) -> list[Head]:
-    if layer == anatomy.n_layers - 1:
+def _readers(info: bridge.ModelInfo, readers: Any, layer: int) -> list[Head]:
+    if layer == info.n_layers - 1:
         raise EditError(f"no head reads what layer {layer} gives: it is the last")
     if readers is None:
-        later = range(layer + 1, anatomy.n_layers)
-        return [Head(d, head) for d in later for head in range(anatomy.n_heads)]
-    found = sorted(anatomy.require(readers))
+        later = range(layer + 1, info.n_layers)
+        return [Head(d, head) for d in later for head in range(info.n_heads)]
+    found = sorted(info.require(readers))
     if not found:
         raise HeadError("no readers were given; expected at least one head, or None for all")
     early = [head for head in found if head.layer <= layer]
@@ -164,13 +167,13 @@ def _readers(anatomy: anatomies.Anatomy, readers: Any, layer: int) -> list[Head]
 
 
 def _change(
-    model: TransformerBridge, meter: Meter, trunk: Trunk, tokens: Tensor, edits: list[Edit]
+    model: TransformerBridge, meter: Meter, prefix: PrefixCache, tokens: Tensor, edits: list[Edit]
 ) -> Float[Tensor, "batch pos d_model"]:
     """What the edits add to the residual stream by their layer's attention itself."""
     layer, taken = edits[0].layers[0], []
-    hook = (f"blocks.{layer}.hook_attn_out", lambda x, hook: taken.append(x.detach()))
+    hook = (meter.info.hook(layer, "output"), lambda x, hook: taken.append(x.detach()))
     for edited in (False, True):
-        with patch(model, *edits) if edited else nullcontext(), trunk.stubbed():
+        with patch(model, *edits) if edited else nullcontext(), prefix.skipped():
             _until(model, meter, tokens, layer, [hook])
     if len(taken) != 2:
         raise ModelError(f"{hook[0]} did not fire once a pass; paths cannot be read off this model")
@@ -181,9 +184,9 @@ def _until(
     model: TransformerBridge, meter: Meter, tokens: Tensor, layer: int, hooks: list[Any]
 ) -> None:
     """A pass that ends after `layer`."""
-    last = layer == meter.anatomy.n_layers - 1
+    last = layer == meter.info.n_layers - 1
     kwargs: dict[str, Any] = {} if last else {"stop_at_layer": layer + 1}
-    with rope.leaving_no_trace(model), by_matrix():
+    with leaving_no_trace(model), forming_matrices():
         model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, **kwargs)
 
 
@@ -193,14 +196,14 @@ class _Layer:
 
     meter: Meter
     qk: Any
-    trunk: Trunk
+    prefix: PrefixCache
     tokens: Tensor
     change: Float[Tensor, "batch pos d_model"]
 
     def hooks(self, edges: list[tuple[Head, str]]) -> Iterator[tuple[Any, tuple[str, Any]]]:
         """For each edge, the hook that makes the head read through it."""
-        anatomy, layer = self.meter.anatomy, self.qk.layer
-        pattern, z = anatomy.hook(layer, "pattern"), anatomy.hook(layer, "z")
+        info, layer = self.meter.info, self.qk.layer
+        pattern, z = info.hook(layer, "pattern"), info.hook(layer, "z")
         names = {"q": self.qk.q.name, "k": self.qk.k.name, "pattern": pattern}
         intact = self._run(names, {})
         kept = {"q": "k", "k": "q", "v": "pattern"}
@@ -221,7 +224,7 @@ class _Layer:
         taken: dict[str, Tensor] = {}
         hooks: list[tuple[str, Any]] = []
         if change is not None:
-            hooks.append((f"blocks.{self.qk.layer}.hook_in", lambda x, hook: x + change))
+            hooks.append((self.meter.info.hook(self.qk.layer, "block"), lambda x, hook: x + change))
         for name, value in held.items():
             hooks.append((name, lambda x, hook, value=value: value))
         for key, name in wanted.items():
@@ -230,7 +233,7 @@ class _Layer:
                 taken[key] = x.detach()
 
             hooks.append((name, take))
-        with self.trunk.stubbed():
+        with self.prefix.skipped():
             _until(self.meter.model, self.meter, self.tokens, self.qk.layer, hooks)
         missing = [name for key, name in wanted.items() if key not in taken]
         if missing:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import write_table, written_whole
 from ..errors import OutputError
-from ..files import write_table, written_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ class Result:
 
         Raises OutputError.
         """
-        from ..output import without_nan
+        from ..data.files import without_nan
 
         if Path(path).suffix == ".parquet":
             write_table(self.to_dataframe(), path)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..edits import Edit, Site
+from ..bridge import ModelInfo
+from ..edits import Edit, HookContext
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-    from ..anatomy import Anatomy
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,20 +27,22 @@ class OnRows(Edit):
     start: int
     stop: int
 
-    def validate(self, anatomy: Anatomy) -> None:
+    def validate(self, info: ModelInfo) -> None:
         """As the edit's."""
-        self.edit.validate(anatomy)
+        self.edit.validate(info)
 
-    def prepare(self, model: TransformerBridge, anatomy: Anatomy) -> dict[int, Any]:
+    def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Any]:
         """As the edit's."""
-        return self.edit.prepare(model, anatomy)
+        return self.edit.prepare(model, info)
 
-    def stages(self) -> dict[str, Callable[[Site, Tensor], Tensor]]:
+    def stages(self) -> dict[str, Callable[[HookContext, Tensor], Tensor]]:
         """Those of the edit, each for the rows alone."""
         return {stage: partial(self._act, act) for stage, act in self.edit.stages().items()}
 
-    def _act(self, act: Callable[[Site, Tensor], Tensor], site: Site, x: Tensor) -> Tensor:
+    def _act(
+        self, act: Callable[[HookContext, Tensor], Tensor], ctx: HookContext, x: Tensor
+    ) -> Tensor:
         rows = slice(self.start, self.stop)
         whole = x.clone()
-        whole[rows] = act(replace(site, call=site.call.of_rows(rows)), x[rows]).to(x.dtype)
+        whole[rows] = act(replace(ctx, call=ctx.call.of_rows(rows)), x[rows]).to(x.dtype)
         return whole

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..reports import CONTRACTS, Report
+from ..checking.result import CONTRACTS, Report
 
 _STYLES = {"pass": "green", "refused": "yellow", "fail": "bold red"}
 

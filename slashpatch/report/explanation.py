@@ -10,11 +10,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..explaining.result import RULE
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from ..explanations import Explanation
+    from ..explaining.result import Explanation
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -31,8 +33,6 @@ def sparkline(values: Sequence[float | int]) -> str:
 
 def explanation_report(one: Explanation) -> Group:
     """The explanation as a rich renderable."""
-    from ..explanations import RULE
-
     parts: list[Text | Table] = [
         Text(f"{one.head} at Δ={one.offset}: {one.verdict}", style="bold"),
         Text(

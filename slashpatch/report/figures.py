@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import written_whole
+from ..data.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ..effects.result import Result
-    from ..moments import Profile
-    from ..scans import Scan
+    from ..scanning.moments import Profile
+    from ..scanning.result import Scan
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

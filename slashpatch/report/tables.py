@@ -16,7 +16,7 @@ from ..heads import Head
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..scans import Scan
+    from ..scanning.result import Scan
 
 #: Lowest score of each shade.
 _SHADES = {0.1: "·", 0.2: "░", 0.4: "▒", 0.6: "▓", 0.8: "█"}

@@ -8,7 +8,8 @@ learning rates and thresholds here are *ours*: we have its abstract, not its con
 
 from .model import ShallowTransformer
 from .phase import phase_diagram
+from .run import Run
 from .settings import Settings
-from .training import Run, train
+from .training import train
 
 __all__ = ["Run", "Settings", "ShallowTransformer", "phase_diagram", "train"]

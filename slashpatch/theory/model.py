@@ -14,7 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from ..rotary import Rotary
+from ..maths.rotary import Rotary
 from .data import Examples, seeded
 from .settings import Settings
 

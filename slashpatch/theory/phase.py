@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..effects.journal import Journal
+from ..data.files import TABLE_SUFFIXES, require_output, write_table
+from ..data.journal import Journal
+from ..data.progress import progress_over
 from ..errors import TheoryError
-from ..files import TABLE_SUFFIXES, write_table
-from ..output import require_output
-from ..report.progress import progress_over
 from .settings import Settings, as_number
 from .training import train
 

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TheoryError
-from ..rotary import NAMED_BANDS, Rotary, band_pairs
+from ..maths.bands import NAMED_BANDS, band_pairs
+from ..maths.rotary import Rotary
 
 TASKS = ("copying", "regression")
 #: Found by trial on the default settings. Those of gradient descent are large because gradients are

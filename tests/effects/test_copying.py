@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import slashpatch as sp
+from slashpatch.data.prompts import repeated_random_tokens
 from slashpatch.errors import PromptError
-from slashpatch.prompts import repeated_random_tokens
 
 from ..planted import induction_model
 

@@ -39,8 +39,8 @@ def test_flow_by_definition(tiny):
     assert found.provenance["n_replaced"] == [3, 3]
     by_batch = sp.flow(tiny, tokens, offsets=[0, 2, 5], n_replaced=99, batch_size=2)
     pd.testing.assert_frame_equal(found.frame, by_batch.frame, atol=1e-6, rtol=1e-4)
+    from slashpatch.data.prompts import PromptSet
     from slashpatch.effects.flow import _replaced
-    from slashpatch.prompts import PromptSet
 
     sums = torch.zeros(3, dtype=torch.float64)
     for prompt in range(2):
@@ -87,8 +87,8 @@ def test_the_report_says_where_else_it_changes(both):
 def test_what_an_edit_keeps_is_not_what_it_edits(both):
     (keep,) = sp.flow(both, edits="KeepOnly(L0H2, 3)", **SMALL).remarks
     assert "Δ = 3, which it edits" not in keep
+    from slashpatch.effects.conditions import conditions
     from slashpatch.effects.flow import _aimed
-    from slashpatch.effects.runs import conditions
 
     def aimed(*edits):
         return _aimed(conditions([list(edits)])[0], set(range(5)))

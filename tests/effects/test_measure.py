@@ -6,14 +6,11 @@ import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch.effects import controls, runs
-from slashpatch.errors import (
-    ControlError,
-    EditError,
-    MetricError,
-    OutputError,
-    PromptError,
-)
+from slashpatch.effects import controls
+from slashpatch.effects.conditions import conditions
+from slashpatch.effects.head_controls import output_norms
+from slashpatch.effects.inputs import Batch
+from slashpatch.errors import ControlError, EditError, MetricError, OutputError, PromptError
 
 from ..planted import induction_model
 from ..tiny import random_tokens
@@ -124,8 +121,8 @@ def test_controls_of_a_planted_head(planted):
 
 
 def drawn(model, control, edit, n_pos=20):
-    batch = runs.Batch(torch.arange(2), random_tokens(2, n_pos), 2)
-    condition = runs.conditions([edit])[0]
+    batch = Batch(torch.arange(2), random_tokens(2, n_pos), 2)
+    condition = conditions([edit])[0]
     return [str(one) for one in controls.as_control(control).draw(model, condition, [batch], 0)]
 
 
@@ -157,7 +154,7 @@ def test_what_controls_draw(tiny):
 def test_output_norms_by_definition(tiny):
     """Matched heads are matched on what z W_O adds to the residual stream."""
     tokens = random_tokens(2, 9)
-    norms = controls.output_norms(tiny, [runs.Batch(torch.arange(2), tokens, 2)])
+    norms = output_norms(tiny, [Batch(torch.arange(2), tokens, 2)])
     _, cache = tiny.run_with_cache(tokens)
     for layer, head in ((0, 0), (1, 3)):
         z = cache["z", layer][:, :, head]

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch.effects.journal import Journal, row
+from slashpatch.bridge.prefix_cache import PrefixCache
+from slashpatch.data.journal import Journal, row
+from slashpatch.effects.conditions import conditions
+from slashpatch.effects.evaluation import Meter, evaluate
+from slashpatch.effects.inputs import prompts_for
 from slashpatch.effects.metrics import as_metric
-from slashpatch.effects.runs import Meter, conditions, evaluate, prompts_for
-from slashpatch.effects.stubs import Trunk
 from slashpatch.errors import (
     EditError,
     HeadError,
@@ -46,7 +48,7 @@ def naive(model, edits, metric="copying", prompts=None):
 @pytest.mark.parametrize("ahead", [0, 2**30])
 def test_a_sweep_is_the_naive_loop_bit_for_bit(edit, ahead, monkeypatch):
     """Whether layers' outputs are kept from the intact run or computed in their turn."""
-    monkeypatch.setattr("slashpatch.effects.sweep._AHEAD_BYTES", ahead)
+    monkeypatch.setattr("slashpatch.effects.sweep_run._AHEAD_BYTES", ahead)
     model = tiny_model(seed=1, layers=3)
     found = sp.sweep(model, edit, **SMALL).frame.sort_values(["layer", "head"])
     expected = naive(model, list(found["edit"]))
@@ -61,25 +63,25 @@ def test_stubbed_layers_change_nothing(name):
     """In every family: passes that begin at a layer give the logits of whole ones, bit for bit."""
     model = zoo(name)
     tokens = random_tokens(2, 11)
-    trunk = Trunk(model, tokens)
-    kept = Trunk(model, tokens)
+    prefix = PrefixCache(model, tokens)
+    kept = PrefixCache(model, tokens)
     with torch.no_grad():
         with kept.keeping(range(model.cfg.n_layers)):
             whole = model(tokens)
         for layer in range(model.cfg.n_layers):
-            trunk.advance(layer)
+            prefix.advance(layer)
             kept.advance(layer)
-            with kept.stubbed():
+            with kept.skipped():
                 assert torch.equal(model(tokens), whole)
-            with trunk.stubbed():
+            with prefix.skipped():
                 assert torch.equal(model(tokens), whole)
-            with trunk.stubbed(2):
+            with prefix.skipped(2):
                 twice = model(tokens.repeat(2, 1))
             torch.testing.assert_close(twice, whole.repeat(2, 1, 1), atol=1e-4, rtol=1e-4)
         assert torch.equal(model(tokens), whole)
     if model.cfg.n_layers > 1:
         with pytest.raises(ModelError, match="does not go back"):
-            trunk.advance(0)
+            prefix.advance(0)
 
 
 def test_offsets_and_functions_and_comparing_metrics(tiny):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slashpatch.errors import OffsetError, TheoryError
-from slashpatch.spectrum import margin
+from slashpatch.maths.spectrum import margin
 from slashpatch.theory import Settings, ShallowTransformer
 from slashpatch.theory.data import embed, sample, seeded
 

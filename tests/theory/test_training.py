@@ -321,7 +321,7 @@ def test_knobs_that_are_none():
 
 def test_the_frequency_condition_of_a_real_head(tiny):
     """The same function, on the predicted profile that `explain` shows."""
-    from slashpatch.spectrum import margin
+    from slashpatch.maths.spectrum import margin
 
     from ..planted import planted_model
 
@@ -336,7 +336,7 @@ def test_the_frequency_condition_of_a_real_head(tiny):
 
 def test_the_margin_where_an_edit_leaves_an_offset_out():
     """A profile lacks offsets whose diagonal was removed: places are looked up, not counted."""
-    from slashpatch.spectrum import margin
+    from slashpatch.maths.spectrum import margin
 
     from ..planted import planted_model
 

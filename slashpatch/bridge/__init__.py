@@ -1,0 +1,8 @@
+"""All that is known of a TransformerBridge: what its hooks carry, and how its layers rotate.
+
+`read(model)` is the one door: rooms above this one ask the `ModelInfo` that it returns.
+"""
+
+from .info import ModelInfo, read, run_for_hooks
+
+__all__ = ["ModelInfo", "read", "run_for_hooks"]

@@ -1,0 +1,44 @@
+"""Where a result comes from: model, revision, dtype, edits, versions."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def _name(model: TransformerBridge) -> str:
+    """The hub id, or the last part of a path."""
+    name = str(model.cfg.model_name)
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
+    """What a result must carry to be repeated, as plain JSON values."""
+    from ..bridge.attached import active_edits, other_hooks
+
+    versions = {"python": platform.python_version()}
+    for package in ("slashpatch", "torch", "transformers", "transformer-lens"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "model": _name(model),
+        "fingerprint": fingerprint(model),
+        "architecture": str(model.cfg.architecture),
+        "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),
+        "device": torch.device(model.cfg.device).type,
+        "edits": [str(edit) for edit in active_edits(model)],
+        "other_hooks": other_hooks(model),
+        "versions": versions,
+        **details,
+    }

@@ -1,0 +1,127 @@
+"""Follow the forward passes of a model: one watch a model, and one `ForwardCall` a pass."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+
+from ..errors import PatchError
+from .forward_call import ForwardCall, read_call
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """Is told when a forward pass starts and ends."""
+
+    def on_pass_start(self, call: ForwardCall) -> None:
+        """Called before the pass."""
+        ...
+
+    def on_pass_end(self, call: ForwardCall, output: Any) -> None:
+        """Called after the pass; `output` is None after an exception."""
+        ...
+
+
+class ForwardWatch:
+    """Knows the current forward pass of one model, in each thread, and tells its followers.
+
+    Followers are held weakly and told in the order in which they came. Torch hooks are on the model
+    while there is one.
+    """
+
+    def __init__(self, hf_model: torch.nn.Module) -> None:
+        self._model = weakref.ref(hf_model)
+        self._followers: list[weakref.ref[Follower]] = []
+        self._local = threading.local()
+        self._handles: tuple[Any, ...] = ()
+
+    @property
+    def current(self) -> ForwardCall | None:
+        """The forward pass that this thread is in, if any."""
+        found: ForwardCall | None = getattr(self._local, "call", None)
+        return found
+
+    def require(self) -> ForwardCall:
+        """Return the current forward pass. Raises PatchError outside one."""
+        if self.current is None:
+            raise PatchError(
+                "a hook fired outside a forward pass of its model; "
+                "run the model that the hooks were built for"
+            )
+        return self.current
+
+    def follow(self, follower: Follower) -> None:
+        """Tell `follower` of every pass from now on, until `unfollow` or until it is freed."""
+        self._followers.append(weakref.ref(follower))
+        if not self._handles:
+            self._attach()
+
+    def unfollow(self, follower: Follower) -> None:
+        """Tell `follower` of no more passes."""
+        self._followers = [ref for ref in self._followers if ref() not in (follower, None)]
+        if not self._followers:
+            self._detach()
+
+    def _attach(self) -> None:
+        model = self._model()
+        assert model is not None
+        this = weakref.ref(self)  # a copy of the model has its hooks too, and is not this model
+
+        # Torch may call a hook that it is about to forget without its keyword arguments.
+        def start(module: Any, args: Any, kwargs: Any = None) -> None:
+            watch = this()
+            if watch is not None and kwargs is not None and watch._model() is module:
+                watch._start(read_call(args, kwargs))
+
+        def end(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+            watch = this()
+            if watch is not None and watch._model() is module:
+                watch._end(output)
+
+        self._handles = (
+            model.register_forward_pre_hook(start, with_kwargs=True),
+            model.register_forward_hook(end, with_kwargs=True, always_call=True),
+        )
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
+
+    def _told(self) -> list[Follower]:
+        return [found for found in (ref() for ref in self._followers) if found is not None]
+
+    def _start(self, call: ForwardCall) -> None:
+        # Followers that were freed leave here: the collector may run while torch goes through its
+        # hooks, so they cannot take the hooks off themselves.
+        self._followers = [ref for ref in self._followers if ref() is not None]
+        if not self._followers:
+            self._detach()
+            return
+        self._local.call = call
+        for follower in self._told():
+            follower.on_pass_start(call)
+
+    def _end(self, output: Any) -> None:
+        call, self._local.call = self.current, None
+        if call is not None:
+            for follower in self._told():
+                follower.on_pass_end(call, output)
+
+
+_watches: weakref.WeakKeyDictionary[torch.nn.Module, ForwardWatch] = weakref.WeakKeyDictionary()
+
+
+def watch(model: TransformerBridge) -> ForwardWatch:
+    """Return the one watch of a model: of the Transformers model that the bridge wraps."""
+    wrapped = model.original_model
+    found = _watches.get(wrapped)
+    if found is None:
+        found = _watches[wrapped] = ForwardWatch(wrapped)
+    return found

@@ -1,0 +1,1 @@
+"""The contract that slashpatch keeps, tried on the user's own model."""

@@ -1,0 +1,1 @@
+"""The `slashpatch` command: the app, and one file a group of commands."""

@@ -1,0 +1,5 @@
+"""`python -m slashpatch.cli` is the `slashpatch` command."""
+
+from .app import main
+
+main()

@@ -1,0 +1,260 @@
+"""`slashpatch measure`, `flow`, `copying` and `sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..data.files import require_output
+from ..errors import EditError
+from .options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    EditOption,
+    JsonOption,
+    ModelArgument,
+    PlotOption,
+    RandomOption,
+    SeedOption,
+    TextOption,
+    load_bridge,
+)
+from .output import FIGURE_SUFFIXES, new_console, print_json, print_written
+
+if TYPE_CHECKING:
+    from ..effects.result import Result
+
+TogetherOption = Annotated[
+    bool, typer.Option("--together", help="All edits act at once, instead of each by itself.")
+]
+PromptsOption = Annotated[int, typer.Option(min=1, help="How many: the unit of intervals.")]
+OutOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Save as .parquet or .json, with provenance.")
+]
+RowsOption = Annotated[int, typer.Option("--top", min=1, help="Rows of the table.")]
+
+
+def measure(
+    model: ModelArgument = None,
+    edit: EditOption = None,
+    together: TogetherOption = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC",
+            help="loss, kl, top1, loss-by-position, copying, copying-top1, prefix-matching or "
+            "slash; may be repeated. Default: loss, kl and top1.",
+        ),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:N]",
+            help="random-heads, matched-heads, other-offsets or random-pairs, and how many draws; "
+            "may be repeated.",
+        ),
+    ] = None,
+    text: TextOption = None,
+    random_tokens: RandomOption = False,
+    prompts: PromptsOption = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
+    top: RowsOption = 40,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Measure what edits do, with intervals, tests and controls."""
+    from ..effects.controls import as_control
+    from ..effects.measure import measure as run
+    from ..effects.metrics import as_metric
+
+    conditions = _edits(edit, together)
+    metrics = metric or ["loss", "kl", "top1"]
+    for name in metrics:
+        as_metric(name)
+    controls = [as_control(one) for one in control or ()]
+    _require(out, None, text, random_tokens)
+    bridge = load_bridge(model, device, dtype)
+    found = run(
+        bridge,
+        conditions,
+        metrics,
+        text,
+        controls,
+        random_tokens=random_tokens,
+        n_prompts=prompts,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    _show(found, out, None, as_json, top)
+
+
+def flow(
+    model: ModelArgument = None,
+    edit: EditOption = None,
+    together: TogetherOption = False,
+    offsets: Annotated[str, typer.Option(help="Offsets Δ, such as 1-16 or 1,2,8.")] = "1-16",
+    text: TextOption = None,
+    random_tokens: RandomOption = False,
+    prompts: PromptsOption = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 64,
+    replaced: Annotated[int, typer.Option(min=1, help="Tokens replaced in each prompt.")] = 16,
+    top: RowsOption = 80,
+    out: OutOption = None,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """How much the token Δ back moves a prediction, by offset, with and without edits."""
+    from ..effects.flow import flow as run
+    from ..maths.offsets import as_offsets
+
+    conditions = _edits(edit, together, needed=False)
+    wanted = as_offsets(offsets)
+    _require(out, plot, text, random_tokens)
+    bridge = load_bridge(model, device, dtype)
+    found = run(
+        bridge,
+        text,
+        conditions,
+        wanted,
+        random_tokens=random_tokens,
+        n_replaced=replaced,
+        n_prompts=prompts,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    _show(found, out, plot, as_json, top)
+
+
+def copying(
+    model: ModelArgument = None,
+    edit: EditOption = None,
+    together: TogetherOption = False,
+    lags: Annotated[int, typer.Option(min=1, help="Lags 1 to this.")] = 4,
+    prompts: PromptsOption = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of one copy.")] = 50,
+    top: RowsOption = 40,
+    out: OutOption = None,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Which token the model copies on repeated random tokens: the next, or one further on."""
+    from ..effects.copying import copying as run
+
+    conditions = _edits(edit, together, needed=False)
+    _require(out, plot, None, False)
+    bridge = load_bridge(model, device, dtype)
+    found = run(
+        bridge, conditions, range(1, lags + 1), n_prompts=prompts, n_tokens=tokens, seed=seed
+    )
+    _show(found, out, plot, as_json, top)
+
+
+def sweep(
+    model: ModelArgument = None,
+    edit: Annotated[
+        str,
+        typer.Option("--edit", "-e", metavar="EDIT", help="With {head}, and {offset} if swept."),
+    ] = "KnockOut({head}, 1)",
+    heads: Annotated[
+        str | None, typer.Option(metavar="HEADS", help="Such as 'L16H0, L11H1'. Default: all.")
+    ] = None,
+    offsets: Annotated[
+        str | None, typer.Option(metavar="OFFSETS", help="Sweep these too, such as 0-3.")
+    ] = None,
+    metric: Annotated[str, typer.Option(metavar="METRIC", help="As for measure.")] = "copying",
+    text: TextOption = None,
+    random_tokens: RandomOption = False,
+    prompts: PromptsOption = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 65,
+    top: RowsOption = 20,
+    out: OutOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished sweep of --out.")
+    ] = False,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """One edit at every head in turn; a killed run goes on with --resume."""
+    from ..effects.metrics import as_metric
+    from ..effects.sweep import sweep as run
+    from ..heads import heads as as_heads
+
+    if resume and out is None:
+        raise EditError("--resume goes with --out: the file whose sweep goes on")
+    wanted = None if heads is None else as_heads(heads)
+    as_metric(metric)
+    _require(out, plot, text, random_tokens)
+    bridge = load_bridge(model, device, dtype)
+    found = run(
+        bridge,
+        edit,
+        wanted,
+        metric,
+        text,
+        offsets=offsets,
+        path=out,
+        resume=resume,
+        random_tokens=random_tokens,
+        n_prompts=prompts,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    _show(found, out, plot, as_json, top, saved=True)
+
+
+def _edits(typed: list[str] | None, together: bool, needed: bool = True) -> list[Any]:
+    from ..edits import parse_edit
+
+    edits = [parse_edit(one) for one in typed or ()]
+    if needed and not edits:
+        raise EditError("give at least one --edit, such as --edit 'KnockOut(L16H0, 1)'")
+    return [edits] if together and edits else edits
+
+
+def _require(out: Path | None, plot: Path | None, text: Path | None, random_tokens: bool) -> None:
+    """Refuse before the model is loaded."""
+    from ..effects.result import SUFFIXES
+
+    if text is not None and random_tokens:
+        raise EditError("give --text or --random-tokens, not both")
+    require_output(out, SUFFIXES)
+    require_output(plot, FIGURE_SUFFIXES)
+
+
+def _show(
+    found: Result,
+    out: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    top: int,
+    saved: bool = False,
+) -> None:
+    if out is not None and not saved:
+        found.save(out)
+    if plot is not None:
+        from ..report.figures import effects_figure, save_figure
+
+        save_figure(effects_figure(found), plot)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    from ..report.effects import effects_report
+
+    console = new_console()
+    console.print(effects_report(found, top), highlight=False)
+    print_written(console, out, plot)

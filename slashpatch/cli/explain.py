@@ -1,0 +1,92 @@
+"""`slashpatch explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data.files import require_output
+from ..errors import EditError, OutputError
+from .options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    KappaOption,
+    ModelOption,
+    SeedOption,
+    TextOption,
+    load_bridge,
+)
+from .output import new_console, print_json, print_written
+
+
+def explain(
+    head: Annotated[
+        str | None, typer.Argument(metavar="[HEAD]", help="Such as L16H0; not with --all.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="A table over all heads that reach kappa.")
+    ] = False,
+    model: ModelOption = None,
+    text: TextOption = None,
+    offset: Annotated[
+        int | None, typer.Option(min=0, help="Default: where the head scores highest.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 256,
+    kappa: KappaOption = 0.1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --all: .parquet, .csv or .json.")
+    ] = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Say why a head is a slash head: rank, frequencies, and what happens without them."""
+    from ..data.files import TABLE_SUFFIXES, write_table
+    from ..explaining.explain import explain as explain_one
+    from ..explaining.explain import explain_all
+    from ..heads import heads
+    from ..scanning.result import require_kappa
+
+    require_kappa(kappa)
+    if every == (head is not None):
+        raise EditError("give one head, such as L16H0, or --all")
+    if every and offset is not None:
+        raise EditError("--offset goes with one head; --all takes each head's best")
+    chosen = None if head is None else heads(head)
+    if out is not None:
+        if not every:
+            raise OutputError("--out goes with --all")
+        require_output(out, TABLE_SUFFIXES)
+    bridge = load_bridge(model, device, dtype)
+    common: dict[str, Any] = {
+        "n_prompts": prompts,
+        "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
+        "kappa": kappa,
+        "seed": seed,
+    }
+    console = new_console()
+    if chosen is not None:
+        one = explain_one(bridge, chosen, text, offset=offset, **common)
+        if as_json:
+            print_json(one.to_dict())
+        else:
+            from ..report.explanation import explanation_report
+
+            console.print(explanation_report(one), highlight=False)
+        return
+    frame = explain_all(bridge, None, text, **common)
+    if out is not None:
+        write_table(frame, out)
+    if as_json:
+        print_json({"heads": frame.to_dict(orient="records")})
+        return
+    from ..report.explanation import explanations_table
+
+    console.print(explanations_table(frame))
+    print_written(console, out)

@@ -1,0 +1,87 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+class Device(str, Enum):
+    """Where the model runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Dtype(str, Enum):
+    """Precision of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Engine(str, Enum):
+    """Which attention runs."""
+
+    auto = "auto"
+    fused = "fused"
+    bridge = "bridge"
+
+
+EngineOption = Annotated[
+    Engine, typer.Option(help="Flash attention, TransformerLens' own, or the first if exact.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
+    ),
+]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Of everything drawn at random.")
+]
+DeviceOption = Annotated[Device | None, typer.Option(help="Default: CUDA, then MPS, then CPU.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights.")]
+KappaOption = Annotated[float, typer.Option(help="Score from which a head is a slash head.")]
+OffsetsOption = Annotated[str, typer.Option(help="Offsets Δ, such as 0-15 or 1,2,8.")]
+EditOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edit", "-e", metavar="EDIT", help="Such as 'KnockOut(L16H0, 1)'; may be repeated."
+    ),
+]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
+TextOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Prompts from this text, not the built-in.")
+]
+RandomOption = Annotated[bool, typer.Option("--random-tokens", help="Random tokens as prompts.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw as .png, .svg or .pdf.")
+]
+
+
+def load_bridge(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:
+    """The model that the options name."""
+    from ..bridge.loading import load
+
+    return load(model, device.value if device else None, dtype.value)

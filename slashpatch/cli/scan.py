@@ -1,0 +1,137 @@
+"""`slashpatch scan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data.files import require_output
+from ..errors import EditError
+from .options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    EditOption,
+    Engine,
+    EngineOption,
+    JsonOption,
+    KappaOption,
+    ModelArgument,
+    OffsetsOption,
+    PlotOption,
+    RandomOption,
+    SeedOption,
+    TextOption,
+    load_bridge,
+)
+from .output import FIGURE_SUFFIXES, new_console, print_json, print_written
+
+
+def scan(
+    model: ModelArgument = None,
+    text: TextOption = None,
+    random_tokens: RandomOption = False,
+    offsets: OffsetsOption = "0-15",
+    kappa: KappaOption = 0.1,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 512,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
+    edit: EditOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save as .safetensors, .parquet, .csv or .json."),
+    ] = None,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+    engine: EngineOption = Engine.auto,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Find the slash heads of a model, on natural text and on random tokens."""
+    from ..data.files import TABLE_SUFFIXES, write_table
+    from ..maths.offsets import as_offsets
+    from ..patching.patch import patch
+    from ..scanning.result import require_kappa
+    from ..scanning.scan import scan as run_scan
+
+    wanted = as_offsets(offsets)
+    require_kappa(kappa)
+    if text is not None and random_tokens:
+        raise EditError("give --text or --random-tokens, not both")
+    require_output(out, (".safetensors", *TABLE_SUFFIXES))
+    require_output(plot, FIGURE_SUFFIXES)
+    bridge = load_bridge(model, device, dtype)
+    saved = out is not None and out.suffix == ".safetensors"
+    common: dict[str, Any] = {
+        "offsets": wanted,
+        "engine": engine.value,
+        "n_prompts": prompts,
+        "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
+        "seed": seed,
+    }
+    with patch(bridge, *(edit or ())):
+        if random_tokens:
+            found, control = run_scan(bridge, random_tokens=True, moments=saved, **common), None
+        else:
+            found = run_scan(bridge, text, moments=saved, **common)
+            control = run_scan(bridge, random_tokens=True, moments=False, **common)
+    if out is not None and saved:
+        found.save(out)
+    elif out is not None:
+        frame = found.to_dataframe()
+        if control is not None:
+            frame["random_tokens"] = control.scores.flatten().numpy()
+        write_table(frame, out)
+    if plot is not None:
+        from ..report.figures import save_figure, scan_figure
+
+        save_figure(scan_figure(found, control, kappa), plot)
+    if as_json:
+        print_json(_scan_record(found, control, kappa))
+        return
+    from ..report.tables import heatmap, scan_table, side_by_side
+
+    console = new_console()
+    left = heatmap(found.scores.nan_to_num(0).amax(-1), _title(found))
+    if control is None:
+        console.print(left)
+    else:
+        right = heatmap(control.scores.nan_to_num(0).amax(-1), _title(control))
+        console.print(side_by_side(left, right, console.width))
+    console.print()
+    console.print(scan_table(found, kappa, top, control))
+    print_written(console, out, plot)
+
+
+def _title(found: Any) -> str:
+    first, last = found.offsets[0], found.offsets[-1]
+    source = found.provenance["prompts"][0]["source"].partition(",")[0]
+    return f"{source}: highest score over Δ {first} to {last}"
+
+
+def _scan_record(found: Any, control: Any, kappa: float) -> dict[str, Any]:
+    rows = []
+    for entry in found.slash_heads(kappa):
+        low, high = entry.interval
+        row = {
+            "head": str(entry.head),
+            "offset": entry.offset,
+            "score": entry.score,
+            "low": low,
+            "high": high,
+        }
+        if control is not None:
+            at = (entry.head.layer, entry.head.head, control.offsets.index(entry.offset))
+            row["random_tokens"] = float(control.scores[at])
+        rows.append(row)
+    return {
+        "kappa": kappa,
+        "offsets": list(found.offsets),
+        "n_tokens": found.n_tokens,
+        "slash_heads": rows,
+        "provenance": found.provenance,
+        "control": None if control is None else control.provenance,
+    }

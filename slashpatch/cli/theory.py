@@ -1,0 +1,211 @@
+"""`slashpatch theory train` and `slashpatch theory phase`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data.files import require_output
+from ..errors import TheoryError
+from .options import JsonOption, KappaOption, PlotOption, SeedOption
+from .output import FIGURE_SUFFIXES, new_console, print_json, print_written
+
+theory = typer.Typer(
+    help="Slash heads from scratch: train a shallow RoPE transformer under two conditions.",
+    no_args_is_help=True,
+)
+
+
+class Task(str, Enum):
+    """What is trained."""
+
+    copying = "copying"
+    regression = "regression"
+
+
+class Optimizer(str, Enum):
+    """How it is trained."""
+
+    gd = "gd"
+    adam = "adam"
+
+
+ConeOption = Annotated[float, typer.Option(help="Strength of the embeddings' common direction.")]
+FrequenciesOption = Annotated[
+    str, typer.Option(help="all, high, medium, low, or θ's such as 1,0.5,0.1.")
+]
+TaskOption = Annotated[Task, typer.Option(help="What the data reward.")]
+OffsetOption = Annotated[int, typer.Option(min=1, help="Δ that the data reward.")]
+OptimizerOption = Annotated[Optimizer, typer.Option(help="Plain gradient descent, or Adam.")]
+RateOption = Annotated[float | None, typer.Option("--learning-rate", help="Default: by optimizer.")]
+StepsOption = Annotated[int, typer.Option(min=0, help="Steps of training.")]
+SeedsOption = Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")]
+
+
+@theory.command()
+def train(
+    cone: ConeOption = 1.0,
+    frequencies: FrequenciesOption = "all",
+    task: TaskOption = Task.copying,
+    offset: OffsetOption = 1,
+    optimizer: OptimizerOption = Optimizer.gd,
+    learning_rate: RateOption = None,
+    steps: StepsOption = 500,
+    length: Annotated[int, typer.Option(min=4, help="Positions of a sequence.")] = 64,
+    seeds: SeedsOption = 3,
+    kappa: KappaOption = 0.3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="History as .parquet, .csv or .json.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the weights as .safetensors; with --seeds 1."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from --checkpoint, bit for bit.")
+    ] = False,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Train, and show when the slash forms and when layer 2 finds what it brings."""
+    from ..data.files import TABLE_SUFFIXES, write_table
+    from ..theory import Settings
+    from ..theory import train as run
+
+    require_output(out, TABLE_SUFFIXES)
+    require_output(plot, FIGURE_SUFFIXES)
+    require_output(checkpoint, (".safetensors",))
+    if checkpoint is not None and seeds != 1:
+        raise TheoryError("a checkpoint is of one run; give --seeds 1")
+    settings = [
+        Settings(
+            task=task.value,
+            offset=offset,
+            cone=cone,
+            frequencies=_frequencies(frequencies),
+            length=length,
+            optimizer=optimizer.value,
+            learning_rate=learning_rate,
+            steps=steps,
+            seed=one,
+        )
+        for one in range(seed, seed + seeds)
+    ]
+    runs = [run(one, checkpoint=checkpoint, resume=resume) for one in settings]
+    import pandas as pd
+
+    frame = pd.concat([one.history.assign(seed=one.settings.seed) for one in runs])
+    if out is not None:
+        write_table(frame, out)
+    if plot is not None:
+        from ..report.figures import save_figure
+        from ..report.theory import training_figure
+
+        save_figure(training_figure(runs, kappa), plot)
+    if as_json:
+        print_json(
+            {
+                "settings": settings[0].to_dict(),
+                "runs": [
+                    {
+                        "seed": one.settings.seed,
+                        "time_to_slash": one.time_to(kappa),
+                        "time_to_matching": one.time_to(kappa, "matching"),
+                        "out_of_distribution": one.out_of_distribution(),
+                        "history": one.rows,
+                    }
+                    for one in runs
+                ],
+                "kappa": kappa,
+            }
+        )
+        return
+    from ..report.theory import training_report
+
+    console = new_console()
+    console.print(training_report(runs, kappa), highlight=False)
+    print_written(console, out, plot, checkpoint)
+
+
+@theory.command()
+def phase(
+    rows: Annotated[str, typer.Option(help="A knob and its values.")] = "cone=0,0.25,0.5,1,2",
+    columns: Annotated[
+        str, typer.Option(help="Another knob and its values.")
+    ] = "frequencies=high,medium,low,all",
+    task: TaskOption = Task.copying,
+    optimizer: OptimizerOption = Optimizer.gd,
+    steps: StepsOption = 500,
+    seeds: SeedsOption = 3,
+    kappa: KappaOption = 0.3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save as .parquet, .csv or .json.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished diagram of --out.")
+    ] = False,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Train over two knobs, with several seeds: where slash heads emerge, and how soon."""
+    from ..data.files import TABLE_SUFFIXES
+    from ..theory import Settings, phase_diagram
+
+    require_output(out, TABLE_SUFFIXES)
+    require_output(plot, FIGURE_SUFFIXES)
+    if resume and out is None:
+        raise TheoryError("--resume goes with --out: the file whose diagram goes on")
+    settings = Settings(task=task.value, optimizer=optimizer.value, steps=steps)
+    frame = phase_diagram(
+        settings,
+        rows=_knob(rows),
+        columns=_knob(columns),
+        seeds=range(seed, seed + seeds),
+        kappa=kappa,
+        path=out,
+        resume=resume,
+    )
+    if plot is not None:
+        from ..report.figures import save_figure
+        from ..report.theory import phase_figure
+
+        save_figure(phase_figure(frame, kappa), plot)
+    if as_json:
+        print_json({"kappa": kappa, "runs": frame.to_dict(orient="records")})
+        return
+    from ..report.theory import phase_report
+
+    console = new_console()
+    console.print(phase_report(frame, kappa), highlight=False)
+    print_written(console, out, plot)
+
+
+def _frequencies(text: str) -> str | tuple[float, ...]:
+    """A band, or θ's."""
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        return tuple(float(part) for part in parts if part)
+    except ValueError:
+        return text
+
+
+def _knob(text: str) -> tuple[str, list[Any]]:
+    """`name=value,value,...`; each value is a number where it can be."""
+    name, equals, values = text.partition("=")
+    if not equals or not values.strip():
+        raise TheoryError(f"expected a knob and its values, such as cone=0,1,2; got {text!r}")
+    return name.strip(), [_value(part.strip()) for part in values.split(",")]
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

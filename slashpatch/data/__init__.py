@@ -1,0 +1,1 @@
+"""What a run reads and writes: prompts, files, the journal of a resumable run, progress bars."""

@@ -1,0 +1,1 @@
+"""Why a head is a slash head."""

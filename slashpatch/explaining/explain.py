@@ -1,0 +1,274 @@
+"""Why a head is a slash head: the two conditions measured and tried, and a verdict by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import bridge
+from ..bridge.attached import reads_diagonals
+from ..bridge.provenance import provenance
+from ..bridge.qk import LayerQK
+from ..data.progress import progress_over
+from ..data.prompts import prompt_set
+from ..edits import DropBand, Edit, FreezeBand, RankOne
+from ..errors import HeadError, ModelError
+from ..heads import Head, HeadsLike, heads, require_heads
+from ..maths.bands import NAMED_BANDS, band_mask
+from ..maths.slash_scores import slash_sums
+from ..patching.fused import fused_where_exact
+from ..patching.patch import patch
+from ..scanning.result import Scan, require_kappa
+from ..scanning.scan import scan
+from .result import Explanation, verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def explain(
+    model: TransformerBridge,
+    head: HeadsLike,
+    prompts: Any = None,
+    *,
+    offset: int | None = None,
+    n_prompts: int = 8,
+    max_tokens: int | None = None,
+    kappa: float = 0.1,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Explanation:
+    """Measure the two conditions on one head, try them by intervention, judge.
+
+    Prompts as for `scan` (256 tokens each when None); the model as it is. `offset` is the one with
+    the head's highest score when None. Raises HeadError, PromptError, ScanError, ModelError.
+    """
+    found = heads(head)
+    if len(found) != 1:
+        raise HeadError(f"explain takes one head, got {head!r}; explain_all takes several")
+    return next(
+        _explanations(model, found, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
+    )
+
+
+def explain_all(
+    model: TransformerBridge,
+    wanted: HeadsLike = None,
+    prompts: Any = None,
+    *,
+    n_prompts: int = 8,
+    max_tokens: int | None = None,
+    kappa: float = 0.1,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """One row per head, for all heads that reach κ when `wanted` is None; columns as `to_row`.
+
+    Raises as `explain`.
+    """
+    import pandas as pd
+
+    chosen = None if wanted is None else heads(wanted)
+    rows = _explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
+    return pd.DataFrame([one.to_row() for one in rows])
+
+
+def _explanations(
+    model: TransformerBridge,
+    wanted: Sequence[Head] | None,
+    prompts: Any,
+    offset: int | None,
+    n_prompts: int,
+    max_tokens: int | None,
+    kappa: float,
+    seed: int,
+    progress: bool | None,
+) -> Iterator[Explanation]:
+    require_kappa(kappa)
+    if prompts is None and max_tokens is None:
+        max_tokens = min(256, model.cfg.n_ctx)
+    texts = prompt_set(model, prompts, n_prompts=n_prompts, max_tokens=max_tokens, seed=seed)
+    longest = max(len(tokens) for tokens in texts.tokens)
+    offsets = range(min(16, longest)) if offset is None else sorted({0, offset})
+    tokens = list(texts.tokens)
+    reach = max(64, 2 * (offset or 0))
+    natural = scan(model, tokens, offsets, profile_offsets=reach, progress=progress)
+    control = scan(
+        model,
+        offsets=offsets,
+        random_tokens=True,
+        n_prompts=len(tokens),
+        max_tokens=longest,
+        moments=False,
+        seed=seed,
+        progress=progress,
+    )
+    if wanted is None:
+        wanted = list(dict.fromkeys(entry.head for entry in natural.slash_heads(kappa)))
+    require_heads(wanted, *natural.sums.shape[:2])
+    layers = bridge.read(model).qk
+    at = {head: _best_offset(natural, head, offset) for head in wanted}
+    edited = _edited_scores(model, tokens, at, layers, progress)
+    source = provenance(
+        model,
+        prompts=[{"source": texts.source, "n": len(tokens), "digest": texts.digest}],
+        seed=seed,
+    )
+    table = natural.rank_one.set_index("name")
+    for head in wanted:
+        yield _explanation(head, at[head], natural, control, edited[head], table, kappa, source)
+
+
+def _best_offset(found: Scan, head: Head, offset: int | None) -> int:
+    if offset is not None:
+        return offset
+    return found.offsets[int(found.scores[head.layer, head.head].nan_to_num(-1).argmax())]
+
+
+def _tries(head: Head, has_rope: bool) -> dict[str, Edit]:
+    """The interventions on one head, by label."""
+    tries: dict[str, Edit] = {f"rank one {of}": RankOne(head, of) for of in ("q", "k", "qk")}
+    if has_rope:
+        tries |= {f"drop {band}": DropBand(head, band) for band in NAMED_BANDS}
+        tries |= {f"freeze {band}": FreezeBand(head, band) for band in NAMED_BANDS}
+    return tries
+
+
+def _edited_scores(
+    model: TransformerBridge,
+    tokens: list[Tensor],
+    at: dict[Head, int],
+    layers: Sequence[LayerQK],
+    progress: bool | None,
+) -> dict[Head, dict[str, float]]:
+    """Each head's score at its offset under each try, mean over prompts.
+
+    All heads are tried in one pass: each layer's pattern is read under the edits, and then its z is
+    put back to what it was without them, so every head is tried in the intact model.
+    """
+    tries: dict[str, list[Edit]] = {}
+    for head in at:
+        for label, edit in _tries(head, layers[head.layer].rotary is not None).items():
+            tries.setdefault(label, []).append(edit)
+    wanted = sorted(set(at.values()))
+    sums: dict[str, Tensor] = {}
+    counts = torch.zeros(len(wanted))
+    jobs = [(prompt, label) for prompt in tokens for label in tries]
+    intact: dict[int, Tensor] = {}
+    with fused_where_exact(model):
+        for prompt, label in progress_over(jobs, "trying edits", show=progress):
+            if label == next(iter(tries)):
+                intact = _intact_z(model, prompt)
+                counts += torch.tensor([float(len(prompt) > offset) for offset in wanted])
+            with patch(model, *tries[label]):
+                scores = _scores_with_z(model, prompt, wanted, intact).nan_to_num(0)
+            sums[label] = sums[label] + scores if label in sums else scores
+    return {
+        head: {
+            label: float((total / counts)[head.layer, head.head, wanted.index(offset)])
+            for label, total in sums.items()
+            if layers[head.layer].rotary is not None or label.startswith("rank one")
+        }
+        for head, offset in at.items()
+    }
+
+
+def _intact_z(model: TransformerBridge, prompt: Tensor) -> dict[int, Tensor]:
+    """z of every layer."""
+    found: dict[int, Tensor] = {}
+
+    def keep(z: Tensor, hook: Any) -> None:
+        found[hook.layer()] = z
+
+    _run(model, prompt, [(name, keep) for name in _names(model, "z")])
+    return found
+
+
+def _scores_with_z(
+    model: TransformerBridge, prompt: Tensor, offsets: Sequence[int], z: dict[int, Tensor]
+) -> Tensor:
+    """Slash scores [layer, head, offset] of one prompt, with z given to every layer."""
+    found: dict[int, Tensor] = {}
+
+    real = torch.ones(1, len(prompt), dtype=torch.bool)
+    rows = len(prompt) - torch.tensor(offsets)
+
+    @reads_diagonals
+    def read(pattern: Any, hook: Any) -> None:
+        found[hook.layer()] = slash_sums(pattern, offsets, real)[0] / rows.clamp(min=0)
+
+    def put_back(edited: Tensor, hook: Any) -> Tensor:
+        return z[hook.layer()]
+
+    hooks: list[tuple[str, Any]] = [(name, read) for name in _names(model, "pattern")]
+    _run(model, prompt, hooks + [(name, put_back) for name in _names(model, "z")])
+    return torch.stack([found[layer] for layer in range(model.cfg.n_layers)])
+
+
+def _names(model: TransformerBridge, site: str) -> list[str]:
+    info = bridge.read(model)
+    return [info.hook(layer, site) for layer in range(info.n_layers)]
+
+
+def _run(model: TransformerBridge, prompt: Tensor, hooks: list[tuple[str, Any]]) -> None:
+    with torch.no_grad():
+        bridge.run_for_hooks(model, prompt[None].to(model.cfg.device), hooks)
+
+
+def _explanation(
+    head: Head,
+    offset: int,
+    natural: Scan,
+    control: Scan,
+    edited: dict[str, float],
+    table: pd.DataFrame,
+    kappa: float,
+    source: dict[str, Any],
+) -> Explanation:
+    column = natural.offsets.index(offset)
+    score = float(natural.scores[head.layer, head.head, column])
+    moments = natural.require_moments()
+    try:
+        rotary = moments.rotary(head.layer)
+        profile = moments.profile(head)
+        terms = moments.pair_peaks(head, offset)
+        waves = 2 * torch.pi / rotary.inv_freq
+        order = terms.abs().argsort(descending=True)[:8].tolist()
+        pairs = [(pair, float(waves[pair]), float(terms[pair])) for pair in order]
+        per_pair = moments.pair_concentration(head)
+        masks = {band: band_mask(band, rotary.inv_freq) for band in NAMED_BANDS}
+        concentration = {
+            band: (float(per_pair[0, mask].mean()), float(per_pair[1, mask].mean()))
+            for band, mask in masks.items()
+        }
+    except ModelError:  # a layer without RoPE, or whose logits depend on more than the offset
+        profile, pairs, concentration = None, [], {}
+    own = table.loc[str(head)]
+    rank = {
+        name: (float(own[name]), float(np.mean(table[name] < own[name])))  # type: ignore[arg-type]
+        for name in ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k", "cone_x")
+    }
+    dropped = {band: edited[f"drop {band}"] for band in NAMED_BANDS if f"drop {band}" in edited}
+    frozen = {band: edited[f"freeze {band}"] for band in NAMED_BANDS if f"freeze {band}" in edited}
+    rank_one = {of: edited[f"rank one {of}"] for of in ("q", "k", "qk")}
+    return Explanation(
+        head=head,
+        offset=offset,
+        natural=score,
+        random=float(control.scores[head.layer, head.head, column]),
+        rank=rank,
+        dropped=dropped,
+        frozen=frozen,
+        rank_one=rank_one,
+        profile=profile,
+        pairs=pairs,
+        concentration=concentration,
+        verdict=verdict(score, offset, rank_one["qk"], dropped, profile, kappa),
+        kappa=kappa,
+        provenance=source,
+    )

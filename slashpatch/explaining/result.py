@@ -1,0 +1,151 @@
+"""What `explain` found of one head, and the rule by which it is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..data import display
+from ..heads import Head
+from ..maths.spectrum import margin
+from ..scanning.moments import Profile
+
+#: The verdict's thresholds; all *ours*.
+PREDICTION_FITS = 0.9
+STAYS = 0.5
+GOES = 0.5
+
+RULE = (
+    "RoPE-made slash: the score is at least κ; with Q and K at rank one at least half of it stays; "
+    "the profile predicted from mean q and k correlates above 0.9 with the measured one and peaks "
+    "within one token of the offset; and dropping some band takes more than half of the score. "
+    "Content-made: the score is at least κ, and with Q and K at rank one less than half of it "
+    "stays. Neither: anything else."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What was measured of one head at one offset. `str` gives the report.
+
+    Attributes:
+        head: The head; `offset` the Δ at which it is explained.
+        natural: Slash score on the prompts; `random` on random tokens.
+        rank: r1, R95 and cone of this head's Q and K, and the share of all heads that lie below.
+        dropped: Score with each band dropped; `frozen` with each band not rotated.
+        rank_one: Score with Q, K, both at rank one (each prompt's own direction).
+        profile: Mean logit by offset, measured and predicted; None without RoPE.
+        pairs: (pair, wavelength in tokens, what it adds to the predicted logit at the offset beyond
+            its mean over offsets), largest first: the frequencies that carry the peak.
+        concentration: |E x_l|/E|x_l| of q and k, mean over pairs of each band.
+        verdict: "RoPE-made slash", "content-made" or "neither", by `RULE`.
+    """
+
+    head: Head
+    offset: int
+    natural: float
+    random: float
+    rank: dict[str, tuple[float, float]]
+    dropped: dict[str, float]
+    frozen: dict[str, float]
+    rank_one: dict[str, float]
+    profile: Profile | None
+    pairs: list[tuple[int, float, float]]
+    concentration: dict[str, tuple[float, float]]
+    verdict: str
+    kappa: float
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        profile = self.profile
+        return {
+            "head": str(self.head),
+            "offset": self.offset,
+            "score": {"natural": self.natural, "random": self.random},
+            "rank": {
+                name: {"value": value, "share_of_heads_below": below}
+                for name, (value, below) in self.rank.items()
+            },
+            "score_with_band_dropped": self.dropped,
+            "score_with_band_frozen": self.frozen,
+            "score_at_rank_one": self.rank_one,
+            "profile": None
+            if profile is None
+            else {
+                "measured": profile.measured.tolist(),
+                "predicted": profile.predicted.tolist(),
+                "correlation": profile.correlation,
+                "measured_peak": profile.measured_peak,
+                "predicted_peak": profile.predicted_peak,
+                "margin": self.margin,
+            },
+            "pairs": [
+                {"pair": pair, "wavelength": wave, "logit": logit}
+                for pair, wave, logit in self.pairs
+            ],
+            "concentration": {
+                band: {"q": q, "k": k} for band, (q, k) in self.concentration.items()
+            },
+            "verdict": self.verdict,
+            "rule": RULE,
+            "kappa": self.kappa,
+            "provenance": self.provenance,
+        }
+
+    def to_row(self) -> dict[str, Any]:
+        """One flat row, for the table over many heads."""
+        row: dict[str, Any] = {
+            "name": str(self.head),
+            "layer": self.head.layer,
+            "head": self.head.head,
+            "offset": self.offset,
+            "score": self.natural,
+            "random_tokens": self.random,
+        }
+        row |= {name: value for name, (value, _) in self.rank.items()}
+        row |= {f"drop_{band}": score for band, score in self.dropped.items()}
+        row |= {f"freeze_{band}": score for band, score in self.frozen.items()}
+        row |= {f"rank_one_{of}": score for of, score in self.rank_one.items()}
+        row["correlation"] = float("nan") if self.profile is None else self.profile.correlation
+        row["predicted_peak"] = None if self.profile is None else self.profile.predicted_peak
+        row["margin"] = self.margin
+        row["verdict"] = self.verdict
+        return row
+
+    @property
+    def margin(self) -> float | None:
+        """Predicted logit of the offset over all others of the profile; None where it has none.
+
+        The frequency condition: if all tokens had the mean query and key, the head could be a slash
+        head at the offset only where this is positive (`slashpatch.spectrum.margin`).
+        """
+        if self.profile is None:
+            return None
+        at = (self.profile.offsets == self.offset).nonzero()  # offsets that an edit empties lack
+        return margin(self.profile.predicted, int(at[0])) if len(at) else None
+
+    def __str__(self) -> str:
+        return display.text(self)
+
+
+def verdict(
+    score: float,
+    offset: int,
+    at_rank_one: float,
+    dropped: dict[str, float],
+    profile: Profile | None,
+    kappa: float,
+) -> str:
+    """The verdict by `RULE`."""
+    if not score >= kappa:
+        return "neither"
+    if at_rank_one < STAYS * score:
+        return "content-made"
+    fits = (
+        profile is not None
+        and profile.correlation > PREDICTION_FITS
+        and abs(profile.predicted_peak - offset) <= 1
+    )
+    carried = bool(dropped) and min(dropped.values()) < GOES * score
+    return "RoPE-made slash" if fits and carried else "neither"

@@ -1,0 +1,1 @@
+"""Pure tensor functions: no model library is imported here."""

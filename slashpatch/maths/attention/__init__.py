@@ -1,0 +1,1 @@
+"""Softmax attention of one layer whose matrix is never formed."""

@@ -1,0 +1,1 @@
+"""Attach edits to a model: patch, hooks, per-head keys, the fused engine."""

@@ -1,0 +1,138 @@
+"""Edits bound to one model: their hook functions, the record of which fired, and KV caches."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import bridge
+from ..bridge.attached import Mark
+from ..bridge.forward_call import ForwardCall
+from ..bridge.passes import first_layer
+from ..bridge.watch import watch
+from ..edits import Edit, as_edit
+from ..errors import PatchError
+from .binding import Act, EditInLayer, per_head_key_hooks
+from .per_head_keys import PerHeadKeys
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_serial = itertools.count(1)
+#: On KV caches: the attachments under which they were filled, so that a copy of one is known too.
+_FILLED_UNDER = "_slashpatch_patches"
+
+
+class Hook(NamedTuple):
+    """A function to attach to a hook point; `first` must run before all others there."""
+
+    name: str
+    function: Callable[..., Any]
+    first: bool
+
+
+class Attachment:
+    """Edits bound to one model.
+
+    Attributes:
+        hooks: What to attach to which hook point, in order.
+    """
+
+    def __init__(self, model: TransformerBridge, edits: tuple[Edit | str, ...]) -> None:
+        self.info = bridge.read(model)
+        self.serial = next(_serial)
+        self.edits = tuple(as_edit(edit) for edit in edits)
+        for edit in self.edits:
+            edit.validate(self.info)
+        prepared = [edit.prepare(model, self.info) for edit in self.edits]
+        self._model = weakref.ref(model)
+        self._fired: dict[tuple[str, str], bool] = {}
+        self.hooks: list[Hook] = []
+        for index, (edit, states) in enumerate(zip(self.edits, prepared, strict=True)):
+            for layer in edit.layers:
+                key = (self.serial, index)
+                for name, act in EditInLayer(
+                    edit, key, layer, self.info, states.get(layer)
+                ).hooks():
+                    self._add(name, act, Mark(*key, edit), layer)
+        self._add_per_head_keys()
+        self._watch = watch(model)
+        self._watch.follow(self)
+
+    def _add_per_head_keys(self) -> None:
+        layers = {
+            layer: edit for edit in self.edits if "key" in edit.stages() for layer in edit.layers
+        }
+        for layer, edit in sorted(layers.items(), key=lambda item: item[0]):
+            mark = Mark(self.serial, self.edits.index(edit), edit)
+            *catching, (scores, rewrite) = per_head_key_hooks(self.info, layer)
+            for name, act in catching:
+                self._add(name, act, mark, layer)
+            self._add(scores, rewrite, mark, layer, first=True)
+        self.hooks.sort(key=lambda hook: not hook.first)
+
+    def _add(self, name: str, act: Act, mark: Mark, layer: int, first: bool = False) -> None:
+        """Note a hook function, which must fire."""
+        edit = mark.edit
+        what = f"{edit} (per-head keys)" if first else str(edit)
+        self._fired[name, what] = False
+
+        def hook_fn(tensor: Any, hook: Any) -> Any:
+            call, model = self._watch.require(), self._model()
+            if not call.own and (model is None or layer >= first_layer(model)):
+                self._fired[name, what] = True
+            call.state.setdefault(_FILLED_UNDER, set()).add(self.serial)
+            self._refuse_older_cache(call, edit)
+            _ = call.real  # refuses attention masks under which columns do not count tokens
+            if first:
+                _require_first(hook)
+            return act(call, tensor)
+
+        hook_fn.slashpatch = mark  # type: ignore[attr-defined]
+        hook_fn.goes_first = first  # type: ignore[attr-defined]
+        hook_fn.__qualname__ = f"slashpatch {what}"
+        self.hooks.append(Hook(name, hook_fn, first))
+
+    def _refuse_older_cache(self, call: ForwardCall, edit: Edit) -> None:
+        if call.past and self.serial not in getattr(call.cache, _FILLED_UNDER, ()):
+            raise PatchError(
+                f"{edit} was attached after {call.past} tokens had been cached without it; "
+                "mixing them would be neither model. Start the generation inside the patch"
+            )
+
+    def on_pass_start(self, call: ForwardCall) -> None:
+        """Nothing is kept from pass to pass."""
+
+    def on_pass_end(self, call: ForwardCall, output: Any) -> None:
+        """Note on the KV cache under which edits it was filled, and lay per-head keys beside it."""
+        cache = getattr(output, "past_key_values", None)
+        under = call.state.get(_FILLED_UNDER, set())
+        if cache is not None and self.serial in under:
+            setattr(cache, _FILLED_UNDER, {*getattr(cache, _FILLED_UNDER, ()), *under})
+            PerHeadKeys.of(call).keep(cache)
+
+    def require_fired(self) -> None:
+        """Raise PatchError for the first hook that never fired."""
+        for (name, edit), fired in self._fired.items():
+            if not fired:
+                raise PatchError(
+                    f"{edit} changed nothing: its hook {name} never fired. Run the patched model "
+                    "inside the `with` block, with that layer and without resetting its hooks"
+                )
+
+    def close(self) -> None:
+        """Stop following the model; the hook functions are removed by whoever attached them."""
+        self._watch.unfollow(self)
+
+
+def _require_first(hook: Any) -> None:
+    """Raise PatchError if a hook on the scores ran before they were computed from per-head keys."""
+    for handle in getattr(hook, "_target", hook).fwd_hooks:
+        if getattr(handle.user_hook, "goes_first", False):
+            return
+        raise PatchError(
+            f"a hook on {hook.name} ran before slashpatch computed the scores of heads that have "
+            "per-head keys, and would be lost; attach the edits with slashpatch.patch, or first"
+        )

@@ -1,0 +1,1 @@
+"""Slash scores over prompts (scan) and while a model runs (SlashMonitor)."""

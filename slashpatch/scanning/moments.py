@@ -1,0 +1,202 @@
+"""Sums over tokens that tell rank, cone and mean logits of every head; they add up exactly.
+
+Of the tokens × d_head matrices of pre-RoPE queries and keys: Gram matrices (their eigenvalues are
+σ²), means, means of unit vectors and of moduli. Of the logits: means by offset. One pass, nothing
+kept that grows with the number of tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import ModelError, ScanError
+from ..heads import Head
+from ..maths.rank import r1, r95
+from ..maths.rotary import Rotary
+from ..maths.spectrum import concentration, logit_terms, predicted_profile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Profile(NamedTuple):
+    """Mean logit of a head by offset: measured, and predicted from its mean query and key.
+
+    `correlation` is Pearson's over the offsets that were measured.
+    """
+
+    offsets: Int[Tensor, "offset"]
+    measured: Float[Tensor, "offset"]
+    predicted: Float[Tensor, "offset"]
+    correlation: float
+
+    @property
+    def measured_peak(self) -> int:
+        """The offset with the highest mean logit."""
+        return int(self.offsets[self.measured.argmax()])
+
+    @property
+    def predicted_peak(self) -> int:
+        """The offset with the highest predicted logit."""
+        return int(self.offsets[self.predicted.argmax()])
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over `n_tokens` tokens, float64, and each layer's rotation.
+
+    Attributes:
+        gram_q: XᵀX of each head's queries; `gram_k` of each KV head's keys.
+        sum_q: Sum of queries; `sum_k` of keys; `sum_x` of the attention's input.
+        unit_q: Sum of queries, each divided by its length; `unit_k`, `unit_x` likewise.
+        abs_q: Sum of the modulus of each rotary pair; `abs_k` likewise.
+        logits: Sum of unmasked logits i → i−Δ for Δ from 0; `logit_rows` says of how many.
+            (A logit that an edit removed counts as masked.)
+        inv_freq: θ of each layer, NaN for a layer without RoPE.
+        gain: Gain of each layer's rotation; `scale` of its logits.
+        pairing: Layout of each layer's pairs: "half", "adjacent", "" without RoPE, or "weighed"
+            where a norm after RoPE weighs the dimensions of a pair differently.
+    """
+
+    n_tokens: Int[Tensor, ""]
+    gram_q: Float[Tensor, "layer head d_head d_head"]
+    gram_k: Float[Tensor, "layer kv_head d_head d_head"]
+    sum_q: Float[Tensor, "layer head d_head"]
+    sum_k: Float[Tensor, "layer kv_head d_head"]
+    sum_x: Float[Tensor, "layer d_model"]
+    unit_q: Float[Tensor, "layer head d_head"]
+    unit_k: Float[Tensor, "layer kv_head d_head"]
+    unit_x: Float[Tensor, "layer d_model"]
+    abs_q: Float[Tensor, "layer head pair"]
+    abs_k: Float[Tensor, "layer kv_head pair"]
+    logits: Float[Tensor, "layer head offset"]
+    logit_rows: Int[Tensor, "layer head offset"]
+    inv_freq: Float[Tensor, "layer pair"]
+    gain: Float[Tensor, "layer"]
+    scale: Float[Tensor, "layer"]
+    pairing: tuple[str, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every field that is a tensor, by name."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "pairing"
+        }
+
+    def __add__(self, other: Moments) -> Moments:
+        fixed = {"inv_freq", "gain", "scale"}
+        mine, theirs = self.tensors(), other.tensors()
+        for name in fixed:
+            if not torch.equal(mine[name].nan_to_num(-1), theirs[name].nan_to_num(-1)):
+                raise ScanError(f"scans of models with different {name} cannot be added")
+        if self.logits.shape != other.logits.shape:
+            raise ScanError(
+                f"scans with profiles over {self.logits.shape[-1]} and {other.logits.shape[-1]} "
+                "offsets cannot be added"
+            )
+        sums = {name: mine[name] + theirs[name] for name in mine if name not in fixed}
+        return Moments(**{**mine, **sums}, pairing=self.pairing)
+
+    def rotary(self, layer: int) -> Rotary:
+        """The layer's rotation. Raises ModelError for a layer without RoPE."""
+        if not self.pairing[layer]:
+            raise ModelError(f"layer {layer} has no RoPE; profiles need a layer that rotates")
+        if self.pairing[layer] == _WEIGHED:
+            raise ModelError(
+                f"layer {layer} norms queries and keys after RoPE, each dimension with a weight of "
+                "its own, so its logits depend on where tokens stand: it has no profile by offset"
+            )
+        return Rotary(
+            self.inv_freq[layer],
+            self.pairing[layer],
+            float(self.gain[layer]),
+            float(self.scale[layer]),
+        )
+
+    def _kv_head(self, head: Head) -> int:
+        return head.head // (self.gram_q.shape[1] // self.gram_k.shape[1])
+
+    def profile(self, head: Head) -> Profile:
+        """Mean logit by offset, measured and predicted. Raises ModelError without RoPE."""
+        rotary = self.rotary(head.layer)
+        rows = self.logit_rows[head.layer, head.head]
+        measured = self.logits[head.layer, head.head] / rows
+        seen = rows > 0
+        offsets = torch.arange(len(measured))[seen]
+        q, k = self.mean(head)
+        predicted = predicted_profile(q, k, offsets, rotary)
+        pair = torch.stack([measured[seen], predicted])
+        return Profile(offsets, measured[seen], predicted, float(torch.corrcoef(pair)[0, 1]))
+
+    def mean(self, head: Head) -> tuple[Float[Tensor, "d_head"], Float[Tensor, "d_head"]]:
+        """Mean pre-RoPE query and key of a head."""
+        q = self.sum_q[head.layer, head.head]
+        return q / self.n_tokens, self.sum_k[head.layer, self._kv_head(head)] / self.n_tokens
+
+    def pair_peaks(self, head: Head, offset: int) -> Float[Tensor, "pair"]:
+        """What each pair adds to the predicted logit at an offset beyond its mean over offsets."""
+        q, k = self.mean(head)
+        n = max(self.logits.shape[-1], offset + 1)
+        every = torch.arange(n)
+        terms, _ = logit_terms(q.expand(n, -1), k.expand(n, -1), every, self.rotary(head.layer))
+        return terms[offset] - terms.mean(0)
+
+    def pair_concentration(self, head: Head) -> Float[Tensor, "part pair"]:
+        """|E x_l| / E|x_l| of each pair, for the query and for the key."""
+        rotary, kv_head = self.rotary(head.layer), self._kv_head(head)
+        return torch.stack(
+            [
+                concentration(mean, total / self.n_tokens, rotary)
+                for mean, total in zip(
+                    self.mean(head),
+                    (self.abs_q[head.layer, head.head], self.abs_k[head.layer, kv_head]),
+                    strict=True,
+                )
+            ]
+        )
+
+    def cones(self) -> dict[str, Float[Tensor, "layer ..."]]:
+        """Mean cosine of tokens to their mean direction, for q, k [layer, head] and x [layer]."""
+        found = {}
+        for part, total, unit in (
+            ("q", self.sum_q, self.unit_q),
+            ("k", self.sum_k, self.unit_k),
+            ("x", self.sum_x, self.unit_x),
+        ):
+            direction = total / total.norm(dim=-1, keepdim=True)
+            found[part] = (direction * unit).sum(-1) / self.n_tokens
+        return found
+
+    def rank_table(self) -> pd.DataFrame:
+        """r1, R95 and cone of Q and K, a row per query head; keys are those of its KV group."""
+        import pandas as pd
+
+        n_layers, n_heads = self.gram_q.shape[:2]
+        group = n_heads // self.gram_k.shape[1]
+        cones = self.cones()
+        columns = {
+            "r1_q": r1(self.gram_q),
+            "r95_q": r95(self.gram_q),
+            "cone_q": cones["q"],
+            "r1_k": r1(self.gram_k).repeat_interleave(group, dim=1),
+            "r95_k": r95(self.gram_k).repeat_interleave(group, dim=1),
+            "cone_k": cones["k"].repeat_interleave(group, dim=1),
+            "cone_x": cones["x"][:, None].expand(n_layers, n_heads),
+        }
+        frame = pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})
+        heads = [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+        frame.insert(0, "name", [str(head) for head in heads])
+        frame.insert(0, "head", [head.head for head in heads])
+        frame.insert(0, "layer", [head.layer for head in heads])
+        return frame
+
+
+#: Instead of a layout of pairs where logits depend on more than the offset.
+_WEIGHED = "weighed"

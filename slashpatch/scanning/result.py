@@ -1,0 +1,268 @@
+"""What a scan found: sums that can be saved, loaded and added, and what they tell."""
+
+from __future__ import annotations
+
+import operator
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..data import display
+from ..data.files import load_tensors, save_tensors
+from ..errors import HeadError, ScanError
+from ..heads import Head, HeadsLike, heads, require_heads
+from ..maths.offsets import as_offsets
+from .moments import Moments, Profile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FORMAT = "slashpatch-scan-3"
+
+
+class SlashHead(NamedTuple):
+    """A (κ, Δ)-slash-dominant head: its score at the offset, and an interval over prompts."""
+
+    head: Head
+    offset: int
+    score: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Slash scores of all heads. Scans of the same model and offsets add up exactly.
+
+    Attributes:
+        offsets: The offsets Δ, ascending.
+        sums: Σ over prompts of each prompt's score, float64.
+        squares: Σ over prompts of its square, float64.
+        counts: Prompts longer than each offset.
+        n_tokens: Tokens of all prompts.
+        provenance: Model, dtype, edits, prompts, versions.
+        moments: Sums that tell rank, cone and mean logits; None where q and k cannot be read.
+    """
+
+    offsets: tuple[int, ...]
+    sums: Float[Tensor, "layer head offset"]
+    squares: Float[Tensor, "layer head offset"]
+    counts: Int[Tensor, "offset"]
+    n_tokens: int
+    provenance: dict[str, Any]
+    moments: Moments | None = None
+
+    def require_moments(self) -> Moments:
+        """The sums behind `rank_one` and `profile`. Raises ScanError where there are none."""
+        if self.moments is None:
+            raise ScanError(
+                "this scan has no queries and keys: "
+                f"{self.provenance.get('moments', 'none were gathered')}"
+            )
+        return self.moments
+
+    @property
+    def rank_one(self) -> pd.DataFrame:
+        """r1, R95 and cone of pre-RoPE queries and keys, a row per head. Raises ScanError.
+
+        r1 = σ1²/Σσ² and R95 the fewest σ² that reach 95 %, of the tokens × d_head matrix, not
+        centred; a cone is the mean cosine of tokens to their mean direction, also of the
+        attention's input x. Keys are those of the KV group. *Ours*, the usual conventions.
+        """
+        return self.require_moments().rank_table()
+
+    def profile(self, head: HeadsLike) -> Profile:
+        """A head's mean logit by offset, measured, and predicted from its mean query and key.
+
+        Raises HeadError, ScanError, or ModelError for a layer without RoPE.
+        """
+        found = heads(head)
+        if len(found) != 1:
+            raise HeadError(f"a profile is of one head, got {head!r}")
+        require_heads(found, *self.sums.shape[:2])
+        return self.require_moments().profile(found[0])
+
+    @property
+    def scores(self) -> Float[Tensor, "layer head offset"]:
+        """Mean attention i → i−Δ: the mean over prompts of each prompt's mean, in [0, 1]."""
+        return self.sums / self.counts
+
+    def intervals(
+        self, confidence: float = 0.95
+    ) -> tuple[Float[Tensor, "layer head offset"], Float[Tensor, "layer head offset"]]:
+        """Student-t interval over prompts for each score; NaN where there is but one prompt.
+
+        Prompts are the unit: tokens of one prompt are not independent. Not cut to [0, 1]. *Ours*.
+        """
+        from scipy.stats import t
+
+        n = self.counts.double()
+        variance = (self.squares - self.sums**2 / n).clamp(min=0) / (n - 1)
+        width = torch.as_tensor(t.ppf((1 + confidence) / 2, (n - 1).numpy()))
+        half = torch.where(n > 1, width * (variance / n).sqrt(), torch.nan)
+        return self.scores - half, self.scores + half
+
+    def slash_heads(self, kappa: float = 0.1, min_offset: int = 0) -> list[SlashHead]:
+        """Every head and offset with a score of at least `kappa`, best first.
+
+        A head that passes at two offsets is listed twice. κ=0.1 is *ours*. Raises ScanError for a
+        κ outside [0, 1].
+        """
+        require_kappa(kappa)
+        scores = self.scores
+        low, high = self.intervals()
+        found = [
+            SlashHead(
+                Head(layer, head),
+                self.offsets[column],
+                float(scores[layer, head, column]),
+                (float(low[layer, head, column]), float(high[layer, head, column])),
+            )
+            for layer, head, column in (scores >= kappa).nonzero().tolist()
+            if self.offsets[column] >= min_offset
+        ]
+        return sorted(found, key=lambda entry: (-entry.score, entry.head, entry.offset))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per head and offset: layer, head, name, offset, score, low, high, n_prompts."""
+        import pandas as pd
+
+        n_layers, n_heads, n_offsets = self.sums.shape
+        layer, head, column = torch.meshgrid(
+            *(torch.arange(n) for n in (n_layers, n_heads, n_offsets)), indexing="ij"
+        )
+        low, high = self.intervals()
+        flat = {
+            "layer": layer,
+            "head": head,
+            "offset": torch.tensor(self.offsets)[column],
+            "score": self.scores,
+            "low": low,
+            "high": high,
+            "n_prompts": self.counts.expand_as(self.sums),
+        }
+        frame = pd.DataFrame({name: values.flatten().numpy() for name, values in flat.items()})
+        names = [f"L{row.layer}H{row.head}" for row in frame.itertuples()]
+        frame.insert(2, "name", names)
+        return frame
+
+    def table(self, kappa: float = 0.1, top: int | None = 20) -> str:
+        """The slash heads as plain text, best first."""
+        return display.text(self, kappa=kappa, top=top)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        n_layers, n_heads, _ = self.sums.shape
+        return (
+            f"<Scan of {self.provenance['model']}: {n_layers} × {n_heads} heads, "
+            f"{len(self.offsets)} offsets, {int(self.counts.max())} prompts>"
+        )
+
+    def __add__(self, other: Scan) -> Scan:
+        """The scan of both sets of prompts. Raises ScanError if they cannot be compared."""
+        if not isinstance(other, Scan):
+            return NotImplemented
+        if self.offsets != other.offsets:
+            raise ScanError(f"scans of different offsets: {self.offsets} and {other.offsets}")
+        for key in ("fingerprint", "dtype", "edits", "other_hooks"):
+            mine, theirs = self.provenance.get(key), other.provenance.get(key)
+            if mine != theirs:
+                raise ScanError(f"scans of different {key}: {mine!r} and {theirs!r}")
+        return Scan(
+            self.offsets,
+            self.sums + other.sums,
+            self.squares + other.squares,
+            self.counts + other.counts,
+            self.n_tokens + other.n_tokens,
+            {
+                **self.provenance,
+                "prompts": self.provenance["prompts"] + other.provenance["prompts"],
+            },
+            self.moments + other.moments if self.moments and other.moments else None,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a .safetensors file, whole or not at all. Raises OutputError or ScanError."""
+        if Path(path).suffix != ".safetensors":
+            raise ScanError(f"a scan is saved as .safetensors; got {str(path)!r}")
+        header = {
+            "format": _FORMAT,
+            "offsets": list(self.offsets),
+            "n_tokens": self.n_tokens,
+            "provenance": self.provenance,
+        }
+        tensors = {"sums": self.sums, "squares": self.squares, "counts": self.counts}
+        if self.moments is not None:
+            header["pairing"] = list(self.moments.pairing)
+            tensors |= {f"moments.{name}": t for name, t in self.moments.tensors().items()}
+        save_tensors(path, header, tensors)
+
+    def _validate(self, written: Any) -> None:
+        """Raise ScanError for parts that do not fit together."""
+        shape = (*self.sums.shape[:2], len(self.offsets))
+        fits = (
+            list(self.offsets) == list(written)
+            and self.sums.shape == self.squares.shape == shape
+            and self.counts.shape == shape[-1:]
+            and self.sums.dtype == self.squares.dtype == torch.float64
+            and self.counts.dtype == torch.int64
+            and bool(self.sums.isfinite().all() & self.squares.isfinite().all())
+            and bool((self.counts >= 1).all())
+            and self._moments_fit()
+            and {"model", "fingerprint", "dtype", "edits", "prompts"} <= set(self.provenance)
+        )
+        if not fits:
+            raise ScanError("its parts do not fit together")
+
+    def _moments_fit(self) -> bool:
+        if self.moments is None:
+            return True
+        m = self.moments
+        n_layers, n_heads, _ = self.sums.shape
+        d_head, n_offsets = m.sum_q.shape[-1], m.logits.shape[-1]
+        return (
+            m.gram_q.shape == (n_layers, n_heads, d_head, d_head)
+            and m.gram_k.shape == (*m.sum_k.shape, d_head)
+            and m.sum_k.shape[0] == n_layers
+            and m.logits.shape == (n_layers, n_heads, n_offsets)
+            and m.logit_rows.shape == m.logits.shape
+            and m.inv_freq.shape == (n_layers, m.abs_q.shape[-1])
+            and len(m.pairing) == n_layers
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scan:
+        """Read what `save` wrote. Raises ScanError for anything else."""
+
+        def build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Scan:
+            moments = {
+                name.removeprefix("moments."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("moments.")
+            }
+            scan = cls(
+                as_offsets(header["offsets"]),
+                tensors["sums"],
+                tensors["squares"],
+                tensors["counts"],
+                operator.index(header["n_tokens"]),
+                dict(header["provenance"]),
+                Moments(**moments, pairing=tuple(header["pairing"])) if moments else None,
+            )
+            scan._validate(header["offsets"])
+            return scan
+
+        found: Scan = load_tensors(path, _FORMAT, build, ScanError)
+        return found
+
+
+def require_kappa(kappa: float) -> None:
+    """Raise ScanError unless κ lies in [0, 1]."""
+    if not isinstance(kappa, (int, float)) or not 0 <= kappa <= 1:
+        raise ScanError(f"kappa is a score from 0 to 1; got {kappa!r}")

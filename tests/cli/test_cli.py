@@ -1,0 +1,505 @@
+import importlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import slashpatch as sp
+from slashpatch.cli import app as cli
+from slashpatch.cli import generate
+
+from ..tiny import N_CTX, llama, tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model directory, as a user would name it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    llama(seed=0).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["slashpatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return run
+
+
+SMALL = ("--prompts", 2, "--max-tokens", 24, "--offsets", "0-3", "--device", "cpu")
+
+
+def test_scan_prints_heatmaps_and_the_table(call, model):
+    code, out, _ = call("scan", model, *SMALL)
+    assert code == 0
+    assert "natural text: highest score over Δ 0 to 3" in out
+    assert "random tokens: highest score" in out
+    assert "slash heads (κ = 0.1, natural text, seed 0)" in out
+    assert "random tokens" in out
+    assert "\x1b" not in out
+
+
+def test_scan_as_json_equals_the_library(call, model):
+    code, out, err = call("scan", model, *SMALL, "--json", "--kappa", 0.2, "--seed", 3)
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    loaded = sp.load(model, device="cpu")
+    expected = sp.scan(loaded, offsets=range(4), n_prompts=2, max_tokens=24, seed=3)
+    assert [(row["head"], row["offset"]) for row in record["slash_heads"]] == [
+        (str(entry.head), entry.offset) for entry in expected.slash_heads(0.2)
+    ]
+    assert record["slash_heads"][0]["score"] == pytest.approx(expected.slash_heads()[0].score)
+    assert record["provenance"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_scan_writes_tables(call, model, tmp_path, suffix):
+    out = tmp_path / f"scan{suffix}"
+    assert call("scan", model, *SMALL, "--out", out)[0] == 0
+    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}[suffix]
+    frame = read(out)
+    assert len(frame) == 2 * 4 * 4
+    assert {"name", "offset", "score", "low", "high", "random_tokens"} <= set(frame.columns)
+
+
+def test_scan_saves_a_scan_and_a_picture(call, model, tmp_path):
+    out, plot = tmp_path / "scan.safetensors", tmp_path / "scan.svg"
+    assert call("scan", model, *SMALL, "--out", out, "--plot", plot)[0] == 0
+    assert sp.Scan.load(out).offsets == (0, 1, 2, 3)
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_scan_of_a_file_of_random_tokens_and_under_an_edit(call, model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the of a and is to in if " * 30)
+    _, out, _ = call("scan", model, *SMALL, "--text", text, "--json")
+    assert json.loads(out)["provenance"]["prompts"][0]["source"] == "file text.txt"
+    _, out, _ = call("scan", model, *SMALL, "--random-tokens", "--json")
+    record = json.loads(out)
+    assert record["provenance"]["prompts"][0]["source"] == "random tokens, seed 0"
+    assert record["control"] is None
+    _, out, _ = call("scan", model, *SMALL, "--edit", "KeepOnly(L1H1, 2)", "--json")
+    record = json.loads(out)
+    assert record["provenance"]["edits"] == ["KeepOnly(L1H1, offsets=2)"]
+    best = record["slash_heads"][0]
+    assert (best["head"], best["offset"], best["score"]) == ("L1H1", 2, pytest.approx(1))
+
+
+def test_a_single_prompt_has_null_intervals(call, model):
+    _, out, _ = call("scan", model, *SMALL, "--prompts", 1, "--json")
+    assert json.loads(out)["slash_heads"][0]["low"] is None
+
+
+def test_generate(call, model):
+    arguments = ("generate", "the of a and", "--model", model, "--max-new-tokens", 6)
+    code, out, _ = call(*arguments, "--edit", "KeepOnly([L0H0, L0H1, L1H1], 1)", "--device", "cpu")
+    assert code == 0
+    assert out.startswith("intact\n")
+    assert "KeepOnly((L0H0, L0H1, L1H1), offsets=1)\n" in out
+    _, out, _ = call(*arguments, "-e", "KnockOut(L0H0, 1)", "-e", "AblateHeads(L1H1)", "--json")
+    record = json.loads(out)
+    assert record["edits"] == ["KnockOut(L0H0, offsets=1)", "AblateHeads(L1H1)"]
+    assert {"plain", "edited", "prompt"} <= set(record)
+
+
+def test_sampling_follows_the_seed(call, model):
+    def text(seed):
+        arguments = ("generate", "the of", "-m", model, "-e", "KnockOut(L0H0, 1)", "--sample")
+        return json.loads(call(*arguments, "--json", "--seed", seed)[1])["plain"]
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_watch(call, model):
+    arguments = ("watch", "the of a and", "--model", model, "--max-new-tokens", 5)
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert len(out.splitlines()) == 5
+    _, out, _ = call(*arguments, "--edit", "KeepOnly(L1H1, 1)", "--json")
+    steps = json.loads(out)["steps"]
+    assert [step["position"] for step in steps] == [4, 5, 6, 7, 8]
+    for step in steps:
+        best = step["heads"][0]
+        assert (best["head"], best["offset"]) == ("L1H1", 1)
+        assert best["weight"] == pytest.approx(1)
+        assert best["score"] == pytest.approx(1)
+    assert steps[0]["heads"][0]["reads"] == "a"
+    assert steps[1]["heads"][0]["reads"] == "and"
+
+
+def test_explain(call, model, tmp_path):
+    arguments = ("-m", model, "--prompts", 2, "--max-tokens", 24)
+    code, out, _ = call("explain", "L1H2", *arguments)
+    assert code == 0
+    assert out.startswith("L1H2 at Δ=")
+    assert "Rule (ours)" in out
+    record = json.loads(call("explain", "L1H2", *arguments, "--offset", 1, "--json")[1])
+    assert (record["head"], record["offset"]) == ("L1H2", 1)
+    table = tmp_path / "heads.csv"
+    code, out, _ = call("explain", "--all", *arguments, "--kappa", 0.15, "--out", table)
+    assert code == 0
+    frame = pd.read_csv(table)
+    assert (frame.score >= 0.15).all()
+    assert str(frame.name[0]) in out
+    record = json.loads(call("explain", "--all", *arguments, "--kappa", 0.15, "--json")[1])
+    assert [row["name"] for row in record["heads"]] == frame.name.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain",), "give one head, such as L16H0, or --all"),
+        (("explain", "L1H1", "--all"), "or --all"),
+        (("explain", "--all", "--offset", "3"), "--offset goes with one head"),
+        (("explain", "16.", "-m", "MODEL"), "expected a head"),
+        (("explain", "L9H9", "-m", "MODEL"), "L9H9 does not exist"),
+        (("explain", "L1H1", "--out", "x.csv"), "--out goes with --all"),
+        (("explain", "--all", "--out", "x.pt"), "expected a name that ends in"),
+        (("generate", "the", "-m", "MODEL", "-e", "DropBand(L1H1, pairs 5-9)"), "expected an edit"),
+        (("generate", "the", "-m", "MODEL", "-e", "DropBand(L1H1, 'pairs 5-9')"), "outside the 4"),
+        (("generate", "the", "-m", "MODEL", "-e", "RankOne(L1H1)"), "fit_rank_one"),
+        (("scan", "absent.gguf"), "no file 'absent.gguf'"),
+        (("scan", "MODEL", "--offsets", "-1"), "offsets such as"),
+        (("scan", "MODEL", "--offsets", ""), "offsets such as"),
+        (("scan", "MODEL", "--offsets", "30", "--max-tokens", "20"), "needs a prompt of at least"),
+        (("scan", "MODEL", "--kappa", "1.5"), "kappa is a score from 0 to 1"),
+        (("scan", "MODEL", "--text", "absent.txt"), "no file 'absent.txt'"),
+        (("scan", "MODEL", "--text", "absent.txt", "--random-tokens"), "not both"),
+        (("scan", "MODEL", "--out", "/absent/scan.csv"), "there is no directory"),
+        (("scan", "MODEL", "--out", "scan.pt"), "expected a name that ends in .safetensors"),
+        (("scan", "MODEL", "--plot", "scan.bmp"), "expected a name that ends in .png"),
+        (("scan", "MODEL", "--edit", "Knockout(L0H0, 1)"), "did you mean KnockOut"),
+        (("scan", "MODEL", "--edit", "KnockOut(L99H0, 1)"), "L99H0 does not exist"),
+        (("scan", "MODEL", "--prompts", "0"), "--prompts"),
+        (("scan", "MODEL", "--device", "tpu"), "tpu"),
+        (("scan", "MODEL", "--nonsense"), "nonsense"),
+        (("nonsense",), "nonsense"),
+        (("generate", "the", "-m", "MODEL"), "give at least one --edit"),
+        (("generate", "", "-m", "MODEL", "-e", "KnockOut(L0H0, 1)"), "empty"),
+        (("generate", "the", "-m", "MODEL", "-e", "KnockOut(L0H0, 1)", "--max-new-tokens",
+          str(N_CTX)), "exceed the model's context"),
+        (("watch", "the", "-m", "MODEL", "--kappa", "-1"), "kappa"),
+        (("watch", "", "-m", "MODEL"), "empty"),
+        (("demo", "-m", "/absent/model"), "no such file or directory"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message):
+    code, out, err = call(*(model if word == "MODEL" else word for word in arguments))
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("slashpatch: ")
+    assert message in err
+
+
+def test_nothing_is_written_when_the_scan_fails(call, model, tmp_path):
+    out = tmp_path / "scan.csv"
+    assert call("scan", model, "--offsets", "60", "--max-tokens", 20, "--out", out)[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def started(*arguments, **kwargs):
+    command = [sys.executable, "-m", "slashpatch.cli", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def test_help_and_version_load_nothing_heavy():
+    code = """if True:
+        import sys
+        sys.argv = ["slashpatch", sys.argv[1]]
+        from slashpatch.cli.app import main
+        try:
+            main()
+        finally:
+            print([name for name in ("torch", "transformers", "pandas") if name in sys.modules])
+    """
+    for option, expected in (("--help", "demo"), ("--version", sp.__version__)):
+        out = subprocess.run(
+            [sys.executable, "-c", code, option], capture_output=True, text=True, check=True
+        ).stdout
+        assert expected in out
+        assert out.strip().endswith("[]")
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import slashpatch, sys; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "[]\n"
+
+
+def test_no_room_has_the_name_of_a_public_function():
+    """But `heads`, whose function is bound when the package is imported."""
+    entries = {path.stem for path in Path(sp.__file__).parent.iterdir()}
+    assert entries & set(sp.__all__) == {"heads", "theory"}
+    code = "import slashpatch, slashpatch.heads; assert not callable(slashpatch.theory)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert callable(sp.heads)
+
+
+def test_every_public_name_resolves():
+    for name in sp.__all__:
+        assert getattr(sp, name) is not None
+    assert set(sp.__all__) <= set(dir(sp))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        sp.nonsense  # noqa: B018
+
+
+def test_ctrl_c_ends_with_one_line(call, monkeypatch, model):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "load_bridge", interrupted)
+    assert call("watch", "the of a", "-m", model) == (130, "", "slashpatch: interrupted\n")
+
+
+def test_a_signal_in_the_middle_of_a_scan_ends_with_one_line(call, monkeypatch, model, tmp_path):
+    """A real SIGINT, in the second forward pass."""
+    module = importlib.import_module("slashpatch.bridge")
+    run, passes = module.run_for_hooks, []
+
+    def interrupted(*args):
+        passes.append(1)
+        if len(passes) == 2:
+            signal.raise_signal(signal.SIGINT)
+        run(*args)
+
+    monkeypatch.setattr(module, "run_for_hooks", interrupted)
+    out = tmp_path / "scan.csv"
+    ended = call("scan", model, *SMALL, "--out", out)
+    assert ended == (130, "", "slashpatch: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_markup_in_user_text_is_text(call, model, tmp_path):
+    out = tmp_path / "x[b].csv"
+    code, text, _ = call("scan", model, *SMALL, "--out", out)
+    assert (code, out.exists()) == (0, True)
+    assert f"wrote {out}" in text
+    edit = "AblateHeads(L0H0, mode=mean, reference='[/INST] [bold]the of')"
+    code, text, _ = call("generate", "the of a", "-m", model, "-e", edit)
+    assert code == 0
+    assert "[/INST] [bold]the of" in text
+
+
+def test_watch_never_names_a_token_that_is_not_there(call, model):
+    arguments = ("watch", "the of", "-m", model, "--kappa", 0, "--top", 500, "--max-new-tokens", 3)
+    steps = json.loads(call(*arguments, "--offsets", "0-9", "--json")[1])["steps"]
+    for step in steps:
+        assert step["heads"]
+        assert max(head["offset"] for head in step["heads"]) <= step["position"]
+
+
+def test_no_command_prints_help(call):
+    code, out, err = call()
+    assert (code, err) == (2, "")
+    assert "Commands" in out
+
+
+def test_a_refused_model_is_one_line(tmp_path, call, capsys):
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(vocab_size=80, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+    GPTJForCausalLM(config).save_pretrained(tmp_path / "gptj")
+    tokenizer().save_pretrained(tmp_path / "gptj")
+    capsys.readouterr()
+    code, _, err = call("scan", tmp_path / "gptj", *SMALL)
+    assert code == 2
+    assert len(err.splitlines()) == 1, err
+
+
+def test_a_closed_pipe_is_no_error(model):
+    process = started("watch", "the of a", "-m", model, "--max-new-tokens", "50")
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait()
+    assert "Traceback" not in process.stderr.read()
+
+
+EFFECTS = ("--prompts", 3, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            (
+                "measure",
+                "-e",
+                "KnockOut(L0H1, 1)",
+                "--max-tokens",
+                13,
+                "--control",
+                "random-heads:2",
+                "--metric",
+                "loss",
+                "--metric",
+                "kl",
+            ),
+            "random-heads:2",
+        ),
+        (
+            (
+                "measure",
+                "-e",
+                "KnockOut(L0H1, 1)",
+                "-e",
+                "AblateHeads(L1H1)",
+                "--together",
+                "--max-tokens",
+                13,
+            ),
+            "then",
+        ),
+        (
+            ("flow", "-e", "KnockOut(L0H1, 1)", "--max-tokens", 13, "--offsets", "1-3"),
+            "too few to tell",
+        ),
+        (("flow", "--max-tokens", 13, "--offsets", "1-3", "--random-tokens"), "flow"),
+        (("copying", "-e", "ShiftSlash(L0H1, 1)", "--tokens", 9), "copies no lag"),
+        (("sweep", "--heads", "L0H1, L1H2", "--max-tokens", 13), "L1H2"),
+        (
+            (
+                "sweep",
+                "-e",
+                "KnockOut({head}, {offset})",
+                "--offsets",
+                "1-2",
+                "--heads",
+                "L0H1",
+                "--metric",
+                "loss",
+                "--max-tokens",
+                13,
+            ),
+            "L0H1",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_effects(call, model, tmp_path, arguments, said):
+    command, *rest = arguments
+    code, out, err = call(command, model, *rest, *EFFECTS)
+    assert code == 0, err
+    assert said in " ".join(out.split())
+    code, out, err = call(command, model, *rest, *EFFECTS, "--json", "--out", tmp_path / "a.json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["kind"] == command
+    assert record["effects"]
+    assert json.loads((tmp_path / "a.json").read_text()) == record
+    if command != "measure":
+        assert call(command, model, *rest, *EFFECTS, "--plot", tmp_path / "a.png")[0] == 0
+        assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_sweep_goes_on(call, model, tmp_path):
+    out = tmp_path / "sweep.parquet"
+    rest = ("--max-tokens", 13, "--heads", "L0H1, L1H2", *EFFECTS)
+    assert call("sweep", model, *rest, "--out", out)[0] == 0
+    again = call("sweep", model, *rest, "--out", out, "--resume")
+    assert again[0] == 0
+    assert "L1H2" in again[1]
+    code, _, err = call("sweep", model, *rest, "--out", out, "--resume", "--seed", 3)
+    assert code == 2
+    assert "is of another sweep" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("measure",), "give at least one --edit"),
+        (("measure", "-e", "KnockOut(L0H1, 1)", "--metric", "lost"), "no metric 'lost'"),
+        (("measure", "-e", "KnockOut(L0H1, 1)", "--control", "random"), "no control 'random'"),
+        (("measure", "-e", "KnockOut(L0H1, 1)", "--out", "a.csv"), ".parquet, .json"),
+        (("flow", "--text", "a.txt", "--random-tokens"), "not both"),
+        (("flow", "--plot", "a.parquet"), "ends in .png, .svg, .pdf"),
+        (("sweep", "--resume"), "--resume goes with --out"),
+        (("sweep", "-e", "KnockOut(L0H1, 1)"), "expected a text with {head}"),
+    ],
+)
+def test_effects_refuse(call, model, arguments, said):
+    command, *rest = arguments
+    code, out, err = call(command, model, *rest)
+    assert (code, out) == (2, "")
+    assert said in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_theory(call, tmp_path):
+    names = {
+        name: tmp_path / name for name in ("a.png", "a.parquet", "a.safetensors", "p.csv", "p.svg")
+    }
+    code, out, err = call(
+        "theory",
+        "train",
+        "--steps",
+        20,
+        "--seeds",
+        2,
+        "--plot",
+        names["a.png"],
+        "--out",
+        names["a.parquet"],
+    )
+    assert code == 0, err
+    assert "the slash passes 0.3 after (steps): in 0 of 2 seeds" in out
+    assert set(pd.read_parquet(names["a.parquet"])["seed"]) == {0, 1}
+    checkpoint = ("--steps", 20, "--seeds", 1, "--checkpoint", names["a.safetensors"])
+    code, out, _ = call("theory", "train", *checkpoint, "--frequencies", "1,0.5", "--json")
+    assert code == 0
+    assert json.loads(out)["settings"]["frequencies"] == [1.0, 0.5]
+    code, _, err = call("theory", "train", *checkpoint, "--resume")
+    assert code == 2
+    assert "another configuration: its frequencies" in err
+    phase = (
+        "theory",
+        "phase",
+        "--steps",
+        5,
+        "--seeds",
+        1,
+        "--rows",
+        "cone=0,1",
+        "--columns",
+        "offset=1,2",
+    )
+    code, out, err = call(*phase, "--out", names["p.csv"], "--plot", names["p.svg"])
+    assert code == 0, err
+    assert "in 0 of 1 seeds" in out
+    assert all(path.stat().st_size for path in names.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "--cone", -1), "cone is a number from 0 to 2"),
+        (("train", "--frequencies", ","), "no θ is left"),
+        (("train", "--offset", 40), "beyond a segment"),
+        (("train", "--checkpoint", "a.safetensors"), "give --seeds 1"),
+        (("train", "--out", "a.txt"), "expected a name that ends in"),
+        (("phase", "--rows", "cone"), "expected a knob and its values"),
+        (("phase", "--rows", "cones=1"), "a knob is one of"),
+        (("phase", "--resume"), "--resume goes with --out"),
+    ],
+)
+def test_theory_refuses(call, arguments, said):
+    code, out, err = call("theory", *arguments)
+    assert (code, out) == (2, "")
+    assert said in " ".join(err.split())

@@ -1,0 +1,110 @@
+import sys
+
+import pytest
+import torch
+
+from slashpatch.data.prompts import prompt_set, repeated_random_tokens
+from slashpatch.errors import PromptError
+
+from ..tiny import D_VOCAB, N_CTX
+
+
+def same(a, b):
+    return len(a.tokens) == len(b.tokens) and all(map(torch.equal, a.tokens, b.tokens))
+
+
+def test_natural_text_is_seeded_and_of_the_length_asked_for(tiny):
+    prompts = prompt_set(tiny, n_prompts=4, max_tokens=20)
+    assert [len(tokens) for tokens in prompts.tokens] == [20] * 4
+    assert prompts.n_tokens == 80
+    assert same(prompts, prompt_set(tiny, n_prompts=4, max_tokens=20))
+    assert prompts.digest == prompt_set(tiny, n_prompts=4, max_tokens=20).digest
+    assert prompts.digest != prompt_set(tiny, n_prompts=4, max_tokens=20, seed=1).digest
+    # A prompt stays what it is when more are asked for.
+    assert torch.equal(prompt_set(tiny, n_prompts=2, max_tokens=20).tokens[1], prompts.tokens[1])
+
+
+def test_default_length_fits_the_context(tiny):
+    assert len(prompt_set(tiny, n_prompts=1).tokens[0]) == N_CTX
+
+
+def test_random_tokens_are_uniform_over_ordinary_tokens(tiny):
+    prompts = prompt_set(tiny, random_tokens=True, n_prompts=200, max_tokens=N_CTX)
+    ids = torch.stack(prompts.tokens)
+    assert (ids[:, 0] == 0).all()  # BOS
+    drawn = ids[:, 1:].flatten()
+    assert drawn.min() >= 4  # no specials
+    assert drawn.max() == D_VOCAB - 1
+    counts = torch.bincount(drawn, minlength=D_VOCAB)[4:].double()
+    expected = len(drawn) / (D_VOCAB - 4)
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert chi2 < 76 + 5 * (2 * 76) ** 0.5  # five standard deviations
+    assert same(prompts, prompt_set(tiny, random_tokens=True, n_prompts=200, max_tokens=N_CTX))
+
+
+def test_texts_are_tokenised_alone_and_cut_only_on_request(tiny):
+    prompts = prompt_set(tiny, ["w1 w2 w3", "w4"])
+    assert [tokens.tolist() for tokens in prompts.tokens] == [
+        tiny.to_tokens("w1 w2 w3")[0].tolist(),
+        tiny.to_tokens("w4")[0].tolist(),
+    ]
+    cut = prompt_set(tiny, "w1 w2 w3", max_tokens=2)
+    assert len(cut.tokens[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "ids", [[5, 6, 7], [[5, 6, 7]], torch.tensor([5, 6, 7]), torch.tensor([[5, 6, 7]])]
+)
+def test_token_ids_are_taken_as_they_are(tiny, ids):
+    assert prompt_set(tiny, ids).tokens[0].tolist() == [5, 6, 7]
+
+
+def test_unequal_rows_of_token_ids(tiny):
+    prompts = prompt_set(tiny, [[5, 6, 7], [8]])
+    assert [tokens.tolist() for tokens in prompts.tokens] == [[5, 6, 7], [8]]
+
+
+def test_a_file_is_read_in_pieces_that_start_as_prompts_do(tiny, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"w{i}" for i in range(25)))
+    whole = tiny.to_tokens(file.read_text())[0]
+    for given in (file, str(file)):
+        prompts = prompt_set(tiny, given, max_tokens=11)
+        assert [len(tokens) for tokens in prompts.tokens] == [11, 11, 6]
+        assert all(tokens[0] == 0 for tokens in prompts.tokens)
+        assert torch.cat([tokens[1:] for tokens in prompts.tokens]).tolist() == whole[1:].tolist()
+    assert len(prompt_set(tiny, file, max_tokens=11, n_prompts=2).tokens) == 2
+
+
+def test_unreadable_files(tiny, tmp_path):
+    with pytest.raises(PromptError, match="no file"):
+        prompt_set(tiny, tmp_path / "absent")
+    with pytest.raises(PromptError, match="no file"):
+        prompt_set(tiny, tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(PromptError, match="empty"):
+        prompt_set(tiny, tmp_path / "empty.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(PromptError, match="UTF-8"):
+        prompt_set(tiny, tmp_path / "binary.txt")
+
+
+def test_a_text_that_is_no_path_is_a_text(tiny):
+    assert prompt_set(tiny, "read w1.txt w2").source == "text"
+    assert prompt_set(tiny, "w1\n.txt").source == "text"
+
+
+def test_repeated_random_tokens(tiny):
+    tokens = repeated_random_tokens(tiny, 3, 10)
+    assert tokens.shape == (3, 21)
+    assert torch.equal(tokens[:, 1:11], tokens[:, 11:])
+    assert (tokens[:, 0] == 0).all()
+    assert not torch.equal(tokens[0], tokens[1])
+
+
+def test_prose_and_code_come_with_python():
+    from slashpatch.data.natural_text import _code, _prose
+
+    assert sys.version_info >= (3, 10)
+    assert len(_prose()) > 20
+    assert len(_code()) > 20
