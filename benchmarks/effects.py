@@ -30,7 +30,7 @@ def value(row, name, low, high):
 
 
 def copying_loss(model, sp):
-    """Copying loss, intact, under the edit, and under the controls."""
+    """Copying loss, clean, under the edit, and under the controls."""
     found = sp.measure(
         model, "KnockOut(L16H0, 1)", "copying", controls=CONTROLS, n_prompts=16, max_tokens=101
     )
@@ -45,7 +45,7 @@ def copying_loss(model, sp):
         return f"{rows.mean():.2f} [{float(low):.2f}, {float(high):.2f}]"
 
     rows = {
-        "copying loss, intact": of("intact"),
+        "copying loss, clean": of("clean"),
         "copying loss, KnockOut(L16H0, 1)": of("KnockOut(L16H0, offsets=1)"),
     }
     draws = found.tables["draws"]
@@ -62,8 +62,8 @@ def lags(model, sp):
     """Which lag is copied, with and without moved slashes."""
     found = sp.copying(model, f"ShiftSlash({FIVE}, 1)")
     rows = {}
-    for edit, name in (("intact", "intact"), (None, "ShiftSlash(five heads, 1)")):
-        own = found.frame[(found.frame["edit"] == "intact") == (edit == "intact")]
+    for edit, name in (("clean", "clean"), (None, "ShiftSlash(five heads, 1)")):
+        own = found.frame[(found.frame["edit"] == "clean") == (edit == "clean")]
         for lag in (1, 2):
             row = own[own["lag"] == lag].iloc[0]
             rows[f"top-1 at lag {lag}, {name}"] = value(row, "top1", "top1_low", "top1_high")
@@ -74,12 +74,12 @@ def flow(model, sp):
     """The flow by offset before and after, and where it changes."""
     found = sp.flow(model, edits=f"KnockOut({FIVE}, 1)")
     rows = {}
-    intact = found.frame[found.frame["edit"] == "intact"].set_index("offset")
-    edited = found.frame[found.frame["edit"] != "intact"].set_index("offset")
+    clean = found.frame[found.frame["edit"] == "clean"].set_index("offset")
+    edited = found.frame[found.frame["edit"] != "clean"].set_index("offset")
     for offset in (1, 2, 3, 4, 8, 16):
-        before = value(intact.loc[offset], "flow", "flow_low", "flow_high")
+        before = value(clean.loc[offset], "flow", "flow_low", "flow_high")
         after = value(edited.loc[offset], "flow", "flow_low", "flow_high")
-        rows[f"flow at Δ={offset}, intact → KnockOut(five heads, 1)"] = (
+        rows[f"flow at Δ={offset}, clean → KnockOut(five heads, 1)"] = (
             f"{before} → {after}; q = {edited.loc[offset, 'q']:.3f}"
         )
     (rows["in words"],) = found.remarks
@@ -103,8 +103,8 @@ def sweep_cost(model, sp):
         found["swept"] = sp.sweep(model, heads=heads, **SIZE).frame.set_index("name")["effect"]
 
     def naive():
-        intact, *values = evaluate(model, meter, prompts, edits)
-        found["naive"] = [float((one[0] - intact[0]).mean()) for one in values]
+        clean, *values = evaluate(model, meter, prompts, edits)
+        found["naive"] = [float((one[0] - clean[0]).mean()) for one in values]
 
     times = ratio(
         in_turns({"swept": swept, "naive": naive}, rounds=2, warm_up=False), "swept", "naive"

@@ -77,7 +77,7 @@ slash = natural.slash_heads(min_offset=1)[0]
 print(f"the strongest head that looks back: {slash.head} at Δ={slash.offset}")
 
 edits = {
-    "intact": [],
+    "clean": [],
     f"{slash.head} ablated": [sp.AblateHeads(slash.head)],
     f"{slash.head} without its diagonal": [sp.KnockOut(slash.head, slash.offset)],
 }

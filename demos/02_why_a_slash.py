@@ -71,7 +71,7 @@ if FIGURES:
 # %%
 eight = [entry.head for entry in scan.slash_heads() if entry.offset == 1][:8]
 copying = {"n_prompts": 2, "n_tokens": 30} if SMALL else {"n_prompts": 8, "n_tokens": 100}
-for name, edits in (("intact", []), ("shifted by 1", [sp.ShiftSlash(eight, by=1)])):
+for name, edits in (("clean", []), ("shifted by 1", [sp.ShiftSlash(eight, by=1)])):
     with sp.patch(model, *edits):
         peak = int(sp.scan(model, **SIZE).scores[16, 0].argmax())
         next_token, one_after, _ = sp.copied_lags(model, **copying).mean(0).tolist()

@@ -29,18 +29,18 @@ def test_demo_finds_the_previous_token_head(demo):
 def test_demo_copying(demo):
     losses = demo["copying"]
     control = losses.pop("random heads ablated, one at a time")
-    intact, ablated, removed = losses.values()
-    assert intact["loss"] < 3.5
+    clean, ablated, removed = losses.values()
+    assert clean["loss"] < 3.5
     assert removed["loss"] > 8
     assert ablated["loss"] > 8
     assert control["highest"] < 5
-    assert intact["low"] < intact["loss"] < intact["high"] < removed["low"]
+    assert clean["low"] < clean["loss"] < clean["high"] < removed["low"]
 
 
 def test_demo_generation_differs(demo):
-    _, intact, edited = demo["generation"].values()
-    assert "blue-tiger-seven" in intact
-    assert intact != edited
+    _, clean, edited = demo["generation"].values()
+    assert "blue-tiger-seven" in clean
+    assert clean != edited
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_demo_bands_and_shift(demo):
     assert demo["bands_dropped"]["high"] < 0.05
     assert demo["bands_dropped"]["low"] > 0.7
     assert demo["shift"]["peak"] == 2
-    intact, shifted = demo["shift"]["copied_lags"].values()
-    assert intact[0] > 0.5
+    clean, shifted = demo["shift"]["copied_lags"].values()
+    assert clean[0] > 0.5
     assert shifted[0] < 0.05
     assert shifted[1] > 0.1
 
@@ -201,25 +201,25 @@ def test_a_sweep_is_the_naive_loop_bit_for_bit(real):
     meter = Meter(real, [as_metric("copying")])
     prompts = prompts_for(real, meter.metrics, None, **size, seed=0)
     edits = conditions([sp.KnockOut(name, 1) for name in names])
-    intact, *values = evaluate(real, meter, prompts, edits)
-    assert swept[names].tolist() == [float((one[0] - intact[0]).mean()) for one in values]
+    clean, *values = evaluate(real, meter, prompts, edits)
+    assert swept[names].tolist() == [float((one[0] - clean[0]).mean()) for one in values]
 
 
 def test_the_copied_lag_and_the_induction_heads_move(real):
     found = sp.copying(real, f"ShiftSlash({FIVE}, 1)", n_prompts=4, n_tokens=40)
     top1 = found.frame.set_index(["edit", "lag"])["top1"]
-    shifted = next(edit for edit, _ in top1.index if edit != "intact")
-    assert top1["intact", 1] > 0.4 > 0.05 > top1["intact", 2]
+    shifted = next(edit for edit, _ in top1.index if edit != "clean")
+    assert top1["clean", 1] > 0.4 > 0.05 > top1["clean", 2]
     assert top1[shifted, 2] > 0.15 > 0.05 > top1[shifted, 1]
     lags = found.tables["heads"].set_index(["edit", "head"])["matches_lag"]
     for head in ("L18H6", "L17H3", "L17H4"):
-        assert (lags["intact", head], lags[shifted, head]) == (1, 2)
+        assert (lags["clean", head], lags[shifted, head]) == (1, 2)
 
 
 def test_flow_falls_at_the_offset_that_is_removed(real):
     size = {"n_prompts": 6, "max_tokens": 24, "n_replaced": 6}
     found = sp.flow(real, edits=f"KnockOut({FIVE}, 1)", offsets=range(1, 6), **size).frame
-    rows = found[found["edit"] != "intact"].set_index("offset")
+    rows = found[found["edit"] != "clean"].set_index("offset")
     assert rows.loc[1, "high"] < -0.1
     assert rows["effect"].idxmin() == 1
 

@@ -132,7 +132,7 @@ def _long_frequencies(module):
 
 @each_rope
 def test_a_shifted_head_scores_as_from_other_positions(name):
-    """Logit i → j of a query turned back by 2 is the intact one of i + 2 → j for equal vectors."""
+    """Logit i → j of a query turned back by 2 is the clean one of i + 2 → j for equal vectors."""
     model = zoo(name)
     qk = next(one for one in read(model).qk if one.rotary)
     tokens = torch.full((1, 10), 7)  # one token again and again: one query, one key
@@ -148,13 +148,13 @@ def test_a_shifted_head_scores_as_from_other_positions(name):
         pytest.skip("normed after RoPE: its logits depend on where tokens stand")
     with torch.no_grad():
         model.run_with_hooks(tokens, fwd_hooks=[hook])
-        intact = found.pop(hook[0])
+        clean = found.pop(hook[0])
         with sp.patch(model, sp.ShiftSlash((qk.layer, 1), 2)):
             model.run_with_hooks(tokens, fwd_hooks=[hook])
     shifted = found[hook[0]]
-    size = float(intact.masked_fill(intact < -1e4, 0).abs().max())
+    size = float(clean.masked_fill(clean < -1e4, 0).abs().max())
     for offset in (2, 3, 4):  # what offset Δ had is now at Δ + 2
-        before, after = intact.diagonal(2 - offset).max(), shifted.diagonal(-offset).max()
+        before, after = clean.diagonal(2 - offset).max(), shifted.diagonal(-offset).max()
         assert float((before - after).abs()) < 1e-4 * max(size, 1)
 
 

@@ -59,7 +59,7 @@ def generate(
     top, bottom = marked_pair(plain, edited, new_console().is_terminal)
     console = new_console()
     plain_text: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-    console.print("intact", style="bold", **plain_text)
+    console.print("clean", style="bold", **plain_text)
     console.print(top, **plain_text)
     console.print()
     console.print(" then ".join(map(str, edits)), style="bold", **plain_text)

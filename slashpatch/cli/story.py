@@ -66,7 +66,7 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
     )
     controls = random_heads(model, head, _CONTROLS, seed)
     runs: list[tuple[str, Edit | None]] = [
-        ("intact", None),
+        ("clean", None),
         (f"{head} ablated", AblateHeads(head)),
         (f"{head} without its Δ={offset} diagonal", KnockOut(head, offset)),
         *((f"{other} ablated", AblateHeads(other)) for other in controls),
@@ -103,7 +103,7 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
         edited = continuation(model, PROMPT, max_new_tokens=16)
     top, bottom = marked_pair(plain, edited, console is not None and console.is_terminal)
     say(Text(f"   {PROMPT}", style="dim"))
-    say(Text("   intact: "), top)
+    say(Text("   clean: "), top)
     say(Text(f"   {knocked}: "), bottom)
     say(
         "\n[bold]5. Which rotary frequencies carry it?[/bold] The score without each third of them:"
@@ -122,7 +122,7 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
     shift = ShiftSlash(eight, by=1)
     say(Text(f"   {shift}"))
     with busy("shifting"):
-        intact_lags = copied_lags(model, n_tokens=_copy_length(model), seed=seed).mean(0)
+        clean_lags = copied_lags(model, n_tokens=_copy_length(model), seed=seed).mean(0)
         with patch(model, shift):
             moved = scan(model, list(prompts), range(min(8, length)))
             shifted_lags = copied_lags(model, n_tokens=_copy_length(model), seed=seed).mean(0)
@@ -133,14 +133,14 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
         )
     )
     say(Text("                  the next   the one after   the one after that"))
-    for name, lags in (("intact", intact_lags), ("shifted", shifted_lags)):
+    for name, lags in (("clean", clean_lags), ("shifted", shifted_lags)):
         say(Text(f"   {name:12} {lags[0]:12.2f} {lags[1]:14.2f} {lags[2]:18.2f}"))
     return {
         "bands_dropped": bands,
         "shift": {
             "edit": str(shift),
             "peak": peak,
-            "copied_lags": {"intact": intact_lags.tolist(), "shifted": shifted_lags.tolist()},
+            "copied_lags": {"clean": clean_lags.tolist(), "shifted": shifted_lags.tolist()},
         },
         "slash_heads": [
             {"head": str(one.head), "offset": one.offset, "score": one.score}
@@ -149,7 +149,7 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
         "strongest": {"head": str(head), "offset": offset, "score": score},
         "copying": record,
         "control_heads": [str(other) for other in controls],
-        "generation": {"prompt": PROMPT, "intact": plain, str(knocked): edited},
+        "generation": {"prompt": PROMPT, "clean": plain, str(knocked): edited},
         "provenance": provenance(model, seed=seed),
     }
 

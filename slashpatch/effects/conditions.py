@@ -19,7 +19,7 @@ class Condition:
     edits: tuple[Edit, ...] = ()
 
     def __str__(self) -> str:
-        return " then ".join(map(str, self.edits)) or "intact"
+        return " then ".join(map(str, self.edits)) or "clean"
 
 
 def conditions(edits: Any) -> tuple[Condition, ...]:
@@ -36,7 +36,7 @@ def conditions(edits: Any) -> tuple[Condition, ...]:
         together = member if isinstance(member, (list, tuple)) else [member]
         found.append(Condition(tuple(as_edit(one) for one in together)))
         if not found[-1].edits:
-            raise EditError("a condition is without edits; leave it out, intact is always measured")
+            raise EditError("a condition is without edits; leave it out, clean is always measured")
     names = [str(one) for one in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -128,10 +128,10 @@ def copying(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
-    """Which lag the model copies on repeated random tokens, intact and under edits.
+    """Which lag the model copies on repeated random tokens, clean and under edits.
 
     Args:
-        model: A TransformerBridge; active patches are part of "intact".
+        model: A TransformerBridge; active patches are part of "clean".
         edits: An edit or several, each by itself; those of a nested list act together.
         lags: 1: the token that came next in the first copy; 2: the one after it.
         n_prompts: How many; the unit of intervals.

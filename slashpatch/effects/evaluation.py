@@ -61,9 +61,8 @@ class Meter:
         twice = next((name for name in self.names if self.names.count(name) > 1), None)
         if twice is not None:
             raise MetricError(f"two metrics are called {twice!r}; name functions apart")
-        self.compares = any(
-            "intact" in wanted(metric) for metric in self.metrics if not hasattr(metric, "read")
-        )
+        of_logits = [metric for metric in self.metrics if not hasattr(metric, "read")]
+        self.compares = any("clean_logits" in wanted(metric) for metric in of_logits)
         every = [
             Head(layer, head)
             for layer in range(self.info.n_layers)
@@ -87,23 +86,23 @@ class Meter:
     def run(
         self,
         batch: Batch,
-        intact: Taken | None,
+        clean: Taken | None,
         what: Any,
         hooks: Sequence[tuple[str, Any]] = (),
         from_layer: int = 0,
     ) -> tuple[list[Float[Tensor, "batch _"]], Taken]:
-        """Each metric's values on a batch; `intact` None: this is the intact run.
+        """Each metric's values on a batch; `clean_logits` None: this is the clean run.
 
         `what` names the run in messages; `hooks` act before attention is read; layers before
-        `from_layer` are not run again, and their attention is the intact one. Raises MetricError.
+        `from_layer` are not run again, and their attention is the clean one. Raises MetricError.
         """
-        known = {} if intact is None else intact.read
+        known = {} if clean is None else clean.read
         read = {at: values for at, values in known.items() if at[1] < from_layer}
         logits = self.logits(batch.tokens, [*hooks, *self._attention_hooks(batch.tokens, read)])
         given = {
             "logits": logits,
             "tokens": batch.tokens,
-            "intact": logits if intact is None else intact.logits,
+            "clean_logits": logits if clean is None else clean.logits,
             "index": batch.index,
             "n_prompts": batch.n_prompts,
         }
@@ -182,7 +181,7 @@ def evaluate(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> list[list[Float[Tensor, "prompt _"]]]:
-    """Values of each metric under the intact model and then each condition, on the same prompts."""
+    """Values of each metric under the clean run and then each condition, on the same prompts."""
     todo = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device)
     runs = [Condition(), *wanted_conditions]
     steps = [
@@ -210,7 +209,7 @@ def evaluate(
 
 
 def _chunks(todo: list[Batch], compares: bool, d_vocab: int) -> Iterator[list[Batch]]:
-    """Batches whose intact logits fit memory together; all of them where none are kept."""
+    """Batches whose clean logits fit memory together; all of them where none are kept."""
     chunk: list[Batch] = []
     size = 0
     for batch in todo:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 #: A change is spoken of where its adjusted p-value is below the one, and its size at least the
-#: other's share of the largest intact flow. *Ours*.
+#: other's share of the largest clean flow. *Ours*.
 _LEVEL, _SHARE = 0.05, 0.01
 
 
@@ -55,14 +55,14 @@ def flow(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
-    """How much token i−Δ moves the prediction at i, by offset, intact and under edits.
+    """How much token i−Δ moves the prediction at i, by offset, clean and under edits.
 
     In each prompt some tokens are replaced, one at a time, by others of the same prompts; flow(Δ)
     is the mean over them of KL(as it was ‖ with the other token) of the next-token distribution Δ
     later, in nats. A definition of ours: total causal effect through all heads, not one head's.
 
     Args:
-        model: A TransformerBridge; active patches are part of "intact".
+        model: A TransformerBridge; active patches are part of "clean".
         prompts: As for `scan`; None: natural text.
         edits: An edit or several, each by itself; those of a nested list act together.
         offsets: Δ ≥ 0; 0 is the prediction at the replaced token itself.
@@ -218,7 +218,7 @@ def _remark(condition: Condition, frame: pd.DataFrame) -> str:
             text += f"; not at Δ = {', '.join(map(str, missed))}, which it edits"
         if beside:
             text += f"; Δ = {', '.join(map(str, beside))} is beside what it edits"
-    return text + f" (adjusted p < {_LEVEL:g}, and over {_SHARE:.0%} of the largest intact flow)"
+    return text + f" (adjusted p < {_LEVEL:g}, and over {_SHARE:.0%} of the largest clean flow)"
 
 
 def _aimed(condition: Condition, offsets: set[int]) -> set[int] | None:

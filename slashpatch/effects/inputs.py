@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-#: Bytes of logits that one pass may make, and that the intact model's may take while they wait.
+#: Bytes of logits that one pass may make, and that the clean run's may take while they wait.
 _LOGIT_BYTES = 256 * 2**20
 
 

@@ -43,20 +43,20 @@ def kl_divergence(
     return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp(min=0)
 
 
-def kl_to_intact(
-    logits: Float[Tensor, "batch pos d_vocab"], intact: Float[Tensor, "batch pos d_vocab"]
+def kl_to_clean(
+    logits: Float[Tensor, "batch pos d_vocab"], clean_logits: Float[Tensor, "batch pos d_vocab"]
 ) -> Float[Tensor, "batch"]:
-    """Mean over positions of KL(intact ‖ this) of the next-token distribution, in nats."""
+    """Mean over positions of KL(clean ‖ this) of the next-token distribution, in nats."""
     # One prompt at a time: the logarithms of a large vocabulary are what takes memory here.
-    pairs = zip(intact, logits, strict=True)
+    pairs = zip(clean_logits, logits, strict=True)
     return torch.stack([kl_divergence(true, other).double().mean() for true, other in pairs])
 
 
 def top1_agreement(
-    logits: Float[Tensor, "batch pos d_vocab"], intact: Float[Tensor, "batch pos d_vocab"]
+    logits: Float[Tensor, "batch pos d_vocab"], clean_logits: Float[Tensor, "batch pos d_vocab"]
 ) -> Float[Tensor, "batch"]:
-    """How often the likeliest next token is the intact model's, from 0 to 1."""
-    return (logits.argmax(-1) == intact.argmax(-1)).double().mean(1)
+    """How often the likeliest next token is the clean run's, from 0 to 1."""
+    return (logits.argmax(-1) == clean_logits.argmax(-1)).double().mean(1)
 
 
 def copy_length(tokens: Int[Tensor, "batch pos"]) -> int:

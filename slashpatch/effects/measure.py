@@ -41,7 +41,7 @@ def measure(
     """Effects of edits on metrics, with intervals, p-values and controls.
 
     Args:
-        model: A TransformerBridge, as it is: active patches are part of "intact".
+        model: A TransformerBridge, as it is: active patches are part of "clean".
         edits: An edit or several, each measured by itself; those of a nested list act together.
         metrics: Names (`slashpatch.effects.metrics.METRICS`), functions of logits and tokens, or
             objects such as `SlashScores(heads, offset)` and `LogitDifference(right, wrong)`.
@@ -57,7 +57,7 @@ def measure(
 
     Returns:
         A Result. `frame` has a row per edit, metric and number of it (`of`: a head or position):
-        against "intact", the paired effect edited − baseline; against each control, the effect
+        against "clean", the paired effect edited − baseline; against each control, the effect
         beyond the control's mean effect, and `as_large`, the share of its draws whose mean effect
         is at least as large. `q` is p adjusted over all rows (Benjamini-Hochberg). `tables` has the
         `draws` and every prompt's `values`.
@@ -87,14 +87,14 @@ def measure(
         for control in drawn_by
     }
     every = list(dict.fromkeys([*wanted, *(one for drawn in draws.values() for one in drawn)]))
-    intact, *others = evaluate(model, meter, found, every, batch_size, progress)
+    clean, *others = evaluate(model, meter, found, every, batch_size, progress)
     values = dict(zip(every, others, strict=True))
     table = _Table(meter, seed, confidence)
     for condition in wanted:
-        table.add(condition, "intact", intact, values[condition])
+        table.add(condition, "clean", clean, values[condition])
         for control in drawn_by:
             drawn = draws[condition, control]
-            table.add_control(condition, control, drawn, intact, values)
+            table.add_control(condition, control, drawn, clean, values)
     details = {
         "measured": [str(condition) for condition in wanted],
         "metrics": meter.names,
@@ -103,7 +103,7 @@ def measure(
         "confidence": confidence,
         "seed": seed,
     }
-    each = _values(meter, {Condition(): intact, **values})
+    each = _values(meter, {Condition(): clean, **values})
     return table.result(each, provenance(model, **details))
 
 
@@ -141,12 +141,12 @@ class _Table:
         condition: Condition,
         control: Control,
         drawn: list[Condition],
-        intact: list[Tensor],
+        clean: list[Tensor],
         values: dict[Condition, list[Tensor]],
     ) -> None:
         """The edit against the mean of the draws, and how many draws do as much."""
         means, as_large = [], []
-        for place, before in enumerate(intact):
+        for place, before in enumerate(clean):
             each = torch.stack([values[one][place] for one in drawn])
             effects = each.mean(1) - before.mean(0)
             own = (values[condition][place] - before).mean(0)

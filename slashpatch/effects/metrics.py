@@ -1,7 +1,7 @@
 """What is measured of one pass: numbers per prompt, never averaged over prompts.
 
-A metric is a function of any of `logits` [batch, pos, d_vocab], `tokens` [batch, pos], `intact`
-(the unedited model's logits), `index` (which prompts these are, [batch]) and `n_prompts`, by those
+A metric is a function of any of `logits` [batch, pos, d_vocab], `tokens` [batch, pos],
+`clean_logits` (the unedited model's logits), `index` (which prompts these are, [batch]) and `n_prompts`, by those
 names; it returns [batch], or [batch, n] for several numbers. Metrics of attention are objects with
 a `read`. A function is known by its name: two that differ must not share one.
 """
@@ -21,7 +21,7 @@ from .logit_metrics import (
     copy_length,
     copying_loss,
     copying_top1,
-    kl_to_intact,
+    kl_to_clean,
     loss_by_position,
     next_token_loss,
     top1_agreement,
@@ -35,12 +35,12 @@ for _function in (copying_loss, copying_top1):
     _function.keeps = copy_length  # type: ignore[attr-defined]
 
 #: What a metric function can ask for.
-_GIVEN = {"logits", "tokens", "intact", "index", "n_prompts"}
+_GIVEN = {"logits", "tokens", "clean_logits", "index", "n_prompts"}
 
 #: What the command line calls them.
 METRICS: dict[str, Metric] = {
     "loss": next_token_loss,
-    "kl": kl_to_intact,
+    "kl": kl_to_clean,
     "top1": top1_agreement,
     "loss-by-position": loss_by_position,
     "copying": copying_loss,

@@ -1,8 +1,8 @@
 """Paths: which heads read what an edit changes, and by which of their inputs.
 
 The edge from an edited layer to one input of one later head: the edited layer's attention output,
-minus the intact one, is added to what that head's query, key or value is made from, and to nothing
-else. Every other reader still sees the intact output. Exact, norms included (path patching; Wang et
+minus the clean one, is added to what that head's query, key or value is made from, and to nothing
+else. Every other reader still sees the clean output. Exact, norms included (path patching; Wang et
 al., arXiv 2211.00593). TransformerLens' `get_act_patch_direct_path` does the same for a mean over
 prompts, and for q alone under grouped-query attention; here a query head gets a pattern (or z) of
 its own, so that its group is left alone.
@@ -62,7 +62,7 @@ def paths(
     """The effect of an edit through one input of one later head at a time.
 
     Args:
-        model: A TransformerBridge; active patches are part of "intact".
+        model: A TransformerBridge; active patches are part of "clean".
         edit: Of heads of one layer; a head stands for its ablation.
         readers: Later heads to try; None for all, which takes three passes for each.
         metric: A name, function or object that gives one number per prompt.
@@ -113,30 +113,30 @@ def paths(
     order = torch.cat([batch.index for batch in todo]).argsort()
     edges = [(head, of) for head in wanted for of in INPUTS if of in inputs]
     total = Condition(tuple(edits))
-    taken: dict[Any, list[Tensor]] = {"intact": [], "all": [], **{edge: [] for edge in edges}}
+    taken: dict[Any, list[Tensor]] = {"clean": [], "all": [], **{edge: [] for edge in edges}}
     ready: list[tuple[PrefixCache, Tensor, Taken]] = []
     for batch in todo:
         prefix = PrefixCache(model, batch.tokens)
-        (values,), intact = meter.run(batch, None, Condition())
-        taken["intact"].append(values)
+        (values,), clean = meter.run(batch, None, Condition())
+        taken["clean"].append(values)
         prefix.advance(layer)
         change = _change(model, meter, prefix, batch.tokens, edits)
         with patch(model, *edits), prefix.skipped():
-            (values,), _ = meter.run(batch, intact, total, from_layer=layer)
+            (values,), _ = meter.run(batch, clean, total, from_layer=layer)
         taken["all"].append(values)
-        ready.append((prefix, change, intact))
+        ready.append((prefix, change, clean))
     by_layer = {
         d: [edge for edge in edges if edge[0].layer == d] for d in {h.layer for h in wanted}
     }
     steps = [(d, place) for d in sorted(by_layer) for place in range(len(todo))]
     work = [len(by_layer[d]) for d, _ in steps]
     for d, place in progress_over(steps, "trying paths", show=progress, n=work):
-        batch, (prefix, change, intact) = todo[place], ready[place]
+        batch, (prefix, change, clean) = todo[place], ready[place]
         prefix.advance(d)
         edge = _Layer(meter, layers[d], prefix, batch.tokens, change)
         for (head, of), hook in edge.hooks(by_layer[d]):
             with prefix.skipped():
-                (values,), _ = meter.run(batch, intact, f"{total} by {of} of {head}", [hook], d)
+                (values,), _ = meter.run(batch, clean, f"{total} by {of} of {head}", [hook], d)
             taken[head, of].append(values)
     return _result(taken, edges, order, total, meter, found, confidence, seed)
 
@@ -205,14 +205,14 @@ class _Layer:
         info, layer = self.meter.info, self.qk.layer
         pattern, z = info.hook(layer, "pattern"), info.hook(layer, "z")
         names = {"q": self.qk.q.name, "k": self.qk.k.name, "pattern": pattern}
-        intact = self._run(names, {})
+        clean = self._run(names, {})
         kept = {"q": "k", "k": "q", "v": "pattern"}
         for of in INPUTS:
             heads = [head for head, wanted in edges if wanted == of]
             if not heads:
                 continue
             name = z if of == "v" else pattern
-            held = {names[kept[of]]: intact[kept[of]]}
+            held = {names[kept[of]]: clean[kept[of]]}
             (made,) = self._run({of: name}, held, self.change).values()
             for head in heads:
                 yield (head, of), (name, _putting(made, head.head, 2 if of == "v" else 1))
@@ -263,17 +263,17 @@ def _result(
 ) -> Result:
     import pandas as pd
 
-    intact = torch.cat(taken["intact"])[order]
-    if intact.shape[1] != 1:
+    clean = torch.cat(taken["clean"])[order]
+    if clean.shape[1] != 1:
         raise EditError(f"paths takes a metric with one number per prompt, not {meter.names[0]}")
     after = torch.cat([torch.cat(taken[key])[order] for key in ("all", *edges)], dim=1)
-    said = compared(intact.expand_as(after), after, seed, confidence)
+    said = compared(clean.expand_as(after), after, seed, confidence)
     frame = pd.DataFrame(
         {
             "reader": ["all", *(str(head) for head, _ in edges)],
             "input": ["", *(of for _, of in edges)],
             "metric": meter.names[0],
-            "n": len(intact),
+            "n": len(clean),
             **{name: values.numpy() for name, values in said.items()},
             "q": false_discovery(said["p"]).numpy(),
         }

@@ -51,7 +51,7 @@ def sweep(
     of patching and running the whole model, bit for bit, where variants do not share a pass.
 
     Args:
-        model: A TransformerBridge; active patches are part of "intact".
+        model: A TransformerBridge; active patches are part of "clean".
         make_edit: A text with {head} (and {offset}), or a function of a head (and an offset).
         heads: Which; None for all.
         metric: A name, function or object that gives one number per prompt.

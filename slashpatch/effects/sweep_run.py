@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SHARED_BYTES = 512 * 2**20
 
 
-#: Bytes of layers' outputs that are kept from the intact run; beyond, each is computed in its turn.
+#: Bytes of layers' outputs that are kept from the clean run; beyond, each is computed in its turn.
 _AHEAD_BYTES = 1024 * 2**20
 
 
@@ -62,19 +62,19 @@ class _Run:
         return max(1, _SHARED_BYTES // max(pattern, logits))
 
     def all(self, variants: list[Variant], journal: Journal | None) -> dict[int, list[float]]:
-        """Each variant's values, by index; −1 is the intact model. The journal's are not run."""
+        """Each variant's values, by index; −1 is the clean run. The journal's are not run."""
         rows = {} if journal is None else journal.rows
         prefixes = [PrefixCache(self.model, batch.tokens) for batch in self.todo]
         layers = {one.edit.layers[0] for one in variants}
         size = 4 * self.model.cfg.d_model * sum(batch.tokens.numel() for batch in self.todo)
         ahead = layers if len(layers) * size <= _AHEAD_BYTES else set()
-        intact = []
+        clean = []
         for prefix, batch in zip(prefixes, self.todo, strict=True):
             with prefix.keeping(ahead):
-                intact.append(self.meter.run(batch, None, Condition()))
-        self.kept = [taken for _, taken in intact]
+                clean.append(self.meter.run(batch, None, Condition()))
+        self.kept = [taken for _, taken in clean]
         if -1 not in rows:
-            self._note(rows, journal, {-1: [values for (values,), _ in intact]})
+            self._note(rows, journal, {-1: [values for (values,), _ in clean]})
         every = self._groups(variants)
         groups = [group for group in every if not all(one.index in rows for one in group)]
         sizes = [len(group) for group in groups]

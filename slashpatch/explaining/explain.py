@@ -149,7 +149,7 @@ def _edited_scores(
     """Each head's score at its offset under each try, mean over prompts.
 
     All heads are tried in one pass: each layer's pattern is read under the edits, and then its z is
-    put back to what it was without them, so every head is tried in the intact model.
+    put back to what it was without them, so every head is tried in the clean run.
     """
     tries: dict[str, list[Edit]] = {}
     for head in at:
@@ -159,14 +159,14 @@ def _edited_scores(
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(len(wanted))
     jobs = [(prompt, label) for prompt in tokens for label in tries]
-    intact: dict[int, Tensor] = {}
+    clean: dict[int, Tensor] = {}
     with fused_where_exact(model):
         for prompt, label in progress_over(jobs, "trying edits", show=progress):
             if label == next(iter(tries)):
-                intact = _intact_z(model, prompt)
+                clean = _clean_z(model, prompt)
                 counts += torch.tensor([float(len(prompt) > offset) for offset in wanted])
             with patch(model, *tries[label]):
-                scores = _scores_with_z(model, prompt, wanted, intact).nan_to_num(0)
+                scores = _scores_with_z(model, prompt, wanted, clean).nan_to_num(0)
             sums[label] = sums[label] + scores if label in sums else scores
     return {
         head: {
@@ -178,7 +178,7 @@ def _edited_scores(
     }
 
 
-def _intact_z(model: TransformerBridge, prompt: Tensor) -> dict[int, Tensor]:
+def _clean_z(model: TransformerBridge, prompt: Tensor) -> dict[int, Tensor]:
     """z of every layer."""
     found: dict[int, Tensor] = {}
 

@@ -106,7 +106,7 @@ def test_generate(call, model):
     arguments = ("generate", "the of a and", "--model", model, "--max-new-tokens", 6)
     code, out, _ = call(*arguments, "--edit", "KeepOnly([L0H0, L0H1, L1H1], 1)", "--device", "cpu")
     assert code == 0
-    assert out.startswith("intact\n")
+    assert out.startswith("clean\n")
     assert "KeepOnly((L0H0, L0H1, L1H1), offsets=1)\n" in out
     _, out, _ = call(*arguments, "-e", "KnockOut(L0H0, 1)", "-e", "AblateHeads(L1H1)", "--json")
     record = json.loads(out)

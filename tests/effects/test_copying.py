@@ -17,7 +17,7 @@ def planted():
 def test_the_copied_lag_moves_by_exactly_what_the_slash_is_shifted(planted):
     edits = [f"ShiftSlash(L0H0, by={by})" for by in (1, 2)]
     found = sp.copying(planted, edits, n_tokens=20, n_prompts=8)
-    for by, edit in enumerate(["intact", *edits]):
+    for by, edit in enumerate(["clean", *edits]):
         rows = found.frame[found.frame["edit"] == edit].set_index("lag")
         assert rows["top1"].idxmax() == 1 + by
         assert rows["top1"].max() > 0.8

@@ -27,7 +27,7 @@ def both():
     return reading_model(1, 3)
 
 
-def curve(found, edit="intact", column="flow"):
+def curve(found, edit="clean", column="flow"):
     rows = found.frame[found.frame["edit"] == edit]
     return rows.set_index("offset")[column]
 

@@ -47,8 +47,8 @@ def test_effects_are_those_of_patch(tiny):
         expected = [float(loss(tiny, row[None], *together)[0]) for row in prompts]
         assert own["value"].tolist() == pytest.approx(expected, abs=1e-5)
     row = found.frame[found.frame["metric"] == "loss"].iloc[0]
-    intact = torch.tensor([float(loss(tiny, row[None])[0]) for row in prompts])
-    assert row["baseline"] == pytest.approx(float(intact.mean()), abs=1e-5)
+    clean = torch.tensor([float(loss(tiny, row[None])[0]) for row in prompts])
+    assert row["baseline"] == pytest.approx(float(clean.mean()), abs=1e-5)
     assert row["effect"] == pytest.approx(row["edited"] - row["baseline"])
     assert row["low"] <= row["effect"] <= row["high"]
 
@@ -72,7 +72,7 @@ def test_equal_seeds_give_equal_results(tiny):
     assert not one.frame["effect"].equals(other.frame["effect"])
 
 
-def test_intact_means_with_active_patches(tiny):
+def test_clean_means_with_active_patches(tiny):
     tokens = random_tokens(3, 10)
     with sp.patch(tiny, "AblateHeads(L1H1)"):
         found = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", tokens)
@@ -107,7 +107,7 @@ def test_controls_of_a_planted_head(planted):
         controls=["random-heads:3", "matched-heads:3", "other-offsets:5"],
     )
     rows = found.frame.set_index("against")
-    assert list(rows.index) == ["intact", "random-heads:3", "matched-heads:3", "other-offsets:5"]
+    assert list(rows.index) == ["clean", "random-heads:3", "matched-heads:3", "other-offsets:5"]
     assert (rows["effect"] > 2).all()
     assert rows.loc["random-heads:3", "as_large"] == 0
     assert rows.loc["other-offsets:5", "as_large"] == 0
@@ -217,8 +217,8 @@ def test_what_is_no_control(spec):
         (lambda logits: 1.0, "got float"),
         (lambda logits: logits[:, 0, :0], "one number per prompt"),
         (lambda logits: logits.mul_(0).sum((1, 2)), "changes the logits in place"),
-        (lambda logits: logits[:, 0, 0] * torch.nan, "gave nan for prompt 0 under intact"),
-        (lambda logits, index: 1 / (index - 1.0), "gave inf for prompt 1 under intact"),
+        (lambda logits: logits[:, 0, 0] * torch.nan, "gave nan for prompt 0 under clean"),
+        (lambda logits, index: 1 / (index - 1.0), "gave inf for prompt 1 under clean"),
     ],
 )
 def test_metrics_that_give_something_else(tiny, metric, said):
@@ -227,10 +227,10 @@ def test_metrics_that_give_something_else(tiny, metric, said):
 
 
 def test_nan_under_an_edit_names_the_edit(tiny):
-    def broken(logits, intact):
+    def broken(logits, clean_logits):
         return (
-            (logits - intact).abs().amax((1, 2)) / 0
-            if not logits.equal(intact)
+            (logits - clean_logits).abs().amax((1, 2)) / 0
+            if not logits.equal(clean_logits)
             else logits[:, 0, 0]
         )
 

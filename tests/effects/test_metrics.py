@@ -34,14 +34,14 @@ def test_losses_by_definition():
     )
 
 
-def test_comparisons_with_the_intact_model():
+def test_comparisons_with_the_clean_model():
     logits, _ = some()
     other, _ = some(seed=1)
-    assert torch.equal(metrics.kl_to_intact(logits, logits), torch.zeros(2).double())
+    assert torch.equal(metrics.kl_to_clean(logits, logits), torch.zeros(2).double())
     assert torch.equal(metrics.top1_agreement(logits, logits), torch.ones(2).double())
     p, q = (x.double().log_softmax(-1) for x in (other, logits))
     expected = (p.exp() * (p - q)).sum(-1).mean(-1)
-    torch.testing.assert_close(metrics.kl_to_intact(logits, other), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(metrics.kl_to_clean(logits, other), expected, atol=1e-5, rtol=0)
     rate = (logits.argmax(-1) == other.argmax(-1)).double().mean(1)
     assert torch.equal(metrics.top1_agreement(logits, other), rate)
 
@@ -96,10 +96,10 @@ def test_slash_scores_are_those_of_a_scan(tiny):
     rows = found.frame.set_index("of")
     with sp.patch(tiny, "KnockOut(L0H1, 2)"):
         edited = sp.scan(tiny, tokens, [2]).scores
-    intact = sp.scan(tiny, tokens, [2]).scores
+    clean = sp.scan(tiny, tokens, [2]).scores
     for name in ("L0H0", "L0H1", "L1H3"):
         head = sp.Head.parse(name)
-        assert rows.loc[name, "baseline"] == pytest.approx(float(intact[head.layer, head.head]))
+        assert rows.loc[name, "baseline"] == pytest.approx(float(clean[head.layer, head.head]))
         assert rows.loc[name, "edited"] == pytest.approx(float(edited[head.layer, head.head]))
     assert rows.loc["L0H1", "edited"] == 0
     some_heads = sp.measure(tiny, "KnockOut(L0H1, 2)", sp.SlashScores("L1H0, L1H2", 2), tokens)

@@ -40,14 +40,14 @@ def naive(model, edits, metric="copying", prompts=None):
     """Every edit by patching, and running all of the model."""
     meter = Meter(model, [as_metric(metric)])
     found = prompts_for(model, meter.metrics, prompts, n_prompts=3, max_tokens=13, seed=0)
-    intact, *values = evaluate(model, meter, found, conditions(edits))
-    return [float((one[0] - intact[0]).mean()) for one in values]
+    clean, *values = evaluate(model, meter, found, conditions(edits))
+    return [float((one[0] - clean[0]).mean()) for one in values]
 
 
 @pytest.mark.parametrize("edit", ["KnockOut({head}, 1)", "FreezeBand({head}, high)"])
 @pytest.mark.parametrize("ahead", [0, 2**30])
 def test_a_sweep_is_the_naive_loop_bit_for_bit(edit, ahead, monkeypatch):
-    """Whether layers' outputs are kept from the intact run or computed in their turn."""
+    """Whether layers' outputs are kept from the clean run or computed in their turn."""
     monkeypatch.setattr("slashpatch.effects.sweep_run._AHEAD_BYTES", ahead)
     model = tiny_model(seed=1, layers=3)
     found = sp.sweep(model, edit, **SMALL).frame.sort_values(["layer", "head"])
@@ -131,11 +131,11 @@ def test_resuming(tmp_path, monkeypatch):
     whole = sp.sweep(model, path=tmp_path / "whole.parquet", **SMALL)
     run, done = Meter.run, []
 
-    def dies(self, batch, intact, what, hooks=(), from_layer=0):
+    def dies(self, batch, clean, what, hooks=(), from_layer=0):
         done.append(str(what))
         if len(done) == 5:
             raise KeyboardInterrupt
-        return run(self, batch, intact, what, hooks, from_layer)
+        return run(self, batch, clean, what, hooks, from_layer)
 
     monkeypatch.setattr(Meter, "run", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -148,7 +148,7 @@ def test_resuming(tmp_path, monkeypatch):
     with open(unfinished, "a") as file:
         file.write('{"index": 7, "val')  # killed while it wrote
     again = sp.sweep(model, path=path, resume=True, **SMALL)
-    done.remove("intact")  # once in each process, for what others are compared with
+    done.remove("clean")  # once in each process, for what others are compared with
     assert done.count(done[3]) == 2  # the one that died
     assert sorted(done[:3] + done[4:]) == sorted({*done})
     assert len(done) == 1 + 9
@@ -157,7 +157,7 @@ def test_resuming(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.parquet", "whole.parquet"]
     done.clear()
     finished = sp.sweep(model, path=path, resume=True, **SMALL)
-    assert done == []  # not even the intact model
+    assert done == []  # not even the clean run
     pd.testing.assert_frame_equal(finished.frame, whole.frame)
 
 
@@ -242,7 +242,7 @@ def test_bad_input(tiny):
     ],
 )
 def test_rows_that_are_none(tmp_path, line):
-    """After the header and the intact row: of another size, twice, or no number."""
+    """After the header and the clean row: of another size, twice, or no number."""
     path = tmp_path / "sweep.json"
     model = tiny_model(seed=1)
     sp.sweep(model, path=path, **SMALL)

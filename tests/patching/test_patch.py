@@ -402,10 +402,10 @@ def test_a_cache_kept_by_another_hook_is_not_overwritten(tiny):
         )
         tokens = random_tokens(1, 7)
         tiny(tokens)
-        intact = kept["seen"].clone()
+        clean = kept["seen"].clone()
         stack.enter_context(sp.patch(tiny, sp.KnockOut("L0H0", 1)))
         tiny(tokens)
-    assert torch.equal(kept["seen"], intact)
+    assert torch.equal(kept["seen"], clean)
 
 
 def test_hooks_may_be_freed_in_the_middle_of_a_pass(tiny):

@@ -216,7 +216,7 @@ def test_damaged_headers(tiny, tmp_path, damage):
 
 def test_scans_under_hooks_of_somebody_are_marked(tiny):
     tokens = random_tokens(1, 9)
-    intact = sp.scan(tiny, tokens, [1])
+    clean = sp.scan(tiny, tokens, [1])
     with tiny.hooks(fwd_hooks=sp.hooks(tiny, "KeepOnly(L0H1, 1)")):
         ours = sp.scan(tiny, tokens, [1])
     assert ours.provenance["edits"] == ["KeepOnly(L0H1, offsets=1)"]
@@ -226,7 +226,7 @@ def test_scans_under_hooks_of_somebody_are_marked(tiny):
     assert foreign.provenance["other_hooks"] == [name]
     for other in (ours, foreign):
         with pytest.raises(ScanError, match="different"):
-            intact + other
+            clean + other
 
 
 def zeroed(w):
