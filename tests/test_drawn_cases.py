@@ -1,0 +1,85 @@
+"""Cases drawn over families, edits and ways to run them, against a reference of whole matrices.
+
+`python -m tests.drawn_cases --cases 10000` runs as many as one likes.
+"""
+
+import pytest
+import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+from .drawn_cases import (
+    BASIS_RANK,
+    N_HEADS,
+    N_LAYERS,
+    NAMES,
+    allowed,
+    basis_of,
+    draw_case,
+    family_of,
+    largest,
+    package_model,
+    reference_model,
+    run_case,
+)
+from .tiny import random_tokens
+from .zoo import build
+
+pytestmark = pytest.mark.filterwarnings("ignore:run_with_hooks. skipped")
+cases = st.randoms(use_true_random=False).map(draw_case)
+
+
+def check(case):
+    """Fail where the package and the reference differ by more than rounding."""
+    outcome = run_case(case)
+    note(f"{case}\n{outcome}")
+    assert outcome.right, f"{outcome} in {case}"
+
+
+@given(cases)
+@settings(max_examples=150)
+def test_drawn_cases(case):
+    check(case)
+
+
+@pytest.mark.exhaustive
+@given(cases)
+@settings(max_examples=1000)
+def test_many_drawn_cases(case):
+    check(case)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_edits_the_reference_is_the_model(name):
+    """Transformers' own attention, float32, and the bridge's, against the reference's."""
+    tokens = random_tokens(1, 20)
+    own = build(family_of(name))
+    own.config._attn_implementation = "eager"
+    exact, single = (
+        reference_model(name, dtype).run(tokens[0]) for dtype in (torch.float64, torch.float32)
+    )
+    limit = allowed(largest(single - exact), largest(exact))
+    with torch.no_grad():
+        assert largest(own(tokens).logits[0] - exact) <= limit
+        assert largest(package_model(name)(tokens)[0] - exact) <= limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fitted_basis_is_that_of_all_tokens(name):
+    """Drawn cases take the package's basis; here it is fitted again, by an SVD."""
+    rows = []
+    for tokens in random_tokens(2, 12):
+        reference_model(name).run(tokens)
+        rows.append(dict(reference_model(name).vectors))
+    basis = basis_of(name)
+    for number, (layer, head) in enumerate(
+        (layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)
+    ):
+        for part, found in enumerate((basis.q, basis.k)):
+            x = torch.cat([vectors[layer][part] for vectors in rows])
+            x = x[:, head * x.shape[1] // N_HEADS]
+            expected = torch.linalg.svd(x, full_matrices=False)
+            # A direction is known as well as its singular value stands apart from the next.
+            gap = float((expected.S[:-1] - expected.S[1:])[:BASIS_RANK].min() / expected.S[0])
+            cosines = (found[number].double() * expected.Vh[:BASIS_RANK].T).sum(0).abs()
+            assert float((1 - cosines).max()) < (1e-5 / gap) ** 2 + 1e-6
