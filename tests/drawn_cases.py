@@ -431,6 +431,54 @@ def as_given(edit: Any, typed: bool) -> Any:
     return str(edit)
 
 
+def outcome_of(case: Case) -> tuple[Outcome, str]:
+    """What came of a case, and what is wrong with it, if anything is.
+
+    Wrong are logits that are off by more than rounding, and any error that no rule asks for.
+    """
+    try:
+        outcome = run_case(case)
+    except Exception as error:
+        return Outcome(), f"{type(error).__name__}: {error}"
+    return outcome, "" if outcome.right else str(outcome)
+
+
+def simplest(case: Case) -> Case:
+    """A wrong case with whatever can be left out of it left out, so long as it stays wrong."""
+    for simpler in simplifications(case):
+        if outcome_of(simpler)[1]:
+            return simplest(simpler)
+    return case
+
+
+def simplifications(case: Case) -> list[Case]:
+    """The case with one thing less."""
+    found, change = [], functools.partial(dataclasses.replace, case)
+    if len(case.edits) > 1:
+        found += [
+            change(edits=case.edits[:number] + case.edits[number + 1 :])
+            for number in range(len(case.edits))
+        ]
+    if len(case.lengths) > 1:
+        found += [change(lengths=(length,)) for length in case.lengths]
+    found += [change(cuts=cuts) for cuts in ((), case.cuts[:1]) if cuts != case.cuts]
+    shorter = tuple(length - length // 3 for length in case.lengths)
+    found.append(change(lengths=shorter))
+    for number, edit in enumerate(case.edits):
+        for head in edit.heads if len(edit.heads) > 1 else ():
+            one = (dataclasses.replace(edit, heads=head),)
+            found.append(change(edits=case.edits[:number] + one + case.edits[number + 1 :]))
+    plain = {"engine": "bridge", "attach": "patch", "typed": False, "fused_first": False,
+             "side": "left"}  # fmt: skip
+    found += [change(**{name: value}) for name, value in plain.items()]
+    # Nothing is cut where no prompt goes on.
+    found = [
+        dataclasses.replace(one, cuts=tuple(cut for cut in one.cuts if cut < max(one.lengths)))
+        for one in found
+    ]
+    return [one for one in found if one != case]
+
+
 # A great many ------------------------------------------------------------------------------------
 
 
