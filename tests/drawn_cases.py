@@ -506,16 +506,12 @@ def main() -> None:
     kinds, wrong, worst, began = Counter(), [], (0.0, -1), time.monotonic()
     for done, number in enumerate(numbers, 1):
         case = case_number(options.seed, number)
-        try:
-            outcome = run_case(case)
-            problem = "" if outcome.right else str(outcome)
-        except (
-            Exception
-        ) as error:  # whatever it is, it is printed with its case and counts as wrong
-            outcome, problem = Outcome(), f"{type(error).__name__}: {error}"
+        outcome, problem = outcome_of(case)
         if problem:
             wrong.append(number)
             print(f"\nWRONG {number} (--seed {options.seed} --only {number}): {problem}\n  {case}")
+            least = simplest(case)
+            print(f"at its simplest: {outcome_of(least)[1]}\n  {least}", flush=True)
         if outcome.refused:
             counts["refused"][outcome.refused] += 1
         else:
