@@ -1,9 +1,10 @@
-# make demo | test | fast | lint | format | bench | families | clean.  Needs Python >= 3.10 with venv and pip.
+# make demo | test | test-all | fast | lint | format | bench | families | clean.  Needs Python >= 3.10 with venv and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test fast lint format bench families clean
+.PHONY: demo test test-all fast lint format bench families clean
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Constraints are the tested versions; where one has no file for this Python, pip says so.
 .venv/installed: pyproject.toml constraints.txt
@@ -19,15 +20,19 @@ demo: .venv/installed
 	$(BIN)/slashpatch demo
 
 test: .venv/developed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST) -m 'not exhaustive'
+
+test-all: .venv/developed
+	$(PYTEST)
 
 fast: .venv/developed
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not real'
+	$(PYTEST) -m 'not real and not exhaustive'
 
 lint: .venv/developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/developed
 	$(BIN)/ruff check --fix .

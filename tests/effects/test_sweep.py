@@ -1,11 +1,10 @@
-import contextlib
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -296,64 +295,86 @@ def test_layers_that_cannot_take_the_edit_are_found_before_the_work(tmp_path):
 
 
 _SERVER = """
-import os, sys
+import os, signal, sys
 import torch
 torch.set_num_threads(1)  # before anything runs: a fork keeps no other threads
 import slashpatch as sp
+from slashpatch.data.journal import Journal
 from tests.tiny import tiny_model
 model = tiny_model(seed=1, layers=6)
-for path in sys.stdin:
+write = Journal.write
+
+def killed_after(n_rows, in_a_line):
+    left = [n_rows]
+    def dies(self, rows):
+        if left[0] == 0:
+            if in_a_line and self._file is not None:
+                self._file.write(b'{"index": 7, "val')
+                self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        write(self, rows)
+    return dies
+
+for line in sys.stdin:
+    path, n_rows, in_a_line = line.split()
     child = os.fork()
     if child == 0:
-        size = {"n_prompts": 6, "max_tokens": 61}
-        sp.sweep(model, path=path.strip(), resume=True, progress=False, **size)
+        Journal.write = killed_after(int(n_rows), in_a_line == "True")
+        size = {"n_prompts": 2, "max_tokens": 13}
+        sp.sweep(model, path=path, resume=True, progress=False, **size)
         os._exit(0)
-    print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
 """
+_ROWS = 1 + 6 * 4  # the clean run's, and one a head
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, to start many runs at once")
-def test_killed_at_random_moments(tmp_path):
-    """SIGKILL in a loop; the file that is there in the end is that of a run that nobody killed."""
-    root = str(Path(__file__).parents[2])
-    path = tmp_path / "sweep.parquet"
-    unfinished = Path(f"{path}.unfinished")
-    moments = random.Random(0)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _SERVER]
-    pipe = subprocess.PIPE
+@pytest.mark.parametrize(
+    "n_kills", [8, pytest.param(200, marks=pytest.mark.exhaustive)], ids=lambda n: f"{n} kills"
+)
+def test_a_sweep_that_is_killed_goes_on(tmp_path, n_kills):
+    """SIGKILL after chosen numbers of written rows, also in the middle of a line, until the file is
+    there; then again. Each file is that of a run that nobody killed.
+    """
+    choices = random.Random(0)
     with subprocess.Popen(
-        command, cwd=root, stdin=pipe, stdout=pipe, text=True, env=environment
+        [sys.executable, "-c", _SERVER],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     ) as server:
 
-        def start(path):
-            server.stdin.write(f"{path}\n")
+        def run(path, n_rows, in_a_line=False):
+            server.stdin.write(f"{path} {n_rows} {in_a_line}\n")
             server.stdin.flush()
             return int(server.stdout.readline())
 
-        began = time.monotonic()
-        start(tmp_path / "whole.parquet")
-        assert server.stdout.readline() == "0\n"
-        whole_run = time.monotonic() - began
-        kills, seen, patience = 0, set(), 0.1 * whole_run
-        while not path.exists():
-            known = len(seen)
-            child = start(path)
-            time.sleep(patience * moments.random())
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            kills += server.stdout.readline() == f"{int(signal.SIGKILL)}\n"
-            if unfinished.exists():
-                rows = unfinished.read_text().splitlines(keepends=True)[1:]
-                indexes = [json.loads(row)["index"] for row in rows if row.endswith("\n")]
-                assert len(indexes) == len(set(indexes))  # none twice
-                assert set(indexes) >= seen  # none lost
-                seen = set(indexes)
-            patience *= 1.4 if len(seen) == known else 1
-            assert kills < 200
+        whole = tmp_path / "whole.parquet"
+        assert run(whole, 10**6) == 0
+        expected = sp.Result.load(whole)
+        kills = 0
+        for attempt in itertools.count():
+            path = tmp_path / f"{attempt}.parquet"
+            unfinished = Path(f"{path}.unfinished")
+            n_written = 0
+            while kills < n_kills and n_written < _ROWS - 1:
+                n_rows = choices.randint(0, _ROWS - 1 - n_written)
+                in_a_line = choices.random() < 0.3
+                assert run(path, n_rows, in_a_line) == int(signal.SIGKILL)
+                kills += 1
+                n_written += n_rows
+                assert not path.exists()
+                if n_written:
+                    _, *lines = unfinished.read_text().splitlines(keepends=True)
+                    indexes = [json.loads(one)["index"] for one in lines if one.endswith("\n")]
+                    assert len(set(indexes)) == len(indexes) == n_written  # none lost, none twice
+            assert run(path, 10**6) == 0
+            found = sp.Result.load(path)
+            pd.testing.assert_frame_equal(found.frame, expected.frame)
+            assert found.provenance == expected.provenance
+            if kills == n_kills:
+                break
         server.stdin.close()
-    assert kills > 2
-    whole, pieces = (sp.Result.load(p) for p in (tmp_path / "whole.parquet", path))
-    pd.testing.assert_frame_equal(whole.frame, pieces.frame)
-    assert whole.provenance == pieces.provenance
