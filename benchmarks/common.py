@@ -1,4 +1,4 @@
-"""What every benchmark shares: threads, timing in turns, the machine, results and README tables."""
+"""What every benchmark shares: threads, timing in turns, the machine, results, tables of docs/."""
 
 import json
 import os
@@ -76,19 +76,19 @@ def write_results(part, figures, provenance):
     RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def write_readme_table(part, lines):
-    """Put a table between the README's markers for `part`."""
-    readme = HERE.parent / "README.md"
-    before, begin, rest = readme.read_text().partition(f"<!-- {part}: begin -->")
+def write_table(page, part, lines):
+    """Put a table between the comment marks for `part` in docs/`page`.md."""
+    path = HERE.parent / "docs" / f"{page}.md"
+    before, begin, rest = path.read_text().partition(f"<!-- {part}: begin -->")
     _, end, after = rest.partition(f"<!-- {part}: end -->")
     if not (begin and end):
-        raise SystemExit(f"README.md has no markers for {part}")
+        raise SystemExit(f"{path} has no comment marks for {part}")
     table = "\n".join(lines)
-    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
-def said(provenance):
-    """One line on machine, versions and model."""
+def setting(provenance):
+    """One line that says on which machine, with which versions and which model."""
     versions, here = provenance["versions"], machine()
     return (
         f"{here['processor']}, {THREADS} threads, torch {versions['torch']}, transformers "

@@ -1,7 +1,7 @@
 """What slash heads pass on in the default model, and what a sweep costs. Part of `make bench`.
 
-`python benchmarks/effects.py [effects] [sweep]` takes about ten minutes on two cores and writes a
-README table.
+`python benchmarks/effects.py [effects] [sweep]` takes about ten minutes on two cores and writes
+the table of docs/effects.md.
 """
 
 import sys
@@ -11,9 +11,9 @@ from common import (
     in_turns,
     ratio,
     read_results,
-    said,
-    write_readme_table,
+    setting,
     write_results,
+    write_table,
 )
 
 #: The five strongest heads at Δ=1 in the default model (`slashpatch scan`).
@@ -134,7 +134,7 @@ def main(parts):
         write_results("effects", figures, source)
     times = figures.get("sweep", {"seconds": 0, "plain_seconds": 0, "ratio": 0})
     lines = [
-        f"{said(source)}; 16 prompts, seed 0, 95 % intervals over prompts. Five heads: "
+        f"{setting(source)}; 16 prompts, seed 0, 95 % intervals over prompts. Five heads: "
         f"{FIVE[1:-1]}.",
         "",
         "| figure | value |",
@@ -143,7 +143,7 @@ def main(parts):
         f"| sweep of {len(SAMPLE)} heads / patching and running the whole model, equal bit for bit "
         f"| {times['seconds']:.1f} s / {times['plain_seconds']:.1f} s = {times['ratio']:.2f} |",
     ]
-    write_readme_table("effects", lines)
+    write_table("effects", "effects", lines)
     print("\n".join(lines))
 
 

@@ -19,10 +19,10 @@ from common import (
     in_turns,
     ratio,
     read_results,
-    said,
     seconds,
-    write_readme_table,
+    setting,
     write_results,
+    write_table,
 )
 
 #: Tokens of the prompt, and rounds.
@@ -208,10 +208,10 @@ def peaks(config):
             yield name, row
 
 
-def readme_lines(figures, memory, source):
-    """The tables for the README."""
+def table_lines(figures, memory, source):
+    """The tables for docs/costs.md."""
     lines = [
-        f"{said(source)}; medians, both sides of a ratio in turns.",
+        f"{setting(source)}; medians, both sides of a ratio in turns.",
         "",
         "| figure | with slashpatch | beside | ratio |",
         "|---|---|---|---|",
@@ -237,7 +237,7 @@ def main(parts):
     model = sp.load(device="cpu")
     source = provenance(model)
     config = model.original_model.config
-    print(said(source))
+    print(setting(source))
     figures = read_results("fused")
     if "times" in parts:
         figures["ratios"] = times(model, sdpa_model(config))
@@ -251,10 +251,10 @@ def main(parts):
 
 
 def save(figures, source):
-    """What was measured so far, into results.json and the README."""
+    """What was measured so far, into results.json and docs/costs.md."""
     write_results("fused", figures, source)
-    lines = readme_lines(figures.get("ratios", {}), figures.get("peaks", {}), source)
-    write_readme_table("fused", lines)
+    lines = table_lines(figures.get("ratios", {}), figures.get("peaks", {}), source)
+    write_table("costs", "fused", lines)
 
 
 if __name__ == "__main__":

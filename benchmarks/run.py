@@ -15,10 +15,10 @@ from common import (
     ROUNDS,
     THREADS,
     paired,
-    said,
     seconds,
-    write_readme_table,
+    setting,
     write_results,
+    write_table,
 )
 from rich.console import Console
 from rich.table import Table
@@ -37,10 +37,10 @@ def fastest_start(*arguments):
     )
 
 
-def readme_lines(figures, plain, source):
-    """The table for the README."""
+def table_lines(figures, plain, source):
+    """The table for docs/costs.md."""
     lines = [
-        f"{said(source)}; medians of {ROUNDS}, both sides of a ratio in turns.",
+        f"{setting(source)}; medians of {ROUNDS}, both sides of a ratio in turns.",
         "",
         "| figure | with slashpatch | without | ratio |",
         "|---|---|---|---|",
@@ -86,7 +86,7 @@ def main():
             "ScaleBand": sp.ScaleBand(eight, "low", 1.5),
             "RankOne of q": sp.RankOne(eight, "q", basis),
         },
-        "keys of its own": {
+        "per-head keys": {
             "FreezeBand": sp.FreezeBand(eight, "high"),
             "SwapBands": sp.SwapBands(eight, "high", "low"),
             "SetFrequencies": sp.SetFrequencies(eight, lambda theta: theta / 2),
@@ -126,8 +126,8 @@ def main():
     }
     source = provenance(model)
     write_results("costs", {"ratios": figures, "seconds": plain}, source)
-    write_readme_table("bench", readme_lines(figures, plain, source))
-    console.print(said(source))
+    write_table("costs", "bench", table_lines(figures, plain, source))
+    console.print(setting(source))
     table = Table("figure", "ours (s)", "plain (s)", "ratio")
     for name, row in figures.items():
         table.add_row(

@@ -1,11 +1,12 @@
 """The shallow transformer with and without its conditions. Part of `make bench`.
 
-`python benchmarks/theory.py` takes about three minutes on two cores and writes a README table.
+`python benchmarks/theory.py` takes about five minutes on two cores and writes the table
+of docs/theory.md.
 """
 
 import math
 
-from common import THREADS, machine, seconds, write_readme_table, write_results
+from common import THREADS, machine, seconds, write_results, write_table
 
 SEEDS = (0, 1, 2)
 KAPPA = 0.3
@@ -27,7 +28,7 @@ RUNS = {
 
 
 def main():
-    """Train, and write results.json and the README's table."""
+    """Train, and write results.json and the table of docs/theory.md."""
     import torch
 
     from slashpatch import theory
@@ -68,7 +69,7 @@ def main():
         "| out of distribution | three runs |",
         "|---|---|---|---|---|---|",
     ]
-    write_readme_table("theory", head + lines)
+    write_table("theory", "theory", head + lines)
 
 
 if __name__ == "__main__":

@@ -51,15 +51,16 @@ if FIGURES:
 # %% [markdown]
 # ## 2. Live, while the model writes
 #
-# `SlashMonitor` adds up the same scores through the KV cache, one row a token, and says so once it
-# is sure of a head. The model's output stays what it was, bit for bit.
+# `SlashMonitor` gathers the same scores during generation with the KV cache, one row per new token,
+# and reports a head once, when its score is clearly above κ. The model's output stays the same, bit
+# for bit.
 
 # %%
 prompt = "The secret code is blue-tiger-seven. I repeat, the secret code is"
 
 
 def report(head, offset, score, n_rows):
-    """Called once for each head that is surely above κ."""
+    """Print a head whose score is clearly above κ; called once for each."""
     print(f"{head} attends {offset} back with {score:.2f} after {n_rows} rows")
 
 
@@ -117,7 +118,7 @@ print("next token:", repr(model.tokenizer.decode(logits[0, -1].argmax())))
 #
 # Scans never form the attention matrix where flash attention is exact: the log-sum-exp of each row
 # and one dot product give S[i, i−Δ]. So every offset can be asked for. Offsets close to the length
-# of the prompt rest on few rows, and most of those read the first token.
+# of the prompt rest on few rows, and most of those attend to the first token.
 
 # %%
 length = 128 if SMALL else 2048
@@ -127,7 +128,7 @@ curve = every.scores[slash.head.layer, slash.head.head]
 for offset in (1, 2, 4, 8, 16, 32, 64):
     print(f"{slash.head} at Δ={offset:<3} {float(curve[offset]):.4f}")
 
-# Inside `sp.fused`, every hook but scores and pattern fires as ever, edits and monitors included.
+# Inside `sp.fused`, every hook but scores and pattern fires as usual; edits and monitors work.
 with sp.fused(model), sp.patch(model, knock_out), sp.SlashMonitor(model) as monitor:
     _, cache = model.run_with_cache(prompt, names_filter=f"blocks.{slash.head.layer}.attn.hook_z")
 print(

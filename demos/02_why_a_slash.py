@@ -3,7 +3,7 @@
 #
 # The paper behind this project (arXiv 2601.08297) says that slash heads come from two conditions:
 # pre-RoPE queries and keys that are almost rank one, and RoPE frequencies that add up at an offset.
-# Here both are measured on a real head, tried by intervention, and then used to move the slash.
+# Here both are measured on a real head, tested by intervention, and then used to move the slash.
 #
 # `python demos/02_why_a_slash.py [--figures]`; `SLASHPATCH_DEMO=small` makes everything small.
 
@@ -24,8 +24,8 @@ model = sp.load()
 # %% [markdown]
 # ## 1. One head, explained
 #
-# `sp.explain` measures the head beside all others, takes bands and ranks away, and gives a verdict
-# with its rule.
+# `sp.explain` compares the head with all others, drops bands of frequencies, projects queries and
+# keys to rank one, and gives a verdict with its rule.
 
 # %%
 explanation = sp.explain(model, "L16H0", **SIZE)
@@ -35,7 +35,7 @@ print(explanation)
 # ## 2. Slash heads as a group
 #
 # r1 is the share of the largest squared singular value of the tokens × d_head matrix of queries (or
-# keys): 1 means that every token has the same query but for its length.
+# keys): 1 means that the queries of all tokens differ in length only.
 
 # %%
 scan = sp.scan(model, **SIZE)
@@ -65,8 +65,8 @@ if FIGURES:
 # %% [markdown]
 # ## 4. Move the slash
 #
-# Rotations commute, so turning the query back by θ·1 moves every logit from Δ to Δ + 1, exactly.
-# The model that copied the next token now copies the one after it.
+# Rotations commute, so rotating each pair of the query back by its θ, one position, moves every
+# logit from Δ to Δ + 1, exactly. The model that copied the next token now copies the one after it.
 
 # %%
 eight = [entry.head for entry in scan.slash_heads() if entry.offset == 1][:8]
@@ -84,10 +84,10 @@ for name, edits in (("clean", []), ("shifted by 1", [sp.ShiftSlash(eight, by=1)]
 # ## 5. Make one from nothing
 #
 # The other way round: give a head that has no slash one constant direction for all queries and
-# keys, turned by the offset that it should read. No token's content is left in its pattern.
+# keys, rotated by the offset that it should attend to. Its pattern no longer depends on any token.
 
 # %%
 with sp.patch(model, sp.PlantSlash("L3H4", offset=5, strength=60.0)):
     planted = sp.scan(model, **SIZE)
 best = planted.scores[3, 4]
-print(f"L3H4, planted: {float(best[5]):.2f} of its attention lies 5 back; peak at {best.argmax()}")
+print(f"L3H4, planted: {float(best[5]):.2f} of its attention at Δ=5; peak at Δ={best.argmax()}")

@@ -4,7 +4,7 @@
 # A head that attends to the token before is a fact about its attention. That information passes
 # along that diagonal is a claim about cause and effect, and needs interventions, intervals and
 # controls. Here: how far a token's influence reaches, which token the model copies when slashes are
-# moved, whether random heads would have done as well, and who reads the slash head.
+# moved, whether other heads would have the same effect, and which heads read the slash head.
 #
 # `python demos/03_what_slash_heads_pass_on.py [--figures]`; `SLASHPATCH_DEMO=small` makes all of it
 # small.
@@ -26,7 +26,7 @@ model = sp.load()
 
 
 def show(result, top=20):
-    """A result's table and remarks, as the command prints them."""
+    """Print a result's table and remarks as the command does."""
     from rich.console import Console
 
     Console(width=120).print(effects_report(result, top), highlight=False)
@@ -50,9 +50,9 @@ if FIGURES:
 # %% [markdown]
 # ## 2. The copied lag
 #
-# On random tokens, twice over, the model says the token that came next the first time. Turn those
-# heads' queries so that each attends one token further back, and it says the one after that; the
-# induction heads that read them match one token further on.
+# On random tokens, twice over, the model predicts the token that came next the first time. Rotate
+# those heads' queries so that each attends one token further back, and it predicts the one after
+# that; the induction heads that read them match one token further on.
 
 # %%
 size = {"n_prompts": 3, "n_tokens": 12} if SMALL else {"n_prompts": 16}
@@ -62,11 +62,11 @@ if FIGURES:
     save_figure(effects_figure(copying), HERE / "03_copied_lag.png")
 
 # %% [markdown]
-# ## 3. Would any head have done?
+# ## 3. Would any other head have the same effect?
 #
 # The same edit on random heads of the same layer, on heads that write as much to the residual
-# stream, and of the same head at other offsets. `against` says what the edit is compared with;
-# "draws as large" is the share of draws that do as much.
+# stream, and on the same head at other offsets. `against` says what the edit is compared with;
+# "draws as large" is the share of draws whose effect is at least as large.
 
 # %%
 size = {"n_prompts": 3, "max_tokens": 25} if SMALL else {"n_prompts": 16, "max_tokens": 101}
@@ -75,10 +75,10 @@ controls = [f"random-heads:{n}", f"matched-heads:{n}", f"other-offsets:{n}"]
 show(sp.measure(model, "KnockOut(L16H0, 1)", ["copying", "kl"], controls=controls, **size))
 
 # %% [markdown]
-# ## 4. Who reads it, and how
+# ## 4. Which heads read it, and how
 #
-# The slash head's output is taken from one input of one later head at a time. A previous-token head
-# that serves induction should be read by *keys*.
+# The edit's effect is passed to one input (query, key or value) of one later head at a time. A
+# previous-token head that serves induction should be read through *keys*.
 
 # %%
 readers = "L17H3, L18H6" if SMALL else "L17H3, L17H4, L17H5, L18H6, L18H7, L20H6, L23H2"

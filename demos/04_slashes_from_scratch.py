@@ -26,24 +26,24 @@ KAPPA = 0.3
 
 
 def show(report):
-    """A report, as the command prints it."""
+    """Print a report as the command does."""
     from rich.console import Console
 
     Console(width=120).print(report, highlight=False)
 
 
 def runs(**knobs):
-    """One training run per seed."""
+    """Return one training run per seed."""
     return [sp.theory.train(**{**SIZE, **knobs, "seed": seed}) for seed in SEEDS]
 
 
 # %% [markdown]
 # ## 1. It emerges, in stages
 #
-# A segment of random tokens comes twice; the second time, each next token is to be said. For that,
-# layer 1 must bring each token to the position after it (a slash at Δ=1), and layer 2 must find the
-# position to which the present token was brought. First the queries and keys become rank one, then
-# the slash forms, then layer 2 matches.
+# A segment of random tokens comes twice; the second time, each next token is to be predicted. For
+# that, layer 1 must bring each token to the position after it (a slash at Δ=1), and layer 2 must
+# find the position to which the current token was brought. First the queries and keys become rank
+# one, then the slash forms, then layer 2 matches.
 
 # %%
 trained = runs()
@@ -70,7 +70,7 @@ for offset in (2, 3):
     print(f"rewarded Δ={offset}: highest score at", [one.idxmax()[len("score_") :] for one in last])
 
 # %% [markdown]
-# ## 4. Both knobs at once
+# ## 4. Both conditions at once
 
 # %%
 knobs = {
@@ -83,7 +83,7 @@ if FIGURES:
     save_figure(phase_figure(phase, KAPPA), HERE / "04_phase.png")
 
 # %% [markdown]
-# ## 5. The same reading of a real head
+# ## 5. The same measurement on a real head
 #
 # The margin that trained runs end with is the logit of the rewarded offset over all others, if all
 # tokens had the mean query and key. `explain` gives it for heads of a real model.

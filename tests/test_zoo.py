@@ -15,7 +15,7 @@ from slashpatch.errors import ModelError, ScanError
 from slashpatch.maths.precision import rounding
 
 from .tiny import bridge, padded, random_tokens
-from .zoo import FAMILIES, LONG, N_CTX, N_LAYERS, Family, build, in_readme, report, table, zoo
+from .zoo import FAMILIES, LONG, N_CTX, N_LAYERS, Family, build, in_page, report, table, zoo
 from .zoo import rope as rope_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,8 +65,8 @@ def test_the_contract(name, dtype):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_the_readme_has_the_table_of_these_checks():
-    assert in_readme()[1].splitlines() == table(), "run `make families`"
+def test_the_page_of_families_has_the_table_of_these_checks():
+    assert in_page()[1].splitlines() == table(), "run `make families`"
 
 
 @each_family

@@ -1,7 +1,7 @@
 """Tiny random-weight models of every family that slashpatch claims, built offline.
 
 Queries and keys are large enough that patterns are not flat. `make families` runs
-`slashpatch.check` over all of them and writes the README's table.
+`slashpatch.check` over all of them and writes the table of docs/families.md.
 """
 
 import functools
@@ -99,7 +99,7 @@ FAMILIES = {
     "Gemma 3": Family(
         "Gemma3",
         {**WIDE, "sliding_window": WINDOW, "layer_types": LAYERS},
-        "θ of each layer's own, windows, q/k norms",
+        "θ differs by layer, windows, q/k norms",
         ways="blocks flash",
         config_class="Gemma3TextConfig",
     ),
@@ -124,7 +124,7 @@ FAMILIES = {
     "StarCoder2": Family(
         "Starcoder2", {**GROUPED, "sliding_window": WINDOW}, "windows", ways="blocks blocks"
     ),
-    "Granite": Family("Granite", {**GROUPED, "attention_multiplier": 0.3}, "a scale of its own"),
+    "Granite": Family("Granite", {**GROUPED, "attention_multiplier": 0.3}, "its own scale"),
     "Cohere": Family("Cohere", GROUPED, "interleaved pairs", "adjacent"),
     "Cohere, q/k norms": Family(
         "Cohere", {**GROUPED, "use_qk_norm": True}, "interleaved pairs, norms per head", "adjacent"
@@ -230,7 +230,7 @@ def report(name: str, dtype: torch.dtype = torch.float32) -> Report:
     return check(zoo(name, dtype))
 
 
-#: Columns of the README's table: contracts of `check`.
+#: Columns of the table: contracts of `check`.
 COLUMNS = ("scores", "q, k and RoPE", "edits", "cache", "padding", "fused")
 MARKS = {"pass": "yes", "part": "in part", "refused": "no", "fail": "**fails**", "–": "–"}
 
@@ -250,17 +250,17 @@ def table() -> list[str]:
     return lines
 
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- families: begin (make families) -->", "<!-- families: end -->"
 
 
-def in_readme() -> tuple[str, str, str]:
-    """The README before the table, the table, and the README after it."""
-    before, _, rest = README.read_text().partition(BEGIN)
+def in_page() -> tuple[str, str, str]:
+    """The page before the table, the table, and the page after it."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
     found, _, after = rest.partition(END)
     return before, found.strip(), after
 
 
 if __name__ == "__main__":
-    before, _, after = in_readme()
-    README.write_text("\n".join([before + BEGIN, *table(), END + after]))
+    before, _, after = in_page()
+    PAGE.write_text("\n".join([before + BEGIN, *table(), END + after]))
