@@ -131,14 +131,23 @@ def read(model: TransformerBridge) -> ModelInfo:
     return info
 
 
-def _require_bridge(model: Any) -> None:
-    from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
+def refuse_remote(model: Any) -> None:
+    """Raise ModelError for a bridge whose model is not in this process, by its class's name."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.bridge_core import BridgeCore
 
-    if isinstance(model, RemoteBridge):
+    if isinstance(model, BridgeCore) and not isinstance(model, TransformerBridge):
         raise ModelError(
-            "slashpatch refuses RemoteBridge: its model runs in another process and its hooks are "
-            "read-only, so nothing could be edited; load the model here with slashpatch.load(...)"
+            f"slashpatch refuses {type(model).__name__}: its model runs in another process and its "
+            "hooks are read-only, so nothing could be edited; load the model here with "
+            "slashpatch.load(...)"
         )
+
+
+def _require_bridge(model: Any) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    refuse_remote(model)
     if not isinstance(model, TransformerBridge):
         kind = f"{type(model).__module__}.{type(model).__name__}"
         wrap = (

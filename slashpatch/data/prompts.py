@@ -151,7 +151,10 @@ def _texts(
 
 def _tokenise(model: TransformerBridge, text: str) -> Tensor:
     if model.tokenizer is None:
-        raise PromptError("the model has no tokenizer; pass token ids or ask for random tokens")
+        raise PromptError(
+            "the model has no tokenizer; pass token ids, ask for random tokens, or load the model "
+            "with slashpatch.load(model, tokenizer=...)"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
