@@ -97,8 +97,11 @@ class ModelInfo:
         return found
 
     def require(self, wanted: HeadsLike) -> tuple[Head, ...]:
-        """The heads named by `wanted`. Raises HeadError if the model lacks one."""
-        found = heads(wanted)
+        """Return the heads that `wanted` stands for, whole layers included.
+
+        Raises HeadError if the model lacks one.
+        """
+        found = heads(wanted, n_heads=self.n_heads)
         require_heads(found, self.n_layers, self.n_heads)
         return found
 
