@@ -1,13 +1,16 @@
+import copy
 import gc
+import types
 
 import pytest
 import torch
+from transformer_lens.model_bridge import RemoteBridge
 
 import slashpatch as sp
 from slashpatch.bridge import info, read, verify
 from slashpatch.errors import ModelError
 
-from ..tiny import bridge, random_tokens, tiny_model
+from ..tiny import bridge, llama, random_tokens, tiny_model
 
 
 def test_reads_grouped_heads(tiny):
@@ -62,6 +65,51 @@ def test_no_bridge_is_refused(thing):
 def test_the_wrapped_model_alone_is_refused(tiny):
     with pytest.raises(ModelError, match="LlamaForCausalLM"):
         sp.scan(tiny.original_model)
+
+
+class _Driver:
+    """What a RemoteBridge asks of the process that runs the model, which none is here."""
+
+    architecture = "LlamaForCausalLM"
+    tokenizer = None
+    supported_hook_points = frozenset({"blocks.0.attn.hook_pattern"})
+    non_fireable_hook_points: frozenset[str] = frozenset()
+    provides_sequence_logits = True
+
+    def __init__(self, bridge_config):
+        self.bridge_config = bridge_config
+
+    def forward(self, input_ids=None, *, capture=(), intervene=None, max_new_tokens=1,
+                return_logits=True, **kwargs):  # fmt: skip
+        raise AssertionError("a refused model must not run")
+
+    def close(self):
+        pass
+
+    def supports(self, feature):
+        return False
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["RemoteBridge", "VendorBridge"])
+def test_bridges_without_a_model_in_this_process_are_refused_by_name(tiny, name):
+    cfg = copy.copy(tiny.cfg)
+    adapter = types.SimpleNamespace(cfg=cfg, component_mapping={})
+    kind = RemoteBridge if name == "RemoteBridge" else type(name, (RemoteBridge,), {})
+    remote = kind(adapter, None, _Driver(cfg))
+    for use in (read, sp.load, sp.scan, lambda model: sp.hooks(model, "KnockOut(L0H0, 1)")):
+        with pytest.raises(ModelError, match=f"refuses {name}: .*another process.*slashpatch.load"):
+            use(remote)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_transformers_model_must_be_loaded_first():
+    hf_model = llama(seed=0)
+    message = r"LlamaForCausalLM; slashpatch\.load\(model\) wraps a Transformers model"
+    with pytest.raises(ModelError, match=message), sp.patch(hf_model, "KnockOut(L0H0, 1)"):
+        pass
+    with pytest.raises(ModelError, match=message):
+        sp.scan(hf_model)
 
 
 def test_training_mode_is_refused():
