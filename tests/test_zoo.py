@@ -8,7 +8,7 @@ import torch
 
 import slashpatch as sp
 from slashpatch.bridge import read
-from slashpatch.bridge.passes import kept_frequencies
+from slashpatch.bridge.frequencies import kept_frequencies
 from slashpatch.checking.check import check
 from slashpatch.checking.result import CONTRACTS
 from slashpatch.errors import ModelError, ScanError

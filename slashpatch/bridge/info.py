@@ -20,7 +20,8 @@ from ..errors import ModelError, OffsetError
 from ..heads import Head, HeadsLike, heads, require_heads
 from ..maths.offsets import as_offsets
 from . import qk_reading, verify
-from .passes import probe_tokens, rope_follows_length, run_probe
+from .frequencies import rope_follows_length
+from .passes import probe_tokens, run_probe
 from .qk import LayerQK
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ def test_reads_grouped_heads(tiny):
     assert (found.n_layers, found.n_heads, found.n_kv_heads, found.d_head) == (2, 4, 2, 8)
 
 
-def test_reading_leaves_no_trace():
+def test_reading_does_not_change_the_model():
     model = tiny_model(seed=3)
     tokens = random_tokens(1, 9)
     before = model(tokens)
@@ -56,7 +56,7 @@ def test_a_model_can_be_freed():
 
 @pytest.mark.parametrize("thing", [None, "gpt2", torch.nn.Linear(2, 2)])
 @pytest.mark.usefixtures("unchecked")
-def test_no_bridge_is_refused(thing):
+def test_anything_but_a_bridge_is_refused(thing):
     with pytest.raises(ModelError, match=r"expected a TransformerBridge, got .*slashpatch\.load"):
         sp.scan(thing)
 
@@ -149,11 +149,11 @@ def test_gpt2_without_rope_is_scanned():
         ("hook_attn_scores", lambda x: x * 1.5, "not the softmax of its scores"),
     ],
 )
-def test_hooks_that_mean_something_else_are_refused(method, replacement, message):
-    """A model whose hook point carries another tensor than its name says."""
+def test_a_model_whose_hook_carries_another_tensor_is_refused(method, replacement, message):
+    """Scores or pattern are changed between the hook and the model's own computation."""
     model = tiny_model(seed=8)
     point = getattr(model.blocks[1].attn, method)
-    if method == "hook_attn_scores":  # hooks see one thing, the softmax gets another
+    if method == "hook_attn_scores":  # the softmax gets other scores than the hooks
         model.blocks[1].attn._masked_softmax = lambda scores, dtype=None: (
             torch.nn.functional.softmax(replacement(scores), -1, dtype=dtype)
         )

