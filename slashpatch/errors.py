@@ -1,67 +1,67 @@
-"""Errors: each says what was expected, what came, and what to do."""
+"""Error classes. Each message says what was expected, what was given, and what to do."""
 
 from __future__ import annotations
 
 
 class SlashpatchError(Exception):
-    """Base of every error that slashpatch raises on purpose."""
+    """Base class of all errors that slashpatch raises itself."""
 
 
 class HeadError(SlashpatchError, ValueError):
-    """A head that cannot be read, or that the model does not have."""
+    """Raised for a head name that cannot be parsed, or a head that the model does not have."""
 
 
 class OffsetError(SlashpatchError, ValueError):
-    """An offset that is no non-negative integer, or that no prompt can hold."""
+    """Raised for an offset that is negative, not an integer, or too large for the context."""
 
 
 class BandError(SlashpatchError, ValueError):
-    """A band of rotary pairs that is misspelt, empty, or that the head lacks."""
+    """Raised for a band of rotary pairs that is misspelt, empty, or absent from the head."""
 
 
 class PromptError(SlashpatchError, ValueError):
-    """Prompts that are empty, too long, missing, or of the wrong type."""
+    """Raised for prompts that are empty, too long, missing, or of the wrong type."""
 
 
 class ModelError(SlashpatchError, ValueError):
-    """A model that slashpatch does not know how to read, and therefore refuses."""
+    """Raised for a model that slashpatch does not support: its message says why."""
 
 
 class EditError(SlashpatchError, ValueError):
-    """An edit that is misspelt, has a wrong argument, or does not fit the model."""
+    """Raised for an edit that is misspelt, has a wrong argument, or does not fit the model."""
 
 
 class PatchError(SlashpatchError, RuntimeError):
-    """A patch that did not act, or would have mixed edited and unedited state."""
+    """Raised for a patch that had no effect, or would mix a KV cache with and without the edit."""
 
 
 class FusedError(SlashpatchError, RuntimeError):
-    """Something asked of the fused engine that it cannot do, such as showing a whole pattern."""
+    """Raised where the fused engine cannot do something, such as return a whole pattern."""
 
 
 class ScanError(SlashpatchError, ValueError):
-    """A scan that cannot be computed, merged or loaded."""
+    """Raised for a scan that cannot be computed, merged or loaded."""
 
 
 class MetricError(SlashpatchError, ValueError):
-    """A metric that is misspelt, or whose values are of the wrong shape or not finite."""
+    """Raised for a metric that is misspelt, or returns a wrong shape or values not finite."""
 
 
 class ControlError(SlashpatchError, ValueError):
-    """A control that is misspelt, or that cannot be drawn for an edit."""
+    """Raised for a control that is misspelt, or that cannot be drawn for an edit."""
 
 
 class SweepError(SlashpatchError, RuntimeError):
-    """A sweep that cannot go on: its file is another run's, or no sweep's."""
+    """Raised for a file that belongs to another sweep, is damaged, or is not a sweep at all."""
 
 
 class TheoryError(SlashpatchError, ValueError):
-    """A setting of the shallow transformer that does not fit, or a checkpoint of another."""
+    """Raised for an invalid setting of the shallow transformer, or another run's checkpoint."""
 
 
 class DownloadError(SlashpatchError, RuntimeError):
-    """The default model could not be fetched, or is not the file that was expected."""
+    """Raised where the default model cannot be downloaded, or its checksum differs."""
 
 
 class OutputError(SlashpatchError, OSError):
-    """A path that cannot be written."""
+    """Raised for a path that cannot be written."""

@@ -61,12 +61,13 @@ def test_scores_equal_the_direct_mean_over_hook_pattern(real, prompt):
         torch.testing.assert_close(scan.scores[layer], direct, atol=1e-5, rtol=0)
 
 
-def test_the_fused_engine_is_the_other_one(real):
-    """1,024 tokens: logits within 1e-4 (they reach 40), scores within 1e-6, edited or not."""
+@pytest.mark.parametrize("n_tokens", [256, pytest.param(1024, marks=pytest.mark.exhaustive)])
+def test_the_fused_engine_is_the_other_one(real, n_tokens):
+    """Logits within 1e-4 (they reach 40), scores within 1e-6, edited or not."""
     from slashpatch.data.prompts import prompt_set
     from slashpatch.patching.fused import ways
 
-    tokens = prompt_set(real, n_prompts=1, max_tokens=1024).tokens[0][None]
+    tokens = prompt_set(real, n_prompts=1, max_tokens=n_tokens).tokens[0][None]
     edits = [(), (sp.KnockOut(["L16H0", "L11H1", "L19H3"], 1), sp.FreezeBand("L1H2", "high"))]
     for edit in edits:
         with torch.no_grad(), sp.patch(real, *edit):
@@ -139,7 +140,7 @@ def test_profiles_are_predicted(real):
 
 
 def test_explain_l16h0(real):
-    one = sp.explain(real, "L16H0", n_prompts=2, max_tokens=128)
+    one = sp.explain(real, "L16H0", n_prompts=1, max_tokens=128)
     assert one.verdict == "RoPE-made slash"
     assert one.dropped["high"] < 0.05
     assert one.rank_one["qk"] > 0.7
@@ -148,13 +149,18 @@ def test_explain_l16h0(real):
 @pytest.mark.parametrize(
     "edit",
     [
-        sp.ShiftSlash(["L16H0", "L11H1"], 1),
         sp.FreezeBand("L16H0", "high"),
-        sp.PlantSlash("L3H4", 4, 60.0),
         sp.KnockOut(["L16H0", "L11H1"], 1),
-        sp.KeepOnly("L16H0", 1),
-        sp.ScaleOffsets("L16H0", [0, 1], 0.5, renormalize=False),
-        sp.AblateHeads(["L16H0", "L2H1"], mode="resample"),
+        *(
+            pytest.param(edit, marks=pytest.mark.exhaustive)
+            for edit in (
+                sp.ShiftSlash(["L16H0", "L11H1"], 1),
+                sp.PlantSlash("L3H4", 4, 60.0),
+                sp.KeepOnly("L16H0", 1),
+                sp.ScaleOffsets("L16H0", [0, 1], 0.5, renormalize=False),
+                sp.AblateHeads(["L16H0", "L2H1"], mode="resample"),
+            )
+        ),
     ],
     ids=str,
 )
@@ -188,6 +194,7 @@ def test_monitor_leaves_the_text_alone(real):
 FIVE = "(L16H0, L11H1, L1H2, L19H3, L2H1)"
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_is_the_naive_loop_bit_for_bit(real):
     from slashpatch.effects.conditions import conditions
     from slashpatch.effects.evaluation import Meter, evaluate
@@ -216,6 +223,7 @@ def test_the_copied_lag_and_the_induction_heads_move(real):
         assert (lags["clean", head], lags[shifted, head]) == (1, 2)
 
 
+@pytest.mark.exhaustive
 def test_flow_falls_at_the_offset_that_is_removed(real):
     size = {"n_prompts": 6, "max_tokens": 24, "n_replaced": 6}
     found = sp.flow(real, edits=f"KnockOut({FIVE}, 1)", offsets=range(1, 6), **size).frame
@@ -224,6 +232,7 @@ def test_flow_falls_at_the_offset_that_is_removed(real):
     assert rows["effect"].idxmin() == 1
 
 
+@pytest.mark.exhaustive
 def test_induction_heads_read_the_slash_head_by_their_keys(real):
     found = sp.paths(real, "KnockOut(L16H0, 1)", "L17H3, L18H6", n_prompts=4, max_tokens=41).frame
     rows = found.set_index(["reader", "input"])["effect"]

@@ -8,7 +8,7 @@ import torch
 
 import slashpatch as sp
 from slashpatch.bridge import read
-from slashpatch.bridge.passes import kept_frequencies
+from slashpatch.bridge.frequencies import kept_frequencies
 from slashpatch.checking.check import check
 from slashpatch.checking.result import CONTRACTS
 from slashpatch.errors import ModelError, ScanError
@@ -35,8 +35,11 @@ IN_BFLOAT16 = ["Llama", "Llama, YaRN", "Llama, LongRoPE", "Gemma 2", "Gemma 3", 
 IN_FLOAT16 = ["GPT-OSS", "Gemma 2", "OLMo 2", "HunYuan"]
 CASES = [
     *((name, torch.float32) for name in FAMILIES),
-    *((name, torch.bfloat16) for name in IN_BFLOAT16),
-    *((name, torch.float16) for name in IN_FLOAT16),
+    *(
+        pytest.param(name, dtype, marks=() if name == "GPT-OSS" else pytest.mark.exhaustive)
+        for names, dtype in ((IN_BFLOAT16, torch.bfloat16), (IN_FLOAT16, torch.float16))
+        for name in names
+    ),
 ]
 
 

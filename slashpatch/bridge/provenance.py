@@ -1,4 +1,4 @@
-"""Where a result comes from: model, revision, dtype, edits, versions."""
+"""Where a result comes from: model, weights, dtype, edits, versions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 
 def _name(model: TransformerBridge) -> str:
-    """The hub id, or the last part of a path."""
+    """Return the model's hub id, or the folder's name for a model loaded from a folder."""
     name = str(model.cfg.model_name)
     return Path(name).name if Path(name).is_dir() else name
 
 
 def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
-    """What a result must carry to be repeated, as plain JSON values."""
-    from ..bridge.attached import active_edits, other_hooks
+    """Return what is needed to repeat a result, as plain JSON values; `details` are added.
+
+    Keys: model, fingerprint (of the weights), architecture, dtype, device, edits and other hooks on
+    the model now, and versions of Python and the libraries.
+    """
+    from .attached import active_edits, other_hooks
 
     versions = {"python": platform.python_version()}
     for package in ("slashpatch", "torch", "transformers", "transformer-lens"):

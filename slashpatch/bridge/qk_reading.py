@@ -1,16 +1,15 @@
-"""Reads where a bridge's queries and keys are before RoPE, and how each layer rotates them.
+"""Find a model's queries and keys before RoPE, and how each layer rotates them.
 
-Frequencies come from the model's own rotary module. They, the layout of pairs and the scale are
-verified: on a short input, q and k must reproduce the layer's scores. A layer that they do not is
-refused, with the difference.
+The frequencies come from the model's own rotary modules. They, the layout of rotary pairs and the
+scale are verified: on a short prompt, queries and keys must reproduce the layer's scores. A layer
+where they do not is refused, and the message says how large the difference is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import einops
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor
 from ..errors import ModelError
 from ..maths.precision import MASKED, rounding
 from ..maths.rotary import Rotary
-from .passes import FOLLOWING, run_probe
+from .frequencies import ModuleFrequencies, Rotation, matching_rotations, module_frequencies
+from .passes import run_probe
 from .qk import HookLayout, LayerQK, cap
 
 if TYPE_CHECKING:
@@ -28,291 +28,273 @@ if TYPE_CHECKING:
 
     from .info import ModelInfo
 
-
-class _Frequencies:
-    """θ as a rotary module keeps it, for all layers or for those of one type."""
-
-    def __init__(self, module: torch.nn.Module, name: str) -> None:
-        self.values = getattr(module, name).detach().double().cpu().clone()
-        self.layer_type = name.removesuffix("inv_freq").removesuffix("_")
-        kind = getattr(module, "rope_type", None)
-        if isinstance(kind, dict):
-            kind = kind.get(self.layer_type)
-        follows = kind in FOLLOWING or (kind is None and hasattr(module, "long_inv_freq"))
-        self.live = (weakref.ref(module), name) if follows else None
+_POINTS = ("hook_q", "hook_k", "hook_q_normed", "hook_k_normed", "hook_cos", "hook_sin",
+           "hook_rot_q", "hook_rot_k", "hook_attn_scores")  # fmt: skip
 
 
-def _frequencies(model: TransformerBridge) -> list[_Frequencies]:
-    return [
-        _Frequencies(module, name)
-        for module in model.original_model.modules()
-        for name, _ in module.named_buffers(recurse=False)
-        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
-    ]
+class _Candidate(NamedTuple):
+    """A possible description of a layer's queries, keys and rotation, and how well it fits.
+
+    Attributes:
+        excess: Largest difference in units of what rounding explains: above 1, it does not fit.
+        difference: Largest absolute difference between computed and actual scores.
+        allowed: The difference that rounding explains, where the excess is largest.
+        qk: The description.
+    """
+
+    excess: float
+    difference: float
+    allowed: float
+    qk: LayerQK
 
 
-def read_layers(model: TransformerBridge, a: ModelInfo) -> tuple[LayerQK, ...]:
+def read_layers(model: TransformerBridge, info: ModelInfo) -> tuple[LayerQK, ...]:
     """Return queries, keys and rotation of every layer, verified on one short forward pass.
 
     Raises ModelError where they cannot be found or do not reproduce the scores.
     """
-    n_pos = next(n for n in (7, 11, 13) if n not in (a.n_heads, a.n_kv_heads, a.d_head))
-    tokens = (torch.arange(n_pos)[None] * 5 + 2) % a.d_vocab
-    seen: dict[str, Tensor] = {}
-    frequencies: list[_Frequencies] = []
+    # A prompt length that no other axis has, so that shapes tell the layout.
+    n_pos = next(n for n in (7, 11, 13) if n not in (info.n_heads, info.n_kv_heads, info.d_head))
+    tokens = (torch.arange(n_pos)[None] * 5 + 2) % info.d_vocab
+    recorded: dict[str, Tensor] = {}
+    frequencies: list[ModuleFrequencies] = []
     available = model.hook_dict
-    wanted = [
-        name
-        for layer in range(a.n_layers)
-        for name in (_name(layer, point) for point in _POINTS)
+    names = [_name(layer, point) for layer in range(info.n_layers) for point in _POINTS]
+
+    def record(tensor: Tensor, hook: Any, name: str) -> None:
+        if not frequencies:  # read during the pass: they may depend on the prompt's length
+            frequencies.extend(module_frequencies(model))
+        recorded[name] = tensor.detach().cpu().clone()
+
+    hooks = [
+        (name, lambda tensor, hook, name=name: record(tensor, hook, name))
+        for name in names
         if name in available
     ]
-
-    def keep(tensor: Tensor, hook: Any, name: str) -> None:
-        if not frequencies:  # those of this very pass
-            frequencies.extend(_frequencies(model))
-        seen[name] = tensor.detach().cpu().clone()
-
-    hooks = [(name, lambda t, hook, name=name: keep(t, hook, name)) for name in wanted]
     run_probe(model, tokens.to(model.cfg.device), hooks)
     return tuple(
-        _Layer(model, a, layer, seen, frequencies, n_pos).read() for layer in range(a.n_layers)
+        _LayerReader(model, info, layer, recorded, frequencies, n_pos).read()
+        for layer in range(info.n_layers)
     )
-
-
-_POINTS = ("hook_q", "hook_k", "hook_q_normed", "hook_k_normed", "hook_cos", "hook_sin",
-           "hook_rot_q", "hook_rot_k", "hook_attn_scores")  # fmt: skip
 
 
 def _name(layer: int, point: str) -> str:
     return f"blocks.{layer}.attn.{point}"
 
 
-class _Layer:
-    """One layer as a short pass showed it, and the readings that may explain it."""
+class _LayerReader:
+    """The tensors that one layer's hooks carried, and the candidates that may explain them."""
 
     def __init__(
         self,
         model: TransformerBridge,
-        a: ModelInfo,
+        info: ModelInfo,
         layer: int,
-        seen: dict[str, Tensor],
-        frequencies: list[_Frequencies],
+        recorded: dict[str, Tensor],
+        frequencies: list[ModuleFrequencies],
         n_pos: int,
     ) -> None:
-        self.a, self.layer, self.n_pos = a, layer, n_pos
+        self.info, self.layer, self.n_pos = info, layer, n_pos
         self.frequencies = frequencies
-        self.seen = {
-            point: seen[_name(layer, point)] for point in _POINTS if _name(layer, point) in seen
-        }
+        names = {point: _name(layer, point) for point in _POINTS}
+        self.tensors = {p: recorded[name] for p, name in names.items() if name in recorded}
         attention = model.blocks[layer].attn.original_component
-        self.scale = float(getattr(attention, "scaling", a.d_head**-0.5))
+        self.scale = float(getattr(attention, "scaling", info.d_head**-0.5))
         self.softcap = getattr(attention, "attn_logit_softcapping", None)
         config = getattr(attention, "config", None)
         self.clip = getattr(config, "clip_qkv", None)
-        types = getattr(config, "layer_types", None) or [""] * a.n_layers
+        types = getattr(config, "layer_types", None) or [""] * info.n_layers
         self.layer_type = types[layer]
-        self.norms = [_weight(model.blocks[layer].attn, norm) for norm in ("q_norm", "k_norm")]
-        self.normed_late = bool(getattr(model.cfg, "qk_norm_after_rope", False))
+        attn = model.blocks[layer].attn
+        self.norm_weights = [_norm_weight(attn, norm) for norm in ("q_norm", "k_norm")]
+        self.norm_after_rope = bool(getattr(model.cfg, "qk_norm_after_rope", False))
         for point in ("hook_q", "hook_k", "hook_attn_scores"):
-            if point not in self.seen:
-                raise self.refusal(f"the hook {_name(layer, point)} is missing or does not fire")
-        scores = self.seen["hook_attn_scores"]
-        masked = scores <= MASKED  # in the future, or beyond a window
+            if point not in self.tensors:
+                raise self.refusal(f"the hook {_name(layer, point)} is missing or never fired")
+        scores = self.tensors["hook_attn_scores"]
+        masked = scores <= MASKED  # in the future, or outside a sliding window
         self.visible = torch.ones(n_pos, n_pos, dtype=torch.bool).tril() & ~masked
         self.scores = scores.double()
-        self.rounding = max(rounding(scores.dtype), rounding(self.seen["hook_q"].dtype))
+        self.eps = max(rounding(scores.dtype), rounding(self.tensors["hook_q"].dtype))
 
-    def refusal(self, what: str) -> ModelError:
-        return ModelError(f"slashpatch cannot read queries and keys of layer {self.layer}: {what}")
+    def refusal(self, reason: str) -> ModelError:
+        return ModelError(
+            f"slashpatch cannot read queries and keys of layer {self.layer}: {reason}"
+        )
 
     def read(self) -> LayerQK:
-        """The reading that reproduces the scores. Raises ModelError if there is none."""
-        fits = sorted(self.readings(), key=lambda fit: fit[0])
-        if not fits:
-            raise self.refusal("its cos and sin are none of the model's own frequencies")
-        excess, difference, allowed, found = fits[0]
-        if excess > 1:
+        """Return the candidate that reproduces the scores. Raises ModelError if there is none."""
+        candidates = sorted(self.candidates(), key=lambda candidate: candidate.excess)
+        if not candidates:
             raise self.refusal(
-                f"they do not reproduce its scores (largest difference {difference:.2g}, allowed "
-                f"{allowed:.2g}); its rotary layout or its scale is unknown, or something is added "
-                "to the scores (ALiBi)"
+                "its tables of cos and sin match no frequencies of the model's rotary modules"
             )
-        # Low precision may let a wrong layout pass: the right one must be clearly better.
-        for other in fits[1:]:
-            rotary = other[3].rotary
-            if rotary and rotary.n_pairs > 1 and not _same(other[3], found):
-                if 2 * excess < other[0]:
+        best = candidates[0]
+        if best.excess > 1:
+            raise self.refusal(
+                f"they do not reproduce its scores (largest difference {best.difference:.2g}, "
+                f"allowed {best.allowed:.2g}); its rotary layout or its scale is unknown, or a "
+                "bias is added to the scores (ALiBi)"
+            )
+        # In low precision a wrong layout may fit too: the right one must be clearly better.
+        for other in candidates[1:]:
+            rotary = other.qk.rotary
+            if rotary and rotary.n_pairs > 1 and not _rotate_alike(other.qk, best.qk):
+                if 2 * best.excess < other.excess:
                     break
                 raise self.refusal(
-                    f"two rotary layouts reproduce its scores about as well ({difference:.2g} and "
-                    f"{other[1]:.2g}); load the model in float32"
+                    "two rotary layouts reproduce its scores about equally well (largest "
+                    f"differences {best.difference:.2g} and {other.difference:.2g}); load the "
+                    "model in float32"
                 )
-        return found
+        return best.qk
 
-    def readings(self) -> Iterator[tuple[float, float, float, LayerQK]]:
-        """Each possible reading: how far it is off in units of what rounding explains, the largest
-        difference and what is allowed there, and the reading.
-        """
-        # Of a clip too that these few tokens do not reach: another prompt may.
-        if self.normed_late or self.clip is not None:
-            yield from self.late_readings()
+    def candidates(self) -> Iterator[_Candidate]:
+        """Yield every description that the layer's hooks and tables allow."""
+        # A clip also counts where this prompt's values stay below it: other prompts may not.
+        if self.norm_after_rope or self.clip is not None:
+            yield from self.candidates_after_rope()
             return
-        before = self.site("hook_q" + self.normed), self.site("hook_k" + self.normed)
-        values = tuple(self.values(site) for site in before)
+        layouts = self.layout("hook_q" + self.normed), self.layout("hook_k" + self.normed)
+        before_rope = tuple(self.values(layout) for layout in layouts)
         for rotary, interleaved, live in self.rotations():
-            found = LayerQK(
-                self.layer, *before, self.scale, rotary, interleaved, self.softcap, None, live
+            qk = LayerQK(
+                self.layer, *layouts, self.scale, rotary, interleaved, self.softcap, None, live
             )
-            turned = values if rotary is None else tuple(self.rotate(rotary, x) for x in values)
-            carried = self.site("hook_rot_q") if "hook_rot_q" in self.seen else None
-            if carried and self.off(turned[0], self.values(carried), self.slack(rotary)) <= 1:
-                found = dataclasses.replace(found, rotated_q=carried)
-            yield (*self.score_off(turned, 4 * self.slack(rotary)), found)
+            rotated = tuple(x if rotary is None else self.rotate(rotary, x) for x in before_rope)
+            rotated_q = self.layout("hook_rot_q") if "hook_rot_q" in self.tensors else None
+            if rotated_q is not None:
+                slack = self.slack(rotary)
+                if self.vector_excess(rotated[0], self.values(rotated_q), slack) <= 1:
+                    qk = dataclasses.replace(qk, rotated_q=rotated_q)
+            yield _Candidate(*self.score_excess(rotated, 4 * self.slack(rotary)), qk)
 
     @property
     def normed(self) -> str:
-        """What the names of hooks end in that carry normed queries and keys."""
-        return "_normed" if "hook_q_normed" in self.seen else ""
+        """The suffix of the hooks that carry queries and keys after a norm and before RoPE."""
+        return "_normed" if "hook_q_normed" in self.tensors else ""
 
-    def late_readings(self) -> Iterator[tuple[float, float, float, LayerQK]]:
-        """Readings where nothing carries what RoPE rotates: clipped before it, or normed after it.
+    def candidates_after_rope(self) -> Iterator[_Candidate]:
+        """Yield candidates where no hook carries what RoPE rotates.
 
-        There queries and keys are read once they are final, and turned back.
+        This is so where queries and keys are clipped just before RoPE, or normed after it. They are
+        then read after RoPE and norm, and un-rotated.
         """
-        if not {"hook_rot_q", "hook_rot_k"} <= set(self.seen):
-            raise self.refusal("its rotated queries and keys have no hook")
-        if self.normed_late:
-            names, weights, source = ("hook_q_normed", "hook_k_normed"), self.norms, ""
+        if not {"hook_rot_q", "hook_rot_k"} <= set(self.tensors):
+            raise self.refusal("no hooks carry its rotated queries and keys")
+        if self.norm_after_rope:
+            points, weights, suffix = ("hook_q_normed", "hook_k_normed"), self.norm_weights, ""
         else:
-            names, weights, source = ("hook_rot_q", "hook_rot_k"), [None, None], self.normed
-        q, k = (dataclasses.replace(self.site(point), after_rope=True) for point in names)
-        sources = [self.values(self.site(point + source)) for point in ("hook_q", "hook_k")]
+            points, weights, suffix = ("hook_rot_q", "hook_rot_k"), [None, None], self.normed
+        q, k = (dataclasses.replace(self.layout(point), after_rope=True) for point in points)
+        before_rope = [self.values(self.layout(point + suffix)) for point in ("hook_q", "hook_k")]
         if self.clip is not None:
-            sources = [x.clamp(-self.clip, self.clip) for x in sources]
-        rotated = [self.values(self.site(point)) for point in ("hook_rot_q", "hook_rot_k")]
-        carried = dataclasses.replace(q, after_rope=False)
-        values = self.values(q), self.values(k)
-        excess, difference, allowed = self.score_off(values, 4 * self.slack(None))
-        for final, made, weight in zip(values, rotated, weights, strict=True):
-            # A norm after RoPE gives every vector a length of its own, and each dimension a weight.
-            shape = made if weight is None else made * weight
-            squares = shape.square().sum(-1, keepdim=True).clamp(min=1e-30)
-            length = (final * shape).sum(-1, keepdim=True) / squares
-            excess = max(excess, self.off(length * shape, final, 2 * self.slack(None)))
+            before_rope = [x.clamp(-self.clip, self.clip) for x in before_rope]
+        rotated = [self.values(self.layout(point)) for point in ("hook_rot_q", "hook_rot_k")]
+        final = self.values(q), self.values(k)
+        excess, difference, allowed = self.score_excess(final, 4 * self.slack(None))
+        for normed, vector, weight in zip(final, rotated, weights, strict=True):
+            # A norm scales each vector by one number, and each dimension by its weight.
+            weighted = vector if weight is None else vector * weight
+            squares = weighted.square().sum(-1, keepdim=True).clamp(min=1e-30)
+            factor = (normed * weighted).sum(-1, keepdim=True) / squares
+            norm_excess = self.vector_excess(factor * weighted, normed, 2 * self.slack(None))
+            excess = max(excess, norm_excess)
         for rotary, interleaved, live in self.rotations():
             if rotary is None:
                 continue
-            # The scores say nothing of the rotation here; what it is made from and makes does.
-            own = max(
-                self.off(self.rotate(rotary, source), made, self.slack(rotary))
-                for source, made in zip(sources, rotated, strict=True)
+            # The scores come after the rotation here, so compare what RoPE gets and returns.
+            rope_excess = max(
+                self.vector_excess(self.rotate(rotary, x), y, self.slack(rotary))
+                for x, y in zip(before_rope, rotated, strict=True)
             )
-            q_site, k_site = (
-                site.with_norm_weight(weight, rotary)
-                for site, weight in zip((q, k), weights, strict=True)
-            )
-            found = LayerQK(
+            qk = LayerQK(
                 self.layer,
-                q_site,
-                k_site,
+                q.with_norm_weight(weights[0], rotary),
+                k.with_norm_weight(weights[1], rotary),
                 self.scale,
                 rotary,
                 interleaved,
                 self.softcap,
-                carried,
+                dataclasses.replace(q, after_rope=False),
                 live,
             )
-            yield max(excess, own), difference, allowed, found
+            yield _Candidate(max(excess, rope_excess), difference, allowed, qk)
 
-    def site(self, point: str) -> HookLayout:
-        """A hook point with the layout that its shape shows. Raises ModelError for another."""
-        n_heads = self.a.n_heads if "_q" in point else self.a.n_kv_heads
-        shape = list(self.seen[point].shape)
+    def layout(self, point: str) -> HookLayout:
+        """Return a hook point's layout, known by its shape. Raises ModelError for other shapes."""
+        n_heads = self.info.n_heads if "_q" in point else self.info.n_kv_heads
+        shape = tuple(self.tensors[point].shape)
         orders = {
-            (1, self.n_pos, n_heads, self.a.d_head): "pos head",
-            (1, n_heads, self.n_pos, self.a.d_head): "head pos",
-            (1, self.n_pos, n_heads * self.a.d_head): "flat",
+            (1, self.n_pos, n_heads, self.info.d_head): "pos head",
+            (1, n_heads, self.n_pos, self.info.d_head): "head pos",
+            (1, self.n_pos, n_heads * self.info.d_head): "flat",
         }
-        if tuple(shape) not in orders:
-            name = _name(self.layer, point)
-            raise self.refusal(f"{name} has shape {shape}, which is no known layout")
-        return HookLayout(_name(self.layer, point), orders[tuple(shape)], self.a.d_head)
+        if shape not in orders:
+            expected = ", ".join(str(list(known)) for known in orders)
+            raise self.refusal(
+                f"{_name(self.layer, point)} has shape {list(shape)}; expected one of {expected}"
+            )
+        return HookLayout(_name(self.layer, point), orders[shape], self.info.d_head)
 
-    def values(self, site: HookLayout) -> Float[Tensor, "batch pos head d_head"]:
-        """What a hook carried, float64; keys of a group once for each of its query heads."""
-        x = site.read(self.seen[site.name.rsplit(".", 1)[1]].double())
-        return einops.repeat(x, "b p h d -> b p (h group) d", group=self.a.n_heads // x.shape[2])
+    def values(self, layout: HookLayout) -> Float[Tensor, "batch pos head d_head"]:
+        """Return what a hook carried, in float64; each KV head is repeated for its query heads."""
+        x = layout.read(self.tensors[layout.name.rsplit(".", 1)[1]].double())
+        group = self.info.n_heads // x.shape[2]
+        return einops.repeat(x, "b p h d -> b p (h group) d", group=group)
 
     def rotate(self, rotary: Rotary, x: Tensor) -> Tensor:
-        """RoPE at the positions of the pass."""
+        """Apply RoPE at the positions of the short prompt."""
         return rotary.rotate(x, torch.arange(self.n_pos)[:, None])
 
     def slack(self, rotary: Rotary | None) -> float:
-        """What rounding may do to one side of a dot product, relative to its size.
+        """Return the relative rounding error of a query or key vector.
 
-        The table, two products and a sum are rounded, by half an eps each, and the angle, which
-        float32 knows to eps · position.
+        The cos and sin tables, two products and a sum are rounded by half an eps each. With RoPE,
+        the angle adds an error of eps · position, in float32.
         """
-        return 2 * self.rounding + (2 * self.n_pos * rounding(torch.float32) if rotary else 0)
+        return 2 * self.eps + (2 * self.n_pos * rounding(torch.float32) if rotary else 0)
 
-    def off(self, found: Tensor, expected: Tensor, slack: float) -> float:
-        """Largest difference in units of what rounding explains."""
+    def vector_excess(self, vectors: Tensor, expected: Tensor, slack: float) -> float:
+        """Return the largest difference between vectors, in units of what rounding explains."""
         limit = slack * expected.abs().amax(-1, keepdim=True).clamp(min=1e-30) * 2
-        return float(((found - expected).abs() / limit).nan_to_num(torch.inf).max())
+        return float(((vectors - expected).abs() / limit).nan_to_num(torch.inf).max())
 
-    def score_off(self, sides: tuple[Tensor, ...], slack: float) -> tuple[float, float, float]:
-        """How far rotated queries and keys are from the scores: in units of what rounding explains,
-        the largest difference, and what is allowed there.
+    def score_excess(self, rotated: tuple[Tensor, ...], slack: float) -> tuple[float, float, float]:
+        """Return how far the products of rotated queries and keys are from the actual scores.
+
+        The three numbers are the first three of a `_Candidate`.
         """
-        logits = torch.einsum("bqhd,bkhd->bhqk", *sides)
-        left, right = (x.norm(dim=-1).transpose(1, 2) for x in sides)
-        products = abs(self.scale) * left[..., None] * right[..., None, :]
-        limit = slack * products.clamp(min=1e-30)
-        off = (
-            (cap(self.scale * logits, self.softcap) - self.scores)
-            .masked_fill(~self.visible, 0)
-            .abs()
-        )
-        excess = (off / limit).nan_to_num(torch.inf)
+        products = torch.einsum("bqhd,bkhd->bhqk", *rotated)
+        q_norm, k_norm = (x.norm(dim=-1).transpose(1, 2) for x in rotated)
+        size = abs(self.scale) * q_norm[..., None] * k_norm[..., None, :]
+        limit = slack * size.clamp(min=1e-30)
+        logits = cap(self.scale * products, self.softcap)
+        difference = (logits - self.scores).masked_fill(~self.visible, 0).abs()
+        excess = (difference / limit).nan_to_num(torch.inf)
         worst = int(excess.argmax())
-        return float(excess.max()), float(off.max()), float(limit.flatten()[worst])
+        return float(excess.max()), float(difference.max()), float(limit.flatten()[worst])
 
-    def rotations(self) -> Iterator[tuple[Rotary | None, bool, Any]]:
-        """The rotations that this layer's cos and sin tables may stand for."""
-        if "hook_cos" not in self.seen or "hook_sin" not in self.seen:
-            yield None, False, None
-            return
-        cos, sin = (self.seen[point][0].double() for point in ("hook_cos", "hook_sin"))
-        gain = float(cos[0, 0])
-        half = cos.shape[-1] // 2
-        layouts = [
-            (cos[1, :half], sin[1, :half], False),
-            (cos[1, ::2], sin[1, ::2], True),
-            (cos[1], sin[1], False),
+    def rotations(self) -> list[Rotation]:
+        """Return the rotations that the layer's cos and sin tables may stand for."""
+        if "hook_cos" not in self.tensors or "hook_sin" not in self.tensors:
+            return [Rotation(None, False, None)]
+        cos, sin = (self.tensors[point][0].double() for point in ("hook_cos", "hook_sin"))
+        frequencies = [
+            module for module in self.frequencies if module.layer_type in ("", self.layer_type)
         ]
-        for cos_1, sin_1, interleaved in layouts:
-            theta = torch.atan2(sin_1, cos_1)
-            for own in self.frequencies:
-                if own.layer_type not in ("", self.layer_type):
-                    continue
-                # Tables may be rounded to the model's dtype; the scores decide in the end.
-                near = own.values.shape == theta.shape and torch.allclose(
-                    own.values, theta, rtol=1e-2, atol=1e-2
-                )
-                for pairing in ("half", "adjacent") if near else ():
-                    yield Rotary(own.values, pairing, gain, self.scale), interleaved, own.live
+        return list(matching_rotations(cos, sin, frequencies, self.scale))
 
 
-def _same(one: LayerQK, other: LayerQK) -> bool:
-    """Whether two readings rotate alike, in other prompts too."""
-    a, b = one.rotary, other.rotary
+def _rotate_alike(first: LayerQK, second: LayerQK) -> bool:
+    """Return whether two candidates apply the same rotation, in prompts of any length."""
+    a, b = first.rotary, second.rotary
     alike = a and b and a.pairing == b.pairing and torch.equal(a.inv_freq, b.inv_freq)
-    return bool(alike and one.live == other.live)
+    return bool(alike and first.live == second.live)
 
 
-def _weight(attn: Any, norm: str) -> Tensor | None:
-    """What a norm of queries or keys multiplies each dimension of a head by."""
+def _norm_weight(attn: Any, norm: str) -> Tensor | None:
+    """Return the weight of a norm on queries or keys, float64, or None if it has none."""
     module = attn.submodules.get(norm)
     weight = getattr(getattr(module, "original_component", None), "weight", None)
     return None if weight is None else weight.detach().double().cpu().clone()

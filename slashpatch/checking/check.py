@@ -13,7 +13,7 @@ import torch
 
 from .. import bridge
 from ..bridge.attached import active_edits, other_hooks
-from ..bridge.passes import kept_frequencies
+from ..bridge.frequencies import kept_frequencies
 from ..bridge.provenance import provenance
 from ..errors import ModelError
 from ..patching.fused import is_fused

@@ -21,6 +21,7 @@ from .options import (
     SeedOption,
     TextOption,
     load_bridge,
+    require_readable,
 )
 from .output import FIGURE_SUFFIXES, new_console, print_json, print_written
 
@@ -168,7 +169,8 @@ def sweep(
         typer.Option("--edit", "-e", metavar="EDIT", help="With {head}, and {offset} if swept."),
     ] = "KnockOut({head}, 1)",
     heads: Annotated[
-        str | None, typer.Option(metavar="HEADS", help="Such as 'L16H0, L11H1'. Default: all.")
+        str | None,
+        typer.Option(metavar="HEADS", help="Such as 'L16H0, L11H0-3' or L1. Default: all."),
     ] = None,
     offsets: Annotated[
         str | None, typer.Option(metavar="OFFSETS", help="Sweep these too, such as 0-3.")
@@ -192,18 +194,18 @@ def sweep(
     """One edit at every head in turn; a killed run goes on with --resume."""
     from ..effects.metrics import as_metric
     from ..effects.sweep import sweep as run
-    from ..heads import heads as as_heads
 
     if resume and out is None:
         raise EditError("--resume goes with --out: the file whose sweep goes on")
-    wanted = None if heads is None else as_heads(heads)
+    if heads is not None:
+        require_readable(heads)
     as_metric(metric)
     _require(out, plot, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
     found = run(
         bridge,
         edit,
-        wanted,
+        heads,
         metric,
         text,
         offsets=offsets,

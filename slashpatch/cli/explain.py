@@ -19,6 +19,7 @@ from .options import (
     SeedOption,
     TextOption,
     load_bridge,
+    require_readable,
 )
 from .output import new_console, print_json, print_written
 
@@ -50,7 +51,6 @@ def explain(
     from ..data.files import TABLE_SUFFIXES, write_table
     from ..explaining.explain import explain as explain_one
     from ..explaining.explain import explain_all
-    from ..heads import heads
     from ..scanning.result import require_kappa
 
     require_kappa(kappa)
@@ -58,7 +58,8 @@ def explain(
         raise EditError("give one head, such as L16H0, or --all")
     if every and offset is not None:
         raise EditError("--offset goes with one head; --all takes each head's best")
-    chosen = None if head is None else heads(head)
+    if head is not None:
+        require_readable(head)
     if out is not None:
         if not every:
             raise OutputError("--out goes with --all")
@@ -71,8 +72,8 @@ def explain(
         "seed": seed,
     }
     console = new_console()
-    if chosen is not None:
-        one = explain_one(bridge, chosen, text, offset=offset, **common)
+    if head is not None:
+        one = explain_one(bridge, head, text, offset=offset, **common)
         if as_json:
             print_json(one.to_dict())
         else:

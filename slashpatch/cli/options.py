@@ -85,3 +85,10 @@ def load_bridge(model: str | None, device: Device | None, dtype: Dtype) -> Trans
     from ..bridge.loading import load
 
     return load(model, device.value if device else None, dtype.value)
+
+
+def require_readable(heads: str) -> None:
+    """Raise HeadError for a misspelt head, before the model is loaded."""
+    from ..heads import heads as as_heads
+
+    as_heads(heads, n_heads=1)  # which heads a whole layer has is known after that

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,12 @@ DEFAULT_PROMPTS, DEFAULT_TOKENS = 8, 512
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Tokenised prompts, each a 1-D integer tensor on the CPU, and where they came from."""
+    """Tokenised prompts, each a 1-D integer tensor on the CPU, and where they came from.
+
+    Attributes:
+        tokens: One tensor of token ids a prompt.
+        source: Where they came from, in words.
+    """
 
     tokens: tuple[Tensor, ...]
     source: str
@@ -37,7 +42,7 @@ class PromptSet:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a result's provenance says of them."""
+        """What a result's provenance says about these prompts."""
         return {"source": self.source, "n": len(self.tokens), "digest": self.digest}
 
     @property
@@ -59,13 +64,22 @@ def prompt_set(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> PromptSet:
-    """Tokenise what the user gave, or make natural or random prompts.
+    """Return the tokenised prompts that were given, or natural or random ones.
 
-    `prompts` is None (natural text), a text, texts, a file (a Path, or a text that names one) or
-    token ids: [pos], [batch, pos] or a list of unequal ones, taken as they are. Natural, random
-    and file prompts: at most `n_prompts`, each cut to `max_tokens` (512 when None). Other texts
-    are cut only when `max_tokens` is given. Raises PromptError for anything empty, unreadable,
-    outside the vocabulary, or longer than the model's context.
+    Args:
+        model: A TransformerBridge.
+        prompts: None (natural text), a text, texts, a file (a Path, or a text that names one) or
+            token ids: [pos], [batch, pos] or rows of unequal lengths, taken as they are. Texts and
+            rows may come from a generator, which is read to its end.
+        random_tokens: Whether to make random prompts instead of natural ones.
+        n_prompts: How many natural, random or file prompts at most.
+        max_tokens: Length of natural, random and file prompts, at most the model's context; 512 or
+            the context when None. Other texts are cut only when it is given.
+        seed: Seed of the natural and random prompts.
+
+    Raises:
+        PromptError for anything empty, unreadable, outside the vocabulary, or longer than the
+        model's context.
     """
     n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     for name, value in (("n_prompts", n_prompts), ("max_tokens", max_tokens)):
@@ -75,7 +89,19 @@ def prompt_set(
             raise PromptError(f"{name} is an integer from 1; got {value!r}")
     if random_tokens and prompts is not None:
         raise PromptError("give prompts or ask for random tokens, not both")
+    if max_tokens is not None and max_tokens > n_ctx:
+        raise PromptError(
+            f"max_tokens={max_tokens} exceeds the model's context of {n_ctx} tokens; give at most "
+            f"{n_ctx}"
+        )
     length = min(DEFAULT_TOKENS, n_ctx) if max_tokens is None else max_tokens
+    if isinstance(prompts, Mapping):
+        raise PromptError(
+            f"expected a text, texts, a file or token ids, got a {type(prompts).__name__} with the "
+            f"keys {', '.join(map(str, prompts))}; pass its input_ids"
+        )
+    if isinstance(prompts, Iterable) and not isinstance(prompts, (Sequence, Tensor)):
+        prompts = list(prompts)  # an iterator can be read once only
     if random_tokens:
         found = PromptSet(_random(model, n_prompts, length, seed), f"random tokens, seed {seed}")
     elif prompts is None:
@@ -151,7 +177,10 @@ def _texts(
 
 def _tokenise(model: TransformerBridge, text: str) -> Tensor:
     if model.tokenizer is None:
-        raise PromptError("the model has no tokenizer; pass token ids or ask for random tokens")
+        raise PromptError(
+            "the model has no tokenizer; pass token ids, ask for random tokens, or load the model "
+            "with slashpatch.load(model, tokenizer=...)"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:

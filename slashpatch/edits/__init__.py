@@ -1,4 +1,4 @@
-"""Edits: one idea a file."""
+"""The edits: interventions on attention heads, one idea per file."""
 
 from .ablate import AblateHeads
 from .bands import DropBand, ScaleBand

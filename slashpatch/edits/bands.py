@@ -1,29 +1,29 @@
-"""Scale or drop what a band of rotary pairs contributes."""
+"""Scale or drop the contribution of a band of rotary pairs to the attention logits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..maths.bands import band_mask
-from .base import HookContext
-from .rotary import _finite, _RotaryEdit
-
-if TYPE_CHECKING:
-    pass
+from .base import HookContext, finite_number
+from .rotary import _RotaryEdit
 
 
 @dataclass(frozen=True, repr=False)
 class ScaleBand(_RotaryEdit):
-    """Multiply what a band of pairs contributes to the logit: the softmax sharpens or flattens.
+    """Multiply the contribution of a band of rotary pairs to the logits by a factor.
+
+    Content and position of these pairs are scaled together; the softmax becomes sharper or flatter.
 
     Attributes:
-        band: high, medium, low, `pairs 0-7`, `wavelength 8-64`, or several joined by +.
-        factor: Finite; 1 changes nothing, 0 drops the band.
+        band: high, medium, low, `pairs 0-7`, `wavelength 8-64` (in tokens), or several of these
+            joined by +.
+        factor: Any finite number; 1 changes nothing, 0 drops the band.
     """
 
     band: Any
@@ -32,24 +32,25 @@ class ScaleBand(_RotaryEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set_band("band")
-        object.__setattr__(self, "factor", _finite("ScaleBand", "factor", self.factor))
+        object.__setattr__(self, "factor", finite_number("ScaleBand", "factor", self.factor))
 
     def on_query(
         self, ctx: HookContext, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Queries with the band's pairs scaled."""
+        """Return the queries with the band's pairs multiplied by `factor`."""
         return _scaled(q, ctx, self.band, self.factor)
 
 
 @dataclass(frozen=True, repr=False)
 class DropBand(_RotaryEdit):
-    """Remove what a band of pairs contributes to the logit, content and position both.
+    """Remove the contribution of a band of rotary pairs to the logits, content and position both.
 
-    Says which frequencies carry a slash; the softmax also flattens, because a part of the logit is
-    gone, so compare with dropping other bands of as many pairs.
+    Tells which frequencies carry a slash. The softmax also becomes flatter, because a part of each
+    logit is gone, so compare with dropping other bands of as many pairs.
 
     Attributes:
-        band: high, medium, low, `pairs 0-7`, `wavelength 8-64`, or several joined by +.
+        band: high, medium, low, `pairs 0-7`, `wavelength 8-64` (in tokens), or several of these
+            joined by +.
     """
 
     band: Any
@@ -61,13 +62,15 @@ class DropBand(_RotaryEdit):
     def on_query(
         self, ctx: HookContext, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Queries with the band's pairs at zero."""
+        """Return the queries with the band's pairs set to zero."""
         return _scaled(q, ctx, self.band, 0.0)
 
 
 def _scaled(q: Tensor, ctx: HookContext, band: str, factor: float) -> Tensor:
+    """Return the queries with a band's pairs multiplied by `factor`."""
     assert ctx.qk is not None
-    rotary = ctx.qk.require_rotary()  # bands are of its own θ, whatever the prompt's length
+    # Bands are defined on the frequencies of short prompts, also where RoPE follows the length.
+    rotary = ctx.qk.require_rotary()
     gain = torch.ones(rotary.n_pairs, dtype=q.dtype, device=q.device)
     gain[band_mask(band, rotary.inv_freq).to(q.device)] = factor
     real, imag, rest = rotary.split(q)

@@ -1,4 +1,4 @@
-"""What an edit is: a small frozen dataclass that overrides the hooks it touches."""
+"""The base class of all edits, and the hook context that their hook functions receive."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-#: In the order in which they fire.
+#: Hook points that an edit can override (`on_query`, `on_key`, ...), in the order they fire.
 STAGES = ("query", "key", "scores", "pattern", "z")
 
 
 @dataclass(frozen=True)
 class HookContext:
-    """Where an edit acts in the current forward pass: one layer, and the edit's heads in it.
+    """Context of one hook call: the layer, the edit's heads in it, and the current forward pass.
 
-    Tensors that an edit gets and returns hold these heads only, in this order, so an edit cannot
-    reach another head.
+    The tensors that an edit's hooks receive and return hold only these heads, in this order, so an
+    edit cannot change another head.
 
     Attributes:
-        layer: Its index.
-        heads: The edit's heads in it, ascending.
-        n_heads: Query heads of the layer.
-        call: The current forward pass.
+        layer: Index of the layer.
+        heads: Indices of the edit's heads in this layer, ascending.
+        n_heads: Number of query heads in the layer.
+        call: Arguments of the current forward pass.
         prepared: What the edit's `prepare` returned for this layer.
-        memory: From one hook of the pass to the next, of this edit in this layer.
-        qk: The layer's queries, keys and rotation; for edits of queries and keys.
+        memory: Tensors that one hook of this edit keeps for its later hooks, in the same layer and
+            forward pass.
+        qk: The layer's query and key hooks and its RoPE; None unless the edit acts on queries or
+            keys.
     """
 
     layer: int
@@ -51,124 +53,137 @@ class HookContext:
     memory: dict[str, Tensor] = field(default_factory=dict)
     qk: LayerQK | None = None
 
-    def theta(self, stage: str) -> Float[Tensor, "own pair"]:
-        """Return the frequencies of these heads' queries or keys after the edits so far."""
-        table = self._thetas.get((stage, self.layer))
-        own = self.rotary.inv_freq
-        return own.expand(len(self.heads), -1) if table is None else table[self.heads]
+    def theta(self, stage: str) -> Float[Tensor, "head pair"]:
+        """Return θ of these heads' rotary pairs, as the earlier edits of this pass left them.
 
-    def set_theta(self, stage: str, new: Float[Tensor, "own pair"]) -> None:
-        """Note new frequencies of these heads, for the edits that come after."""
+        `stage` is "query" or "key"; radians per token.
+        """
         table = self._thetas.get((stage, self.layer))
-        own = self.rotary.inv_freq
-        table = own.repeat(self.n_heads, 1) if table is None else table.clone()
+        inv_freq = self.rotary.inv_freq
+        return inv_freq.expand(len(self.heads), -1) if table is None else table[self.heads]
+
+    def set_theta(self, stage: str, new: Float[Tensor, "head pair"]) -> None:
+        """Record new frequencies of these heads, for the later edits of this pass."""
+        table = self._thetas.get((stage, self.layer))
+        inv_freq = self.rotary.inv_freq
+        table = inv_freq.repeat(self.n_heads, 1) if table is None else table.clone()
         table[self.heads] = new.to(table)
         self._thetas[stage, self.layer] = table
 
     @property
     def _thetas(self) -> dict[tuple[str, int], Float[Tensor, "head pair"]]:
-        """Frequencies by (stage, layer), as edits left them so far in this pass."""
-        found: dict[tuple[str, int], Tensor] = self.call.state.setdefault("frequencies", {})
-        return found
+        """Frequencies of all heads of the edited layers, by (stage, layer)."""
+        thetas: dict[tuple[str, int], Tensor] = self.call.state.setdefault("frequencies", {})
+        return thetas
 
     @property
     def rotary(self) -> Rotary:
-        """How the layer rotates in this pass; for edits of queries and keys."""
+        """The layer's RoPE in the current forward pass; for edits of queries and keys only."""
         assert self.qk is not None
         return self.qk.current()
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An intervention on some heads. Prints as it is typed: `parse_edit(str(edit)) == edit`.
+    """An intervention on some attention heads.
 
-    (But for a function of frequencies and for a basis that was not saved, which have no text.)
+    A subclass is a frozen dataclass that overrides one or more of `on_query`, `on_key`,
+    `on_scores`, `on_pattern` and `on_z`. `str` gives the text that `parse_edit` reads back:
+    `parse_edit(str(edit)) == edit`, except for edits that hold a Python function or an unsaved
+    basis, which have no such text.
 
     Attributes:
-        heads: Query heads; given as anything that `slashpatch.heads` reads, kept as a sorted tuple.
+        heads: Query heads, in any form that `slashpatch.heads` reads; stored as a sorted tuple.
     """
 
     heads: HeadsLike
 
     def __post_init__(self) -> None:
         try:
-            found = tuple(sorted(heads(self.heads)))
+            chosen = tuple(sorted(heads(self.heads)))
         except HeadError as error:
             raise HeadError(f"{type(self).__name__}: {error}") from None
-        if not found:
+        if not chosen:
             raise EditError(f"{type(self).__name__} needs at least one head, got {self.heads!r}")
-        object.__setattr__(self, "heads", found)
+        object.__setattr__(self, "heads", chosen)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that have heads of this edit, ascending."""
+        """Indices of the layers that contain heads of this edit, ascending."""
         return tuple(sorted({head.layer for head in cast("tuple[Head, ...]", self.heads)}))
 
     def heads_in(self, layer: int) -> list[int]:
-        """The edit's head indices in `layer`, ascending."""
+        """Indices of the edit's heads in `layer`, ascending."""
         return [head.head for head in cast("tuple[Head, ...]", self.heads) if head.layer == layer]
 
     def validate(self, info: ModelInfo) -> None:
-        """Raise if the model cannot take this edit. Called before anything is attached."""
+        """Raise if the edit cannot act on this model; called before any hook is attached."""
         info.require(self.heads)
 
     def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Any]:
-        """State per layer, computed once when the edit is attached."""
+        """Return state by layer index, computed once, when the edit is attached to the model."""
         return {}
 
     def on_query(
         self, ctx: HookContext, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Edit the queries before RoPE and after any norm."""
+        """Edit the queries, before RoPE and after any query norm."""
         return q
 
     def on_key(
         self, ctx: HookContext, k: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Edit the head's own copy of its keys, before RoPE; the KV group keeps the shared ones."""
+        """Edit the heads' keys, before RoPE and after any key norm.
+
+        Under grouped-query attention these are per-head copies of the shared keys (per-head keys):
+        the other query heads of the group keep the shared keys.
+        """
         return k
 
     def on_scores(
         self, ctx: HookContext, scores: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Edit the masked logits before the softmax."""
+        """Edit the masked attention scores (logits), before the softmax."""
         return scores
 
     def on_pattern(
         self, ctx: HookContext, pattern: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Edit the attention after the softmax."""
+        """Edit the attention pattern, after the softmax."""
         return pattern
 
     def on_z(
         self, ctx: HookContext, z: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Edit the head outputs, before the output projection."""
+        """Edit the head outputs z, before the output projection W_O."""
         return z
 
     def diagonal_changes(self) -> tuple[DiagonalChange, ...]:
-        """What `on_scores` and `on_pattern` do, if that is all that they do: the fused engine
-        does the same without the matrix. Empty: they need the matrix itself.
+        """Return the changes of attention diagonals that equal `on_scores` and `on_pattern`.
+
+        The fused engine applies these changes without forming the attention matrix. Empty (the
+        default) where `on_scores` or `on_pattern` does anything else, and so needs the matrix.
         """
         return ()
 
     @property
     def needs_matrix(self) -> bool:
-        """Whether the edit acts on scores or pattern otherwise than by `diagonal_changes`.
+        """Whether the edit needs the attention matrix, beyond what `diagonal_changes` describes.
 
-        Also where a class overrides one of those hooks after the class that says the changes.
+        Also True where a subclass overrides `on_scores` or `on_pattern` but inherits
+        `diagonal_changes`, which then describes the parent class only.
         """
-        acts = [f"on_{stage}" for stage in ("scores", "pattern") if stage in self.stages()]
-        if not acts:
+        overrides = [f"on_{stage}" for stage in ("scores", "pattern") if stage in self.stages()]
+        if not overrides:
             return False
 
         def depth(name: str) -> int:
-            return next(i for i, one in enumerate(type(self).__mro__) if name in vars(one))
+            return next(i for i, cls in enumerate(type(self).__mro__) if name in vars(cls))
 
-        return not self.diagonal_changes() or depth("diagonal_changes") > min(map(depth, acts))
+        return not self.diagonal_changes() or depth("diagonal_changes") > min(map(depth, overrides))
 
     def stages(self) -> dict[str, Callable[[HookContext, Tensor], Tensor]]:
-        """The hooks that this edit overrides, in the order in which they fire."""
+        """Return the hook methods that this edit overrides, by stage, in the order they fire."""
         return {
             stage: getattr(self, f"on_{stage}")
             for stage in STAGES
@@ -177,21 +192,28 @@ class Edit:
 
     def __str__(self) -> str:
         first, *others = dataclasses.fields(self)
-        parts = [_written(getattr(self, first.name))]
+        parts = [_as_text(getattr(self, first.name))]
         for other in others:
             value = getattr(self, other.name)
             if other.default is dataclasses.MISSING or value != other.default:
-                parts.append(f"{other.name}={_written(value)}")
+                parts.append(f"{other.name}={_as_text(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     __repr__ = __str__
 
 
-def _written(value: Any) -> str:
-    """A value as `parse_edit` reads it; a tuple of one is written as its only member."""
+def finite_number(edit: str, field: str, value: Any) -> float:
+    """Return `value` as a float; raise EditError unless it is a finite number (up to 1e30)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e30:
+        raise EditError(f"{edit}: {field} must be a finite number; got {str(value)[:40]}")
+    return float(value)
+
+
+def _as_text(value: Any) -> str:
+    """Return the text that `parse_edit` reads back as `value`; a 1-tuple without parentheses."""
     if isinstance(value, tuple):
         if len(value) == 1:
-            return _written(value[0])
+            return _as_text(value[0])
         first = value[0]
         if (
             len(value) > 3
@@ -199,8 +221,8 @@ def _written(value: Any) -> str:
             and value == (*range(first, first + len(value)),)
         ):
             return f"range({first}, {first + len(value)})"
-        return f"({', '.join(_written(member) for member in value)})"
+        return f"({', '.join(_as_text(member) for member in value)})"
     if callable(value):
-        # By its name: where it lies in memory differs from one process to the next.
+        # Not its repr, whose memory address differs from one process to the next.
         return f"<{getattr(value, '__qualname__', type(value).__name__)}>"
     return repr(value)

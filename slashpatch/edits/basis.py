@@ -1,4 +1,4 @@
-"""Leading directions of pre-RoPE queries and keys, fitted on prompts."""
+"""Leading directions of heads' pre-RoPE queries and keys, fitted on prompts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import bridge
+from ..bridge.attached import has_per_head_keys
 from ..bridge.provenance import provenance
 from ..data.files import load_tensors, save_tensors
 from ..data.prompts import prompt_set
@@ -29,10 +30,17 @@ _FORMAT = "slashpatch-basis-1"
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Orthonormal directions of some heads' pre-RoPE queries and keys, fitted on prompts.
+    """Orthonormal leading directions of some heads' pre-RoPE queries and keys.
 
-    Two bases are equal when their heads and directions are. `path` is the file it was saved to or
-    loaded from, by which an edit that uses it prints.
+    Two bases are equal when their heads and directions are equal.
+
+    Attributes:
+        heads: The query heads, ascending.
+        q: Directions of the queries of each head.
+        k: Directions of the keys of each head; heads of one KV group have the same.
+        provenance: Model, prompts, seed and versions of the fit.
+        path: Files that the basis was loaded from or saved to; an edit that uses the basis prints
+            as the last of them.
     """
 
     heads: tuple[Head, ...]
@@ -43,7 +51,7 @@ class Basis:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over heads and directions, first 16 hex digits."""
+        """First 16 hex digits of the SHA-256 over heads and directions."""
         sha = hashlib.sha256(str(self.heads).encode())
         for part in (self.q, self.k):
             sha.update(f"{list(part.shape)}".encode())
@@ -60,14 +68,20 @@ class Basis:
         return repr(self.path[-1]) if self.path else f"<unsaved basis {self.digest}>"
 
     def of(self, layer: int, wanted: list[int], part: str) -> Tensor:
-        """Directions [head, d_head, rank] of some heads of a layer; `part` is "q" or "k"."""
+        """Return the directions [head, d_head, rank] of these heads of a layer.
+
+        `part` is "q" or "k".
+        """
         rows = [self.heads.index(Head(layer, head)) for head in wanted]
         return (self.q if part == "q" else self.k)[rows]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file, whole or not at all. Raises OutputError or EditError."""
+        """Write a .safetensors file, atomically: a failed write leaves no partial file.
+
+        Raises EditError for another suffix, OutputError if the file cannot be written.
+        """
         if Path(path).suffix != ".safetensors":
-            raise EditError(f"a basis is saved as .safetensors; got {str(path)!r}")
+            raise EditError(f"a basis is saved as a .safetensors file; got {str(path)!r}")
         header = {
             "format": _FORMAT,
             "heads": [str(head) for head in self.heads],
@@ -79,21 +93,21 @@ class Basis:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Basis:
-        """Read what `save` wrote. Raises EditError for anything else."""
+        """Load a basis from a file that `save` wrote. Raises EditError for any other file."""
 
         def build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Basis:
-            own, q, k = heads(header["heads"]), tensors["q"], tensors["k"]
-            basis = cls(own, q, k, dict(header["provenance"]), [str(path)])
+            fitted, q, k = heads(header["heads"]), tensors["q"], tensors["k"]
+            basis = cls(fitted, q, k, dict(header["provenance"]), [str(path)])
             basis._validate()
             return basis
 
-        found: Basis = load_tensors(path, _FORMAT, build, EditError)
-        return found
+        basis: Basis = load_tensors(path, _FORMAT, build, EditError)
+        return basis
 
     def _validate(self) -> None:
-        """Raise EditError unless the directions are orthonormal, a set for each head."""
+        """Raise EditError unless there are orthonormal directions for each head."""
         identity = torch.eye(self.q.shape[-1], dtype=torch.float64)
-        fits = (
+        valid = (
             self.q.ndim == 3
             and self.q.shape == self.k.shape
             and len(self.heads) == len(self.q)
@@ -102,8 +116,10 @@ class Basis:
                 for part in (self.q, self.k)
             )
         )
-        if not fits:
-            raise EditError("its parts do not fit together, or its directions are not orthonormal")
+        if not valid:
+            raise EditError(
+                "shapes of heads, q and k do not agree, or directions are not orthonormal"
+            )
 
 
 def fit_rank_one(
@@ -116,21 +132,36 @@ def fit_rank_one(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> Basis:
-    """The leading directions of some heads' pre-RoPE queries and keys over prompts, uncentred.
+    """Fit the leading directions of some heads' pre-RoPE queries and keys on prompts.
 
-    The model as it is, patches included, the heads' own edits of queries too. Prompts as for
-    `scan`. Raises HeadError, PromptError, ModelError, or EditError for a rank outside 1 to d_head.
+    The right singular vectors of the uncentred tokens × d_head matrices, over the tokens of all
+    prompts. The model is run as it is, active patches included. Pass the basis to
+    `RankOne(heads, basis=...)`.
+
+    Args:
+        model: A TransformerBridge in evaluation mode.
+        wanted: Query heads.
+        prompts: As for `scan`; None: natural text.
+        rank: Number of directions per head, from 1 to d_head.
+        n_prompts: Number of prompts.
+        max_tokens: Length of each prompt, as for `scan`.
+        seed: Random seed of the prompts.
+
+    Raises:
+        HeadError, PromptError, ModelError, or EditError for a rank outside 1 to d_head and where
+        active edits use per-head keys.
     """
     info = bridge.read(model)
     chosen = tuple(sorted(info.require(wanted)))
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= info.d_head:
-        raise EditError(f"rank is an integer from 1 to {info.d_head}; got {rank!r}")
-    from ..bridge.attached import has_per_head_keys
-
+        raise EditError(f"rank must be an integer from 1 to {info.d_head}; got {rank!r}")
     if has_per_head_keys(model):
-        raise EditError("active edits give heads keys of their own; fit outside of them")
-    layers = bridge.read(model).qk
-    found = prompt_set(model, prompts, n_prompts=n_prompts, max_tokens=max_tokens, seed=seed)
+        raise EditError(
+            "the model has active edits that use per-head keys, whose keys no hook carries; leave "
+            "their patches before fitting a basis"
+        )
+    layers = info.qk
+    fitted_on = prompt_set(model, prompts, n_prompts=n_prompts, max_tokens=max_tokens, seed=seed)
     grams = {
         (head, part): torch.zeros(info.d_head, info.d_head, dtype=torch.float64)
         for head in chosen
@@ -142,19 +173,20 @@ def fit_rank_one(
         layout = getattr(layers[layer], part)
 
         def hook_fn(tensor: Tensor, hook: Any) -> None:
-            rows = layout.read(tensor.detach())
-            rows = layers[layer].unrotate(layout, rows, torch.arange(rows.shape[1])[None])
+            all_heads = layout.read(tensor.detach())
+            positions = torch.arange(all_heads.shape[1])[None]
+            all_heads = layers[layer].unrotate(layout, all_heads, positions)
             for head in (head for head in chosen if head.layer == layer):
                 column = head.head if part == "q" else head.head // group
-                x = rows[:, :, column].flatten(0, 1).cpu().double()
+                x = all_heads[:, :, column].flatten(0, 1).cpu().double()
                 grams[head, part] += x.T @ x
 
         return layout.name, hook_fn
 
     hooks = [accumulate(part, layer) for layer in {h.layer for h in chosen} for part in "qk"]
     with torch.no_grad():
-        for tokens in found.tokens:
+        for tokens in fitted_on.tokens:
             bridge.run_for_hooks(model, tokens[None].to(model.cfg.device), hooks)
     q, k = (torch.stack([leading(grams[head, part], rank) for head in chosen]) for part in "qk")
-    details = {"prompts": [{"source": found.source, "digest": found.digest}], "seed": seed}
+    details = {"prompts": [{"source": fitted_on.source, "digest": fitted_on.digest}], "seed": seed}
     return Basis(chosen, q, k, provenance(model, **details))

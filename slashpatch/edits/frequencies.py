@@ -1,4 +1,4 @@
-"""Give a head's rotary pairs other frequencies."""
+"""Edits that give heads other RoPE frequencies: freeze, swap or set them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import bridge
 from ..bridge import ModelInfo
 from ..bridge.qk import LayerQK
 from ..errors import BandError, EditError
@@ -26,16 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class _FrequencyEdit(_RotaryEdit):
-    """Gives the head's pairs other frequencies θ'; queries and the head's own keys both turn."""
+    """Base of the edits that replace frequencies θ by θ', in queries and in per-head keys."""
 
     def changed(
         self, ctx: HookContext, current: Float[Tensor, "head pair"]
     ) -> Float[Tensor, "head pair"]:
-        """θ' of each head's pairs, from those that they have now; radians per token, float64."""
-        raise AssertionError("each frequency edit says its frequencies")
+        """Return θ' of each head's pairs, given the current θ; radians per token, float64."""
+        raise AssertionError("each frequency edit defines its frequencies")
 
-    def _turned(self, ctx: HookContext, x: Tensor, stage: str) -> Tensor:
-        """x before RoPE such that RoPE will turn it to θ', whatever edits came before."""
+    def _rotate_ahead(self, ctx: HookContext, x: Tensor, stage: str) -> Tensor:
+        """Return pre-RoPE queries or keys rotated by (θ' − θ)p, so that RoPE completes θ'p.
+
+        θ are the frequencies that earlier edits of this pass left.
+        """
         current = ctx.theta(stage)
         new = self.changed(ctx, current)
         ctx.set_theta(stage, new)
@@ -45,24 +47,25 @@ class _FrequencyEdit(_RotaryEdit):
     def on_query(
         self, ctx: HookContext, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Queries that RoPE will turn to the new frequencies."""
-        return self._turned(ctx, q, "query")
+        """Return pre-RoPE queries that RoPE then rotates to the new frequencies."""
+        return self._rotate_ahead(ctx, q, "query")
 
     def on_key(
         self, ctx: HookContext, k: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Keys of the head's own that RoPE will turn to the new frequencies."""
-        return self._turned(ctx, k, "key")
+        """Return pre-RoPE per-head keys that RoPE then rotates to the new frequencies."""
+        return self._rotate_ahead(ctx, k, "key")
 
 
 @dataclass(frozen=True, repr=False)
 class FreezeBand(_FrequencyEdit):
-    """Do not rotate a band of pairs (θ = 0): its content still counts, its position does not.
+    """Stop rotating a band of pairs (θ = 0): its content still counts, its position does not.
 
-    Tells apart what `DropBand` removes together.
+    `DropBand` removes both; the difference between the two edits is the band's content alone.
 
     Attributes:
-        band: high, medium, low, `pairs 0-7`, `wavelength 8-64`, or several joined by +.
+        band: high, medium, low, `pairs 0-7`, `wavelength 8-64` (in tokens), or several of these
+            joined by +.
     """
 
     band: Any
@@ -74,15 +77,14 @@ class FreezeBand(_FrequencyEdit):
     def changed(
         self, ctx: HookContext, current: Float[Tensor, "head pair"]
     ) -> Float[Tensor, "head pair"]:
-        """θ with zeros in the band."""
+        """Return θ with zeros in the band."""
         return current.masked_fill(ctx.prepared, 0.0)
 
     def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Any]:
-        """Per layer: which pairs are in the band. Raises if it does not fit."""
+        """Return, by layer, a mask of the band's rotary pairs."""
         super().prepare(model, info)
-        layers = bridge.read(model).qk
         return {
-            layer: band_mask(self.band, layers[layer].require_rotary().inv_freq)
+            layer: band_mask(self.band, info.qk[layer].require_rotary().inv_freq)
             for layer in self.layers
         }
 
@@ -91,15 +93,16 @@ class FreezeBand(_FrequencyEdit):
 class SwapBands(_FrequencyEdit):
     """Exchange the frequencies of two bands; the content of every pair stays.
 
-    Pairs of both bands are ordered by θ. Bands of one width exchange frequencies one by one. Of
-    unequal widths, each pair takes the frequency at its relative rank in the other band (the first
-    takes the first, the last the last, those between the nearest), so some frequencies are used
-    twice or not at all (*ours*). Bands that overlap without being equal are refused; a band
-    exchanged with itself changes nothing.
+    The pairs of each band are ordered by θ. Bands of equal width exchange frequencies one by one.
+    In bands of unequal width, each pair takes the frequency at its relative rank in the other band
+    (the first takes the first, the last takes the last, the others the nearest rank), so some
+    frequencies are used twice or not at all (*ours*). Bands that overlap without being equal are
+    refused. Swapping a band with itself changes nothing.
 
     Attributes:
-        a: high, medium, low, `pairs 0-7`, `wavelength 8-64`, or several joined by +.
-        b: The other band.
+        a: high, medium, low, `pairs 0-7`, `wavelength 8-64` (in tokens), or several of these
+            joined by +.
+        b: The other band, in the same form.
     """
 
     a: Any
@@ -111,37 +114,41 @@ class SwapBands(_FrequencyEdit):
         self._set_band("b")
 
     def stages(self) -> dict[str, Callable[[HookContext, Tensor], Tensor]]:
-        """None for a band exchanged with itself, so that nothing at all is recomputed."""
+        """Return no hooks if both bands are the same, so that nothing is recomputed; else both."""
         return {} if self.a == self.b else super().stages()
 
     def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Any]:
-        """Per layer: the pair whose frequency each pair takes. Raises for bands that overlap."""
+        """Return, by layer, the pair whose frequency each pair takes.
+
+        Raises BandError for bands that overlap without being equal.
+        """
         super().prepare(model, info)
-        found = {}
+        sources = {}
         for layer in self.layers:
-            inv_freq = bridge.read(model).qk[layer].require_rotary().inv_freq
+            inv_freq = info.qk[layer].require_rotary().inv_freq
             a, b = (band_pairs(band, inv_freq) for band in (self.a, self.b))
             shared = sorted(set(a) & set(b))
             if shared and set(a) != set(b):
                 raise BandError(f"{self}: the bands share pairs {shared}; expected none")
-            found[layer] = exchanged(len(inv_freq), a, b)
-        return found
+            sources[layer] = exchanged(len(inv_freq), a, b)
+        return sources
 
     def changed(
         self, ctx: HookContext, current: Float[Tensor, "head pair"]
     ) -> Float[Tensor, "head pair"]:
-        """θ with those of the two bands exchanged by rank."""
+        """Return θ with the frequencies of the two bands exchanged by rank."""
         return current[:, ctx.prepared]
 
 
 @dataclass(frozen=True, repr=False)
 class SetFrequencies(_FrequencyEdit):
-    """Give the head frequencies of your own.
+    """Set the frequencies of the heads' rotary pairs.
 
     Attributes:
         frequencies: θ' of each pair in radians per token, in the model's order of pairs (numbers or
-            a tensor); or a donor head, whose layer's frequencies are taken; or a function from θ to
-            θ', tensor to tensor. A function prints by its name and cannot be read back.
+            a tensor); or a donor head, whose layer's frequencies are taken; or a function from the
+            tensor θ to the tensor θ'. An edit with a function prints the function's name, which
+            `parse_edit` cannot read back.
     """
 
     frequencies: Any
@@ -161,42 +168,43 @@ class SetFrequencies(_FrequencyEdit):
             values = ()
         if not values or not all(math.isfinite(value) for value in values):
             raise EditError(
-                "SetFrequencies: frequencies are finite numbers, one a pair, a donor head, or a "
-                f"function of θ; got {given!r}"
+                "SetFrequencies: frequencies must be finite numbers, one per rotary pair, or a "
+                f"donor head, or a function of θ; got {given!r}"
             )
         object.__setattr__(self, "frequencies", values)
 
     def validate(self, info: ModelInfo) -> None:
-        """Raise if the model lacks a head, the donor included."""
+        """Raise HeadError if the model lacks one of the heads or the donor head."""
         super().validate(info)
         if isinstance(self.frequencies, Head):
             info.require(self.frequencies)
 
     def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Any]:
-        """Per layer: θ', and the layer that it comes from.
+        """Return, by layer, θ' and the layer that θ' is derived from.
 
-        Where RoPE follows the prompt's length, a function or a donor is asked in every pass. Raises
-        EditError unless each pair has a finite frequency.
+        Where RoPE follows the prompt's length (dynamic NTK, LongRoPE), θ' is computed again in each
+        forward pass. Raises EditError unless each pair has a finite frequency.
         """
         super().prepare(model, info)
-        layers = bridge.read(model).qk
-        found = {}
+        layers = info.qk
+        prepared = {}
         for layer in self.layers:
             donor = self.frequencies.layer if isinstance(self.frequencies, Head) else layer
             new = self._new(layers[layer].require_rotary().inv_freq, layers[donor])
-            found[layer] = (new, layers[donor])
-        return found
+            prepared[layer] = (new, layers[donor])
+        return prepared
 
-    def _new(self, own: Float[Tensor, "pair"], donor: LayerQK) -> Float[Tensor, "pair"]:
+    def _new(self, theta: Float[Tensor, "pair"], donor: LayerQK) -> Float[Tensor, "pair"]:
+        """Return θ', given the layer's own frequencies θ and the donor head's layer."""
         if isinstance(self.frequencies, Head):
             new = donor.current().inv_freq
         elif callable(self.frequencies):
-            new = torch.as_tensor(self.frequencies(own.clone())).double().cpu()
+            new = torch.as_tensor(self.frequencies(theta.clone())).double().cpu()
         else:
             new = torch.tensor(self.frequencies, dtype=torch.float64)
-        if new.shape != own.shape or not bool(new.isfinite().all()):
+        if new.shape != theta.shape or not bool(new.isfinite().all()):
             raise EditError(
-                f"{self}: expected {len(own)} finite frequencies, one a pair; got shape "
+                f"{self}: expected {len(theta)} finite frequencies, one per rotary pair; got shape "
                 f"{list(new.shape)}"
             )
         return new
@@ -204,7 +212,7 @@ class SetFrequencies(_FrequencyEdit):
     def changed(
         self, ctx: HookContext, current: Float[Tensor, "head pair"]
     ) -> Float[Tensor, "head pair"]:
-        """The frequencies asked for."""
+        """Return θ', the same for all heads of the layer."""
         new, donor = ctx.prepared
         if donor.live is not None:
             new = self._new(ctx.rotary.inv_freq, donor)

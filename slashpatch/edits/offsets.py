@@ -1,4 +1,4 @@
-"""Scale, remove or keep single diagonals of the attention pattern."""
+"""Edits of the attention pattern's sub-diagonals: scale, knock out, or keep only some offsets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from ..bridge import ModelInfo
 from ..errors import EditError, OffsetError, PatchError
 from ..maths.diagonals import DiagonalChange, has_keys
 from ..maths.offsets import as_offsets
-from .base import Edit, HookContext
-
-_LARGEST = 1e30
+from .base import Edit, HookContext, finite_number
 
 
 def _log(factor: float) -> float:
@@ -25,10 +23,11 @@ def _log(factor: float) -> float:
 
 @dataclass(frozen=True, repr=False)
 class _DiagonalEdit(Edit):
-    """Acts on diagonals: in the logits when rows are renormalised, else in the pattern.
+    """Base of the edits that multiply sub-diagonals of the attention by factors.
 
-    Renormalising is exact however little mass remains, because the softmax does it. A row that
-    loses all its keys gets a zero pattern, and so a zero output.
+    With renormalisation the edit adds log(factor) to the logits, so that the softmax renormalises
+    the row, exactly even where little attention remains; without, it multiplies the pattern. A row
+    that loses all its keys gets a zero pattern, and so a zero output.
     """
 
     offsets: Any
@@ -39,66 +38,71 @@ class _DiagonalEdit(Edit):
             object.__setattr__(self, "offsets", as_offsets(self.offsets))
         except OffsetError as error:
             raise OffsetError(f"{type(self).__name__}: {error}") from None
-        if not isinstance(getattr(self, "renormalize", True), bool):
-            raise EditError(f"{type(self).__name__}: renormalize is True or False")
+        if not isinstance(self._renormalizes, bool):
+            raise EditError(f"{type(self).__name__}: renormalize must be True or False")
+
+    @property
+    def _renormalizes(self) -> bool:
+        # The subclasses declare the field, because it has a default and must come last.
+        return getattr(self, "renormalize", True)
 
     def validate(self, info: ModelInfo) -> None:
-        """Raise if the model lacks a head, or its context cannot hold an offset."""
+        """Raise if the model lacks one of the heads, or an offset exceeds its context."""
         super().validate(info)
         info.require_offsets(self.offsets)
 
-    def _amounts(self) -> tuple[float, float]:
-        """Factors on the attention at `offsets`, and elsewhere; each 0 or more."""
-        raise AssertionError("each diagonal edit says what it does")
+    def _factors(self) -> tuple[float, float]:
+        """Return the factors (≥ 0) on the attention at `offsets` and at all other offsets."""
+        raise AssertionError("each diagonal edit defines its factors")
 
     def diagonal_changes(self) -> tuple[DiagonalChange, ...]:
-        """One change, of the logits when rows are renormalised."""
-        own, elsewhere = self._amounts()
-        if not getattr(self, "renormalize", True):
-            return (DiagonalChange("pattern", self.offsets, own, elsewhere),)
-        return (DiagonalChange("scores", self.offsets, _log(own), _log(elsewhere)),)
+        """Return one change: of the logits if rows are renormalised, else of the pattern."""
+        factor, elsewhere = self._factors()
+        if not self._renormalizes:
+            return (DiagonalChange("pattern", self.offsets, factor, elsewhere),)
+        return (DiagonalChange("scores", self.offsets, _log(factor), _log(elsewhere)),)
 
     def on_scores(
         self, ctx: HookContext, scores: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """The edited logits; rows that lost all keys keep theirs and are cleared in the pattern."""
-        if not getattr(self, "renormalize", True):
+        """Return the edited logits; rows that lose all keys are left to `on_pattern`."""
+        if not self._renormalizes:
             return scores
         past = ctx.call.cached_columns(scores.shape[-1])
         edited = self.diagonal_changes()[0].on_matrix(scores, past)
-        left = has_keys(edited, past)
-        ctx.memory["emptied"] = has_keys(scores, past) & ~left
-        # A row of nothing but −inf would give NaN, in the forward or in the backward pass; rows of
-        # padding had no keys to begin with and stay as they are.
-        return torch.where(left[..., None], edited, scores)
+        keeps_keys = has_keys(edited, past)
+        ctx.memory["emptied"] = has_keys(scores, past) & ~keeps_keys
+        # The softmax of a row of −inf gives NaN, in the forward or in the backward pass, so rows
+        # that lose all keys keep their logits here. Padding had no keys before, and stays as it is.
+        return torch.where(keeps_keys[..., None], edited, scores)
 
     def on_pattern(
         self, ctx: HookContext, pattern: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """The edited pattern (not renormalised), or zeros in the rows that lost all keys."""
-        if not getattr(self, "renormalize", True):
+        """Return the edited pattern; if renormalised, only zero the rows that lost all keys."""
+        if not self._renormalizes:
             past = ctx.call.cached_columns(pattern.shape[-1])
             return self.diagonal_changes()[0].on_matrix(pattern, past)
         if "emptied" not in ctx.memory:
             raise PatchError(
-                f"{self}: its hook on the pattern ran without the one on the scores; use all hooks "
-                "of slashpatch.hooks, once each"
+                f"{self}: its hook on the pattern ran, but its hook on the scores did not; attach "
+                "all hooks that slashpatch.hooks returned, once each"
             )
         return pattern.masked_fill(ctx.memory.pop("emptied")[..., None], 0.0)
 
 
 @dataclass(frozen=True, repr=False)
 class ScaleOffsets(_DiagonalEdit):
-    """Multiply the attention that a head pays `offset` tokens back, for each of some offsets.
+    """Multiply a head's attention from each token i to the token i−Δ, for one or several offsets Δ.
 
-    Sensible where a slash is to be weakened or strengthened by degrees. With `renormalize` the rest
-    of the row grows to fill what was taken, as if the logits had been moved by log(factor); without
-    it the head writes less (or more) than one row's worth of values.
+    Use it to weaken or strengthen a slash by degrees. With `renormalize`, log(factor) is added to
+    the logits, and the softmax shares the difference among the other keys of the row; without, the
+    row of the pattern no longer sums to one.
 
     Attributes:
-        offsets: One or several Δ.
-        factor: From 0 (remove) up; 1 changes nothing.
-        renormalize: Whether the softmax renormalises the row (an attention sink takes part).
+        offsets: One or several Δ ≥ 0, in tokens.
+        factor: 0 or more; 0 removes the attention, 1 changes nothing.
+        renormalize: Whether the softmax renormalises the row (attention sinks included).
     """
 
     factor: float | int
@@ -106,51 +110,46 @@ class ScaleOffsets(_DiagonalEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            isinstance(self.factor, bool)
-            or not isinstance(self.factor, (int, float))
-            or not abs(self.factor) <= _LARGEST
-            or self.factor < 0
-        ):
-            raise EditError(
-                f"ScaleOffsets: factor is a finite number from 0; got {str(self.factor)[:40]}"
-            )
-        object.__setattr__(self, "factor", float(self.factor))
+        factor = finite_number("ScaleOffsets", "factor", self.factor)
+        if factor < 0:
+            raise EditError(f"ScaleOffsets: factor must be 0 or more; got {factor}")
+        object.__setattr__(self, "factor", factor)
 
-    def _amounts(self) -> tuple[float, float]:
+    def _factors(self) -> tuple[float, float]:
         return float(self.factor), 1.0
 
 
 @dataclass(frozen=True, repr=False)
 class KnockOut(_DiagonalEdit):
-    """Remove diagonals: the head cannot read the token `offset` back. The rest renormalises.
+    """Knock out a head's attention from each token i to the token i−Δ, for one or several offsets.
 
-    The sharpest test of a slash: the head keeps everything else that it does. The mass goes to the
-    remaining keys, often to the first token.
+    The sharpest test of a slash, because the rest of the head stays. With `renormalize`, the
+    attention goes to the remaining keys, often to the first token.
 
     Attributes:
-        offsets: One or several Δ.
-        renormalize: Whether the softmax renormalises the row (an attention sink takes part).
+        offsets: One or several Δ ≥ 0, in tokens.
+        renormalize: Whether the softmax renormalises the row (attention sinks included).
     """
 
     renormalize: bool = True
 
-    def _amounts(self) -> tuple[float, float]:
+    def _factors(self) -> tuple[float, float]:
         return 0.0, 1.0
 
 
 @dataclass(frozen=True, repr=False)
 class KeepOnly(_DiagonalEdit):
-    """Keep some diagonals and remove all other attention: is the slash enough?
+    """Keep a head's attention to the tokens at some offsets Δ, and knock out all the rest.
 
-    With one offset and `renormalize`, the head becomes a pure "read the token Δ back".
+    Tests whether the slash alone is enough. With one offset and `renormalize`, each token i attends
+    to the token i−Δ alone.
 
     Attributes:
-        offsets: One or several Δ.
-        renormalize: Whether the softmax renormalises the row (an attention sink takes part).
+        offsets: One or several Δ ≥ 0, in tokens.
+        renormalize: Whether the softmax renormalises the row (attention sinks included).
     """
 
     renormalize: bool = True
 
-    def _amounts(self) -> tuple[float, float]:
+    def _factors(self) -> tuple[float, float]:
         return 1.0, 0.0

@@ -1,4 +1,4 @@
-"""Read an edit from the text that it prints as: a handful of nodes of Python's grammar, no eval."""
+"""Parse an edit from its text, such as "KnockOut(L16H0, 1)", without evaluating any code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .plant import PlantSlash
 from .rank_one import RankOne
 from .shift import ShiftSlash
 
+#: The edits that `parse_edit` knows, by name.
 EDITS: dict[str, type[Edit]] = {
     edit.__name__: edit
     for edit in (
@@ -38,15 +39,18 @@ _LONGEST = 1_000_000
 
 
 def parse_edit(text: str) -> Edit:
-    """Read an edit such as `KnockOut(L16H0, 1)` or `AblateHeads([L16H0, L11H1], mode=mean)`.
+    """Return the edit that a text such as `KnockOut(L16H0, 1)` describes.
 
-    Heads and words need no quotes; lists, tuples and range(a, b) may be used. Inverse of `str`.
-    Raises EditError, HeadError or OffsetError.
+    The text is a call of one of `EDITS`, such as `AblateHeads([L16H0, L11H1], mode=mean)`. Heads
+    and words need no quotes; lists, tuples and range(a, b) are allowed. The inverse of `str(edit)`.
+    Raises EditError, HeadError, OffsetError or BandError.
     """
     if not isinstance(text, str):
         raise EditError(f"expected the text of an edit, got {type(text).__name__}")
     if len(text) > _LONGEST:
-        raise EditError(f"an edit's text has at most {_LONGEST} characters, got {len(text)}")
+        raise EditError(
+            f"expected the text of an edit, of at most {_LONGEST} characters; got {len(text)}"
+        )
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -63,7 +67,7 @@ def parse_edit(text: str) -> Edit:
         args = [_value(argument) for argument in node.args]
         kwargs = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
         if len(kwargs) < len(node.keywords):
-            raise ValueError("an argument is given twice")
+            raise ValueError("an argument was given twice")
         return EDITS[name](*args, **kwargs)
     except SlashpatchError:
         raise
@@ -73,7 +77,7 @@ def parse_edit(text: str) -> Edit:
 
 
 def as_edit(edit: Any) -> Edit:
-    """Return an edit, or the one that a text says. Raises EditError for anything else."""
+    """Return `edit`, parsed first if it is a text. Raises EditError for anything else."""
     if isinstance(edit, str):
         return parse_edit(edit)
     if not isinstance(edit, Edit):
@@ -85,6 +89,7 @@ def as_edit(edit: Any) -> Edit:
 
 
 def _value(node: ast.expr) -> Any:
+    """Return the value of an argument; raise ValueError for syntax that edits do not use."""
     if isinstance(node, ast.Constant) and (
         node.value is None or isinstance(node.value, (int, float, str, bool))
     ):

@@ -1,4 +1,4 @@
-"""Project a head's queries and keys to rank one: what all tokens share stays, the rest goes."""
+"""Project heads' queries and keys onto few directions: keep only what the tokens share."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ _OF = ("qk", "q", "k")
 
 @dataclass(frozen=True, repr=False)
 class RankOne(Edit):
-    """Project pre-RoPE queries and keys onto their leading direction, tokens × d_head, uncentred.
+    """Project pre-RoPE queries and keys onto their leading direction (or directions).
 
-    Keeps what the paper's first condition says makes the slash, and removes what tokens do not
-    share. Give it before edits of frequencies: those turn tokens by their positions. Without a
-    basis it is each prompt's own leading direction, which later tokens would change: in generation
-    give a basis fitted by `fit_rank_one` (without a KV cache each step is a pass of its own, and
-    refits).
+    The direction is the first right singular vector of the uncentred tokens × d_head matrix. The
+    projection keeps what makes the slash by the first condition of arXiv 2601.08297, near rank-one
+    queries and keys, and removes what differs from token to token. Attach it before edits of
+    frequencies, which rotate queries and keys by their positions.
+
+    Without a basis, the direction is fitted to each prompt in each forward pass. In generation new
+    tokens would change it, so a KV cache needs a basis from `fit_rank_one`; without a KV cache each
+    step fits the direction again.
 
     Attributes:
-        of: "qk", "q" or "k".
-        basis: None, a Basis, or the file of one.
-        rank: How many directions to keep; with a basis, of those that it has.
+        of: What to project: "qk" (queries and keys), "q" or "k".
+        basis: A Basis, the file of one, or None to fit each prompt.
+        rank: Number of directions to keep; at most the basis' number of directions.
     """
 
     of: str = "qk"
@@ -44,19 +47,19 @@ class RankOne(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.of not in _OF:
-            raise EditError(f"RankOne: of is one of {', '.join(_OF)}; got {self.of!r}")
+            raise EditError(f"RankOne: of must be one of {', '.join(_OF)}; got {self.of!r}")
         if isinstance(self.basis, (str, os.PathLike)):
             object.__setattr__(self, "basis", Basis.load(self.basis))
         if self.basis is not None and not isinstance(self.basis, Basis):
-            raise EditError(f"RankOne: basis is None, a Basis or its file; got {self.basis!r}")
+            raise EditError(f"RankOne: basis must be None, a Basis or its file; got {self.basis!r}")
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise EditError(f"RankOne: rank is an integer from 1; got {self.rank!r}")
+            raise EditError(f"RankOne: rank must be an integer of at least 1; got {self.rank!r}")
 
     def validate(self, info: ModelInfo) -> None:
-        """Raise if the model lacks a head, or the basis one of the heads, or its width."""
+        """Raise if the model lacks one of the heads, or the basis does not fit heads or rank."""
         super().validate(info)
         if self.rank > info.d_head:
-            raise EditError(f"{self}: rank is at most d_head = {info.d_head}")
+            raise EditError(f"{self}: rank must be at most d_head = {info.d_head}")
         if self.basis is None:
             return
         missing = [str(head) for head in heads(self.heads) if head not in self.basis.heads]
@@ -67,36 +70,38 @@ class RankOne(Edit):
             )
         if self.basis.q.shape[1] != info.d_head:
             raise EditError(
-                f"{self}: the basis has width {self.basis.q.shape[1]} and the heads {info.d_head}"
+                f"{self}: the basis has d_head {self.basis.q.shape[1]}, the model {info.d_head}"
             )
         if self.rank > self.basis.q.shape[2]:
-            raise EditError(f"{self}: the basis has {self.basis.q.shape[2]} directions a head")
+            raise EditError(
+                f"{self}: the basis has only {self.basis.q.shape[2]} directions per head"
+            )
 
     def stages(self) -> dict[str, Any]:
-        """The query, the key, or both."""
-        found = super().stages()
-        wanted = {"qk": ("query", "key"), "q": ("query",), "k": ("key",)}[self.of]
-        return {stage: act for stage, act in found.items() if stage in wanted}
+        """Return the hooks on queries, on keys, or on both, as `of` says."""
+        projected = {"qk": ("query", "key"), "q": ("query",), "k": ("key",)}[self.of]
+        return {stage: act for stage, act in super().stages().items() if stage in projected}
 
     def on_query(
         self, ctx: HookContext, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Queries projected."""
+        """Return the projected queries."""
         return self._projected(ctx, q, "q")
 
     def on_key(
         self, ctx: HookContext, k: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Keys projected."""
+        """Return the projected per-head keys."""
         return self._projected(ctx, k, "k")
 
     def _projected(self, ctx: HookContext, x: Tensor, part: str) -> Tensor:
+        """Return x projected onto the basis, or onto each prompt's leading directions."""
         if self.basis is not None:
             return project(x, self.basis.of(ctx.layer, ctx.heads, part)[..., : self.rank])
         if ctx.call.past:
             raise PatchError(
-                f"{self} has no basis: each prompt's own would change as tokens arrive. Fit one "
-                "with slashpatch.fit_rank_one and pass it as basis="
+                f"{self} has no basis and fits each prompt, which tokens after a KV cache would "
+                "change; fit a basis with slashpatch.fit_rank_one and pass it as basis="
             )
         wide = x.double()
         if ctx.call.real is not None:

@@ -1,7 +1,8 @@
-"""Edits of rotary bands and frequencies, made before RoPE because rotations commute.
+"""Base class of the edits of rotary bands and frequencies.
 
-`ShiftSlash`, `DropBand` and `ScaleBand` need the query only. A changed frequency needs keys of the
-head's own as well: x_l · e^{i(θ'_l − θ_l)p} before RoPE is x_l · e^{iθ'_l p} after it.
+They act before RoPE, because rotations commute. `ShiftSlash`, `DropBand` and `ScaleBand` change the
+queries alone. Other frequencies θ' need changed keys as well (per-head keys):
+x_l · e^{i(θ'_l − θ_l)p} before RoPE is x_l · e^{iθ'_l p} after it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import bridge
 from ..bridge import ModelInfo
-from ..errors import BandError, EditError
+from ..errors import BandError
 from ..maths.bands import band_pairs, canonical_band
 from .base import Edit
 
@@ -19,19 +19,13 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-def _finite(edit: str, field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e30:
-        raise EditError(f"{edit}: {field} is a finite number; got {str(value)[:40]}")
-    return float(value)
-
-
 @dataclass(frozen=True, repr=False)
 class _RotaryEdit(Edit):
-    """Needs a layer with RoPE."""
+    """Base of the edits that need layers with RoPE."""
 
     def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Any]:
-        """Nothing to keep; raises if a layer has no RoPE, or a band does not fit its pairs."""
-        rotaries = {layer: bridge.read(model).qk[layer].require_rotary() for layer in self.layers}
+        """Check that the layers have RoPE and that the bands fit their pairs; return no state."""
+        rotaries = {layer: info.qk[layer].require_rotary() for layer in self.layers}
         for layer, rotary in rotaries.items():
             for field in ("band", "a", "b"):
                 if hasattr(self, field):
@@ -42,6 +36,7 @@ class _RotaryEdit(Edit):
         return {}
 
     def _set_band(self, field: str) -> None:
+        """Replace a band given by the user by its canonical text. Raises BandError."""
         try:
             object.__setattr__(self, field, canonical_band(getattr(self, field)))
         except BandError as error:

@@ -1,0 +1,1 @@
+"""What edits do to a model: metrics, controls, statistics, and the functions that measure."""

@@ -17,7 +17,7 @@ from ..data.progress import progress_over
 from ..data.prompts import prompt_set
 from ..edits import DropBand, Edit, FreezeBand, RankOne
 from ..errors import HeadError, ModelError
-from ..heads import Head, HeadsLike, heads, require_heads
+from ..heads import Head, HeadsLike
 from ..maths.bands import NAMED_BANDS, band_mask
 from ..maths.slash_scores import slash_sums
 from ..patching.fused import fused_where_exact
@@ -48,7 +48,7 @@ def explain(
     Prompts as for `scan` (256 tokens each when None); the model as it is. `offset` is the one with
     the head's highest score when None. Raises HeadError, PromptError, ScanError, ModelError.
     """
-    found = heads(head)
+    found = bridge.read(model).require(head)
     if len(found) != 1:
         raise HeadError(f"explain takes one head, got {head!r}; explain_all takes several")
     return next(
@@ -73,7 +73,7 @@ def explain_all(
     """
     import pandas as pd
 
-    chosen = None if wanted is None else heads(wanted)
+    chosen = None if wanted is None else bridge.read(model).require(wanted)
     rows = _explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
     return pd.DataFrame([one.to_row() for one in rows])
 
@@ -110,7 +110,6 @@ def _explanations(
     )
     if wanted is None:
         wanted = list(dict.fromkeys(entry.head for entry in natural.slash_heads(kappa)))
-    require_heads(wanted, *natural.sums.shape[:2])
     layers = bridge.read(model).qk
     at = {head: _best_offset(natural, head, offset) for head in wanted}
     edited = _edited_scores(model, tokens, at, layers, progress)

@@ -1,1 +1,1 @@
-"""Pure tensor functions: no model library is imported here."""
+"""Pure functions on tensors. Nothing here imports TransformerLens or Transformers."""

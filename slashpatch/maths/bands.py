@@ -1,4 +1,4 @@
-"""Bands of rotary pairs: thirds by frequency, pairs by number, wavelengths."""
+"""Bands of rotary pairs: thirds by frequency, ranges of pair indices, ranges of wavelengths."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ NAMED_BANDS = ("high", "medium", "low")
 
 
 def canonical_band(band: Any) -> str:
-    """The text of a band: names, `pairs 0-7`, `wavelength 8-64`, joined by `+`.
+    """Return the canonical text of a band, such as `high`, `pairs 0-7` or `wavelength 8-64`.
 
-    Accepts that text, a slice of pairs, or a list of either. Thirds are of the pairs ordered by θ,
-    the highest first (*ours*); pairs are counted in the model's order; wavelengths 2π/θ are in
-    tokens, the lower end included. Raises BandError.
+    Accepts that text, several of them joined by `+`, a slice of pair indices, or a list of these.
+    `high`, `medium` and `low` are the thirds of the pairs sorted by frequency θ, the highest first
+    (*ours*). Pair indices follow the model's own order. Wavelengths 2π/θ are in tokens; a range
+    includes its lower end and excludes its upper end. Raises BandError for anything else.
     """
     if isinstance(band, slice):
         if band.step not in (None, 1) or not all(
             isinstance(end, int) and end >= 0 for end in (band.start or 0, band.stop)
         ):
             raise BandError(
-                f"a slice of pairs has a start and a stop from 0 and no step; got {band}"
+                f"a slice of pairs needs a start and a stop of at least 0 and no step; got {band}"
             )
         first, stop = band.start or 0, band.stop
         if stop <= first:
-            raise BandError(f"the slice {band} holds no pairs")
+            raise BandError(f"{band} contains no pairs; expected a stop above the start")
         return f"pairs {first}-{stop - 1}"
     if isinstance(band, (list, tuple)):
         parts = [canonical_band(part) for part in band]
@@ -69,9 +70,9 @@ def _canonical_part(part: str) -> str:
 
 
 def band_pairs(band: Any, inv_freq: Float[Tensor, "pair"]) -> tuple[int, ...]:
-    """Indices of the pairs in a band, ascending in θ's order from high to low.
+    """Return the indices of the pairs in a band, sorted from the highest frequency θ to the lowest.
 
-    Raises BandError for pairs that the head lacks, or a band that holds none.
+    Raises BandError for a pair index that the head does not have, and for a band without pairs.
     """
     order = inv_freq.argsort(descending=True, stable=True).tolist()
     thirds = torch.tensor(order).tensor_split(3)
@@ -79,39 +80,40 @@ def band_pairs(band: Any, inv_freq: Float[Tensor, "pair"]) -> tuple[int, ...]:
     for part in canonical_band(band).split("+"):
         kind, _, ends = part.partition(" ")
         if kind in NAMED_BANDS:
-            found = set(thirds[NAMED_BANDS.index(kind)].tolist())
+            pairs = set(thirds[NAMED_BANDS.index(kind)].tolist())
         elif kind == "pairs":
             first, last = (int(end) for end in ends.split("-"))
             if last >= len(order):
                 raise BandError(
-                    f"{part!r} lies outside the {len(order)} rotary pairs, 0 to {len(order) - 1}"
+                    f"{part!r} is outside the {len(order)} rotary pairs, 0 to {len(order) - 1}"
                 )
-            found = set(range(first, last + 1))
+            pairs = set(range(first, last + 1))
         else:
             low, high = (float(end) for end in ends.split("-"))
-            waves = (2 * math.pi / inv_freq).tolist()
-            found = {pair for pair, wave in enumerate(waves) if low <= wave < high}
-        if not found:
+            wavelengths = (2 * math.pi / inv_freq).tolist()
+            pairs = {pair for pair, length in enumerate(wavelengths) if low <= length < high}
+        if not pairs:
             raise BandError(f"the band {part!r} holds none of the {len(order)} rotary pairs")
-        chosen |= found
+        chosen |= pairs
     return tuple(pair for pair in order if pair in chosen)
 
 
 def band_mask(band: Any, inv_freq: Float[Tensor, "pair"]) -> Tensor:
-    """Boolean [pair]: which pairs are in the band."""
+    """Return a boolean mask over rotary pairs: True for the pairs in the band."""
     mask = torch.zeros(len(inv_freq), dtype=torch.bool)
     mask[list(band_pairs(band, inv_freq))] = True
     return mask
 
 
 def exchanged(n_pairs: int, a: Sequence[int], b: Sequence[int]) -> Int[Tensor, "pair"]:
-    """The pair whose frequency each pair takes when bands `a` and `b` exchange theirs.
+    """For each pair, return the index of the pair whose frequency it gets if two bands swap.
 
-    Both in order of θ. Of unequal widths, a pair takes the one at its relative rank in the other
-    band: the first the first, the last the last, others the nearest (*ours*).
+    `a` and `b` are pair indices sorted by frequency. In bands of unequal width, a pair gets the
+    frequency at the same relative rank of the other band, rounded to the nearest: the first pair
+    gets the first, the last pair the last (*ours*).
     """
     source = torch.arange(n_pairs)
-    for own, other in ((a, b), (b, a)):
-        rank = torch.linspace(0, len(other) - 1, len(own)).round().long()
-        source[list(own)] = torch.tensor(other)[rank]
+    for band, other in ((a, b), (b, a)):
+        rank = torch.linspace(0, len(other) - 1, len(band)).round().long()
+        source[list(band)] = torch.tensor(other)[rank]
     return source

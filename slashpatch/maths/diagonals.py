@@ -1,4 +1,8 @@
-"""Changes to the diagonals of an attention matrix: on the matrix itself, or by offset."""
+"""Diagonals of an attention matrix: products, sums, and changes of single diagonals.
+
+A diagonal holds the entries (i, i−Δ) of all query tokens i for one offset Δ. With a KV cache the
+queries are the last rows of a longer key axis; `past` is the number of key columns before them.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,15 @@ from .precision import MASKED
 
 @dataclass(frozen=True)
 class DiagonalChange:
-    """One number for each diagonal (i, i−Δ), and one for all others.
+    """A change of some diagonals (i, i−Δ) of a head's scores or pattern.
 
     Attributes:
-        stage: "scores": numbers are added to the logits (−inf removes); "pattern": they multiply
-            the attention after the softmax.
-        offsets: The Δ that get `amount`.
-        amount: Of those.
-        elsewhere: Of every other diagonal: what changes nothing, or what removes.
+        stage: "scores": the number is added to the logits (−inf removes a diagonal); "pattern": it
+            multiplies the attention after the softmax (0 removes a diagonal).
+        offsets: The offsets Δ of the diagonals that get `amount`.
+        amount: The number for these diagonals.
+        elsewhere: The number for all other diagonals: either the one that changes nothing (0 for
+            scores, 1 for the pattern) or the one that removes them (−inf and 0).
     """
 
     stage: str
@@ -32,13 +37,13 @@ class DiagonalChange:
 
     @property
     def removes_the_rest(self) -> bool:
-        """Whether only `offsets` are left."""
+        """Whether the change removes all diagonals but those of `offsets`."""
         return self.elsewhere == (-math.inf if self.stage == "scores" else 0.0)
 
     def on_matrix(
         self, matrix: Float[Tensor, "*batch query key"], past: int
     ) -> Float[Tensor, "*batch query key"]:
-        """A changed copy; query row r is the token in column past + r."""
+        """Return a changed copy of a matrix in which row r is the token of column past + r."""
         rest = self.removes_the_rest
         changed = torch.full_like(matrix, self.elsewhere) if rest else matrix.clone()
         for offset in self.offsets:
@@ -48,15 +53,18 @@ class DiagonalChange:
         return changed
 
     def at(self, offsets: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """The number of each offset, float64."""
-        own = torch.tensor(self.offsets, device=offsets.device)
-        return torch.where(torch.isin(offsets, own), self.amount, self.elsewhere)
+        """Return the number (`amount` or `elsewhere`) that applies at each offset."""
+        changed = torch.tensor(self.offsets, device=offsets.device)
+        return torch.where(torch.isin(offsets, changed), self.amount, self.elsewhere)
 
 
 def total_at(
     changes: Sequence[DiagonalChange], stage: str, offsets: Int[Tensor, "*any"]
 ) -> Float[Tensor, "*any"]:
-    """What the changes of one stage do together: a sum of logits, or a product of factors."""
+    """Return the combined effect of all changes of one stage at each offset.
+
+    For scores this is the sum to add to the logits, for the pattern the product of the factors.
+    """
     total = torch.full(offsets.shape, 0.0 if stage == "scores" else 1.0, device=offsets.device)
     for change in changes:
         if change.stage == stage:
@@ -65,9 +73,9 @@ def total_at(
 
 
 def has_keys(scores: Float[Tensor, "*batch query key"], past: int) -> Bool[Tensor, "*batch query"]:
-    """Whether a row has a key left: one that is neither in the future nor masked.
+    """Return for each query row whether any key is left that is neither in the future nor masked.
 
-    Masked keys carry a dtype's lowest number or −inf.
+    Masked keys have a score of −inf or of a dtype's lowest number (see `MASKED`).
     """
     visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(past)
     masked = scores <= MASKED
@@ -81,14 +89,14 @@ def band_of_products(
     width: int,
     block: int = 32,
 ) -> Float[Tensor, "batch head query width"]:
-    """q_i · k_{i−Δ} for Δ from `first` on, `width` of them; 0 where there is no such key.
+    """Return q_i · k_{i−Δ} for Δ = first, …, first + width − 1; 0 where token i−Δ does not exist.
 
-    Queries are the last rows of the key axis. A block of queries meets just the keys in its reach
-    by one matrix product, of which the diagonals are then a view.
+    Queries are the last rows of the key axis. Each block of queries is multiplied with only the
+    keys that these offsets reach, and the diagonals are a strided view of that product.
     """
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     past, reach = n_keys - n_queries, block + width - 1
-    start = past - first - (width - 1)  # the leftmost key of the first query
+    start = past - first - (width - 1)  # column of the first query's leftmost key
     n_blocks = -(-n_queries // block)
     stop = start + (n_blocks - 1) * block + reach
     kept = k[..., max(start, 0) : max(min(stop, n_keys), 0), :]
@@ -98,8 +106,8 @@ def band_of_products(
     q = torch.nn.functional.pad(q, (0, 0, 0, n_blocks * block - n_queries))
     windows = k.unfold(-2, reach, block).mT.contiguous()
     products = q.unflatten(-2, (n_blocks, block)) @ windows.mT
-    # Row r of a block meets key i−Δ in column r + (first + width − 1 − Δ): step by one row and one
-    # column at once.
+    # In row r of a block, key i−Δ is in column r + (first + width − 1 − Δ), so a stride of one row
+    # plus one column stays on a diagonal.
     products = products.contiguous()
     view = products.as_strided(
         (*products.shape[:3], block, width),
@@ -116,10 +124,11 @@ def lagged_products(
     block: int = 64,
     chunk: int = 1024,
 ) -> Float[Tensor, "batch head offset"]:
-    """Σ_i q_i · k_{i−Δ} for Δ from 0 to n_offsets − 1.
+    """Return Σ_i q_i · k_{i−Δ} for Δ = 0, …, n_offsets − 1.
 
-    Blocks of queries lie behind one another along the axis that the matrix product sums over, so
-    no product of a single pair is kept. A chunk of queries is taken at a time.
+    Blocks of `block` queries are concatenated along the axis that a matrix product sums over, so
+    the sum over tokens happens inside the product and no [query, offset] tensor is formed. `chunk`
+    queries are processed at a time, to bound memory.
     """
     total = torch.zeros(*q.shape[:2], n_offsets, dtype=q.dtype, device=q.device)
     reach = block + n_offsets - 1
@@ -144,7 +153,10 @@ def lagged_products(
 def shifted(
     v: Float[Tensor, "batch head key d_head"], offset: int, n_queries: int
 ) -> Float[Tensor, "batch head query d_head"]:
-    """v_{i−offset} for each query i, the last rows of the key axis; 0 where there is none."""
+    """Return v_{i−offset} for each query i; 0 where that token does not exist.
+
+    Queries are the last rows of the key axis.
+    """
     past = v.shape[-2] - n_queries
     part = v[..., max(past - offset, 0) : max(v.shape[-2] - offset, 0), :]
     return torch.nn.functional.pad(part, (0, 0, n_queries - part.shape[-2], 0))
@@ -153,23 +165,23 @@ def shifted(
 def diagonal_sums(
     rows: Float[Tensor, "batch head query key"], past: int
 ) -> Float[Tensor, "batch head offset"]:
-    """Sum over rows of entries (i, i−Δ), for every Δ from 0 to past + query − 1.
+    """Return the sum along every diagonal, for Δ = 0, …, past + query − 1.
 
-    Row r is the token in column past + r, and key = past + query. Entries in the future are not
-    read. Views of the matrix are summed; nothing of its size is copied.
+    Row r is the token of key column past + r, so that key = past + query. Entries in the future are
+    never read. Strided views are summed; nothing of the matrix's size is copied.
     """
     batch, head, n_queries, n_keys = rows.shape
     rows = rows.contiguous()
-    # Column c of the view is the diagonal of Δ = past − c, whole for c from 0 to past.
+    # Diagonals that start in the first row: column c of the view is the one of Δ = past − c.
     whole = rows.as_strided(
         (batch, head, n_queries, past + 1),
         (*rows.stride()[:2], n_keys + 1, 1),
         rows.storage_offset(),
     ).sum(-2)
-    # Below lies a triangle whose diagonals start in column 0: Δ = past + 1, ...
+    # Diagonals that start in the first column, below those: Δ = past + 1, …
     corner = rows.new_zeros(batch, head, n_queries, 2 * n_queries)
     corner[..., n_queries:] = rows[..., :n_queries].tril(-1)
-    # Entry (r, c) of the corner is at column n_queries + c − r after the shift.
+    # Entry (r, c) of the corner moves to column n_queries + c − r of the view.
     below = corner.as_strided(
         (batch, head, n_queries, n_queries),
         (*corner.stride()[:2], 2 * n_queries + 1, 1),

@@ -1,4 +1,4 @@
-"""Offsets: how many tokens back a head reads."""
+"""Offsets Δ: how many tokens back from the query a head attends."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from ..errors import OffsetError
 
-#: Beyond any model's context; stops a mistyped range from filling the memory.
+#: More than any model's context length, so that a mistyped range does not fill the memory.
 _MOST_OFFSETS = 2**21
 
 
 def as_offsets(spec: Any) -> tuple[int, ...]:
-    """Read offsets from an int, ints, a range, or text such as `"0-15"` or `"1,2,8-10"`.
+    """Return the sorted, distinct offsets that an int, ints, a range or a text names.
 
-    Returns the sorted, distinct offsets. Raises OffsetError for anything empty, negative or not an
-    integer.
+    Texts are such as `"0-15"` or `"1,2,8-10"`. Raises OffsetError where there is no offset, or one
+    that is negative or not an integer.
     """
     if hasattr(spec, "tolist"):
-        spec = spec.tolist()  # tensors and arrays, of no axis too
+        spec = spec.tolist()  # tensors and arrays, zero-dimensional ones included
     if isinstance(spec, str):
         values: list[Any] = []
         for part in spec.split(","):
@@ -30,7 +30,7 @@ def as_offsets(spec: Any) -> tuple[int, ...]:
                 raise OffsetError(f"expected offsets such as 1, 0-15 or 1,2,8-10; got {spec!r}")
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
-                raise OffsetError(f"offset range {part.strip()!r} runs backwards")
+                raise OffsetError(f"offset range {part.strip()!r} ends before it starts")
             values += range(first, min(last, first + _MOST_OFFSETS) + 1)
     elif isinstance(spec, Iterable):
         values = list(itertools.islice(spec, _MOST_OFFSETS + 1))
@@ -39,7 +39,7 @@ def as_offsets(spec: Any) -> tuple[int, ...]:
     if not values:
         raise OffsetError("no offsets were given; expected at least one, such as 1 or range(16)")
     if len(values) > _MOST_OFFSETS:
-        raise OffsetError(f"at most {_MOST_OFFSETS:,} offsets can be asked for; got more")
+        raise OffsetError(f"expected at most {_MOST_OFFSETS:,} offsets; got more")
     offsets = set()
     for value in values:
         try:
@@ -48,7 +48,7 @@ def as_offsets(spec: Any) -> tuple[int, ...]:
             offset = -1
         if offset < 0:
             raise OffsetError(
-                f"an offset is an integer from 0 (token i reads token i−offset); got {value!r}"
+                f"an offset is an integer from 0 up (token i reads token i−offset); got {value!r}"
             )
         offsets.add(offset)
     return tuple(sorted(offsets))

@@ -1,4 +1,7 @@
-"""What rounding explains: tolerances come from a dtype, not from what passes."""
+"""Tolerances derived from a dtype's rounding, and the value that marks masked logits.
+
+Comparisons in slashpatch take their tolerance from here; none is tuned until a test passes.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,25 @@ import torch
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Machine epsilon of attention in a dtype: that of float32 at best, which softmax and the
-    tables of cos and sin have in wider models too.
+    """Return the machine epsilon of attention computed in a dtype, at least that of float32.
+
+    Models in float64 too compute their softmax and their tables of cos and sin in float32.
     """
     return float(max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
 
 
 def attention_slack(dtype: torch.dtype, largest_score: float) -> float:
-    """How far two runs of the same attention may differ, relative to its largest output.
+    """Return how far two computations of the same attention may differ through rounding alone.
 
-    The product, its scale and its mask are rounded by half an eps each, on either side, which
-    scales a weight by as much; so are weights and outputs. Where scores are so large that this says
-    nothing, half of the output is allowed (*ours*): another attention differs by more.
+    The result is relative to the largest output. Product, scale and mask are each rounded by half
+    an eps in both computations: an error e in a logit scales its weight by exp(e). Weights and
+    outputs are rounded too. Large scores would make this bound useless, so it is at most 0.5
+    (*ours*): two different attentions differ by more.
     """
     eps = rounding(dtype)
     return min(math.expm1(min(3 * eps * largest_score, 1.0)) + 8 * eps, 0.5)
 
 
-#: Logits at or below this are masked: a mask holds -inf or the lowest number of a dtype, which may
-#: be float16's where the scores themselves are wider.
+#: Logits at or below this value are masked. Masks contain −inf or the lowest number of a dtype, and
+#: that dtype may be float16 where the scores themselves are float32.
 MASKED = torch.finfo(torch.float16).min / 2

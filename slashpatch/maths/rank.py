@@ -1,4 +1,4 @@
-"""How close a matrix of activations is to rank one, from its Gram matrix."""
+"""How close a matrix X of activations [token, d_head] is to rank one, from its Gram matrix XᵀX."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ from torch import Tensor
 
 
 def _spectrum(gram: Float[Tensor, "*heads d_head d_head"]) -> Float[Tensor, "*heads d_head"]:
-    """Squared singular values, descending; tiny negative ones are rounding."""
+    """Return the squared singular values of X in descending order; negative ones are rounding."""
     return torch.linalg.eigvalsh(gram.double()).flip(-1).clamp(min=0)
 
 
 def r1(gram: Float[Tensor, "*heads d_head d_head"]) -> Float[Tensor, "*heads"]:
-    """σ₁²/Σσ² of the matrix X with gram = XᵀX, uncentred; 1 is rank one. NaN for X = 0.
+    """Return σ₁²/Σσ² of X, uncentred: 1 for a matrix of rank one, NaN for X = 0.
 
-    *Ours*, the usual convention.
+    The usual convention; that slashpatch uses it is *ours*.
     """
     squares = _spectrum(gram)
     return squares[..., 0] / squares.sum(-1)
 
 
 def r95(gram: Float[Tensor, "*heads d_head d_head"], share: float = 0.95) -> Int[Tensor, "*heads"]:
-    """The fewest σ² that reach `share` of their sum. *Ours*, the usual convention."""
+    """Return how many of the largest σ² it takes to reach `share` of their sum.
+
+    The usual convention; that slashpatch uses it is *ours*.
+    """
     squares = _spectrum(gram)
     reached = squares.cumsum(-1) / squares.sum(-1, keepdim=True)
-    # A share of exactly 1 is reached by rounding only just: compare with that much slack.
+    # With share = 1, rounding may leave the cumulative sum just below 1.
     return (reached < share - 1e-12).sum(-1) + 1
 
 
 def basis(
     gram: Float[Tensor, "*heads d_head d_head"], rank: int = 1
 ) -> Float[Tensor, "*heads d_head rank"]:
-    """The `rank` leading right singular vectors of X, orthonormal columns, from XᵀX."""
+    """Return the `rank` leading right singular vectors of X, as orthonormal columns."""
     vectors = torch.linalg.eigh(gram.double()).eigenvectors
     return vectors.flip(-1)[..., :rank]
 
@@ -40,6 +43,6 @@ def basis(
 def project(
     x: Float[Tensor, "*rows d_head"], directions: Float[Tensor, "*spaces d_head rank"]
 ) -> Float[Tensor, "*rows d_head"]:
-    """x projected onto the span of orthonormal columns, which broadcast over its leading axes."""
+    """Project x onto the span of orthonormal columns, which broadcast over x's leading axes."""
     directions = directions.to(x)
     return ((x[..., None, :] @ directions) @ directions.mT)[..., 0, :]

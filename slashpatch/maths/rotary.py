@@ -1,11 +1,12 @@
-"""Rotary position embeddings as complex numbers: frequencies, bands, rotations.
+"""Rotary position embeddings (RoPE), written with complex numbers.
 
 Pair l of a head is a complex number x_l; RoPE at position p multiplies it by e^{iθ_l p}. So
 logit(i, j) = scale · Re Σ_l q_{i,l} k*_{j,l} e^{iθ_l (i−j)}, plus the dot product of the dimensions
-that are not rotated (RoFormer, arXiv 2104.09864). Rotations of one plane commute, so every change
-of phase, frequency or gain can be made before RoPE.
+that are not rotated (RoFormer, arXiv 2104.09864). Rotations in one plane commute, so every change
+of phase, frequency or gain can be applied before RoPE.
 
-Two layouts of pairs exist: "half" (dimension l with l + n) and "adjacent" (2l with 2l + 1).
+Models pair dimensions in two layouts: "half" (dimension l with l + n_pairs) and "adjacent"
+(dimension 2l with 2l + 1).
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """How one layer rotates: its frequencies, in radians per token, and where its pairs lie.
+    """The rotation of one layer: its frequencies, and which dimensions form a pair.
 
     Attributes:
-        inv_freq: θ_l of each pair, in the order of the model, float64.
-        pairing: "half" or "adjacent".
-        gain: What rotation multiplies each pair by beside turning it (YaRN's attention factor).
-        scale: What the dot product of rotated queries and keys is multiplied by.
+        inv_freq: Frequency θ_l of each pair in radians per token, in the model's order, float64.
+        pairing: "half" or "adjacent" (see the module's docstring).
+        gain: Factor by which RoPE also scales each pair (YaRN's attention factor), usually 1.
+        scale: Factor on the dot product of a rotated query and key, usually d_head ** -0.5.
     """
 
     inv_freq: Float[Tensor, "pair"]
@@ -36,13 +37,13 @@ class Rotary:
 
     @property
     def n_pairs(self) -> int:
-        """Number of rotated pairs."""
+        """The number of rotated pairs."""
         return len(self.inv_freq)
 
     def split(
         self, x: Float[Tensor, "*rows d_head"]
     ) -> tuple[Float[Tensor, "*rows pair"], Float[Tensor, "*rows pair"], Tensor]:
-        """Real parts, imaginary parts, and the dimensions that are not rotated."""
+        """Return the pairs' real parts, their imaginary parts, and the unrotated dimensions."""
         n = self.n_pairs
         rotated, rest = x[..., : 2 * n], x[..., 2 * n :]
         if self.pairing == "half":
@@ -52,7 +53,7 @@ class Rotary:
     def join(
         self, real: Float[Tensor, "*rows pair"], imag: Float[Tensor, "*rows pair"], rest: Tensor
     ) -> Float[Tensor, "*rows d_head"]:
-        """Inverse of `split`."""
+        """Return vectors from their three parts: the inverse of `split`."""
         if self.pairing == "half":
             return torch.cat([real, imag, rest], dim=-1)
         pairs = torch.stack([real, imag], dim=-1).flatten(-2)
@@ -64,10 +65,10 @@ class Rotary:
         angle: Float[Tensor, "*angles pair"],
         gain: Any = 1.0,
     ) -> Float[Tensor, "*rows d_head"]:
-        """Multiply pair l by gain_l · e^{i angle_l}; dimensions that are not rotated stay.
+        """Multiply pair l by gain_l · e^{i angle_l}; unrotated dimensions stay as they are.
 
-        `angle` (radians) and `gain` broadcast over the rows of x. Sines are taken in the angle's
-        own precision and then rounded to x's dtype.
+        `angle` (radians) and `gain` broadcast over the rows of x. Sine and cosine are computed in
+        the dtype of `angle`, then rounded to the dtype of x.
         """
         return self.multiply(x, (angle.cos() * gain).to(x), (angle.sin() * gain).to(x))
 
@@ -77,20 +78,20 @@ class Rotary:
         cos: Float[Tensor, "*angles pair"],
         sin: Float[Tensor, "*angles pair"],
     ) -> Float[Tensor, "*rows d_head"]:
-        """Multiply pair l by cos_l + i sin_l; dimensions that are not rotated stay."""
+        """Multiply pair l by cos_l + i sin_l; unrotated dimensions stay as they are."""
         real, imag, rest = self.split(x)
         return self.join(real * cos - imag * sin, real * sin + imag * cos, rest)
 
     def rotate(
         self, x: Float[Tensor, "*rows d_head"], positions: Tensor
     ) -> Float[Tensor, "*rows d_head"]:
-        """RoPE of this layer at integer `positions`, which broadcast over the rows of x."""
+        """Apply the layer's RoPE at integer `positions`, which broadcast over the rows of x."""
         angle = positions[..., None].double() * self.inv_freq.to(positions.device)
         return self.rotate_by(x, angle, self.gain)
 
     def unrotate(
         self, x: Float[Tensor, "*rows d_head"], positions: Tensor
     ) -> Float[Tensor, "*rows d_head"]:
-        """Inverse of `rotate`."""
+        """Undo the layer's RoPE: the inverse of `rotate`."""
         angle = positions[..., None].double() * self.inv_freq.to(positions.device)
         return self.rotate_by(x, -angle, 1 / self.gain)

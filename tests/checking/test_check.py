@@ -63,15 +63,15 @@ def test_per_head_keys_that_are_not_kept_fail(tiny, monkeypatch):
 
 
 def test_edits_by_column_instead_of_position_fail(tiny, monkeypatch):
-    """Frequencies turned by the column of a token, which padding on the left moves."""
+    """Rotating by a token's column, which left padding shifts, and not by its position."""
 
-    def by_column(self, site, x, stage):
-        current = site.theta(stage)
-        new = self.changed(site, current)
+    def by_column(self, ctx, x, stage):
+        current = ctx.theta(stage)
+        new = self.changed(ctx, current)
         columns = torch.arange(x.shape[1])[None, :, None, None].double()
-        return site.rotary.rotate_by(x, columns * (new - current))
+        return ctx.rotary.rotate_by(x, columns * (new - current))
 
-    monkeypatch.setattr(_FrequencyEdit, "_turned", by_column)
+    monkeypatch.setattr(_FrequencyEdit, "_rotate_ahead", by_column)
     found = failed(tiny)
     assert ("cache", "SetFrequencies") in found
     assert ("edits", "SetFrequencies") not in found

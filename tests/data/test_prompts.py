@@ -1,8 +1,11 @@
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import slashpatch as sp
 from slashpatch.data.prompts import prompt_set, repeated_random_tokens
 from slashpatch.errors import PromptError
 
@@ -62,6 +65,79 @@ def test_token_ids_are_taken_as_they_are(tiny, ids):
 def test_unequal_rows_of_token_ids(tiny):
     prompts = prompt_set(tiny, [[5, 6, 7], [8]])
     assert [tokens.tolist() for tokens in prompts.tokens] == [[5, 6, 7], [8]]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        iter,
+        lambda rows: (row for row in rows),
+        lambda rows: map(list, rows),
+        lambda rows: dict(enumerate(rows)).values(),
+        np.array,
+    ],
+)
+def test_token_rows_from_any_iterable(tiny, make):
+    rows = [[5, 6, 7], [8, 9, 10]]
+    assert same(prompt_set(tiny, make(rows)), prompt_set(tiny, rows))
+
+
+def test_rows_of_tensors_from_a_generator(tiny):
+    rows = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    assert same(prompt_set(tiny, (row for row in rows)), prompt_set(tiny, rows))
+    assert prompt_set(tiny, iter([5, 6, 7])).tokens[0].tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "make", [iter, lambda texts: (text for text in texts), dict.fromkeys, pd.Series, np.array]
+)
+def test_texts_from_any_iterable(tiny, make):
+    texts, made = ["w1 w2 w3", "w4"], make(["w1 w2 w3", "w4"])
+    given = made.keys() if isinstance(made, dict) else made
+    prompts = prompt_set(tiny, given, max_tokens=3)
+    assert same(prompts, prompt_set(tiny, texts, max_tokens=3))
+    assert prompts.source == "texts"
+
+
+def test_a_generator_is_read_once(tiny):
+    """By everything that takes prompts, and a second use of it is no silent repeat."""
+    read = []
+
+    def texts():
+        for index in range(3):
+            read.append(index)
+            yield f"w{index} w1 w2 w3"
+
+    expected = sp.scan(tiny, list(texts()), [1])
+    read.clear()
+    used = texts()
+    assert torch.equal(sp.scan(tiny, used, [1]).scores, expected.scores)
+    assert read == [0, 1, 2]
+    with pytest.raises(PromptError, match="a prompt is empty"):
+        sp.scan(tiny, used, [1])
+    measured = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", texts())
+    assert measured.frame.equals(sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", list(texts())).frame)
+
+
+def test_what_a_tokenizer_returns_is_no_prompt(tiny):
+    encoded = tiny.tokenizer(["w1 w2", "w3 w4"])
+    with pytest.raises(PromptError, match=r"keys input_ids, .*; pass its input_ids"):
+        prompt_set(tiny, encoded)
+    assert len(prompt_set(tiny, encoded["input_ids"]).tokens) == 2
+
+
+@pytest.mark.parametrize("prompts", [None, "w1 w2", ["w1"]])
+def test_prompts_longer_than_the_context_are_not_asked_for(tiny, prompts):
+    """Before natural text of that length is made, which would take long."""
+    for max_tokens in (N_CTX + 1, 10**12):
+        message = f"max_tokens={max_tokens} exceeds the model's context of {N_CTX} tokens; give at"
+        with pytest.raises(PromptError, match=message):
+            prompt_set(tiny, prompts, max_tokens=max_tokens)
+        with pytest.raises(PromptError, match=message):
+            sp.scan(tiny, prompts, max_tokens=max_tokens)
+    assert prompt_set(tiny, prompts, max_tokens=N_CTX).n_tokens > 0
+    with pytest.raises(PromptError, match="exceeds the model's context"):
+        sp.scan(tiny, random_tokens=True, max_tokens=N_CTX + 1)
 
 
 def test_a_file_is_read_in_pieces_that_start_as_prompts_do(tiny, tmp_path):

@@ -36,7 +36,7 @@ each_edit = pytest.mark.parametrize("edit", ALL, ids=named)
 
 @functools.cache
 def unshared(seed):
-    """A grouped model, and the same with K and V repeated into one head each."""
+    """A model with grouped-query attention, and its copy with one KV head per query head."""
     grouped = llama(seed=seed)
     copy = llama(seed=seed, kv_heads=4)
     state = dict(grouped.state_dict())
@@ -50,7 +50,7 @@ def unshared(seed):
 
 @each_edit
 def test_per_query_head_as_on_unshared_keys(edit):
-    """The edited head as if it had a KV head of its own; the others of its group bit for bit."""
+    """The edited head equals the unshared copy's; other heads of its group do not change."""
     grouped, copy = unshared(0)
     tokens = random_tokens(2, 14)
     before, _ = pattern_and_z(grouped, tokens)
@@ -84,7 +84,7 @@ def test_generation_as_on_unshared_keys(edit):
 
 
 def by_definition(model, tokens, head, q_change, k_change, theta):
-    """Pattern of a layer-0 head from its pre-RoPE q and k, changed, and any frequencies."""
+    """Pattern of a layer-0 head, from changed pre-RoPE q and k and given frequencies."""
     qk = read(model).qk[0]
     names = [qk.q.name, qk.k.name]
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_dropping_all_bands_leaves_zero_logits(tiny):
 
 
 def test_edits_of_one_head_compose_across_patches(tiny):
-    """Frequencies, then a shift, then a diagonal: nested as at once, keys of its own or not."""
+    """Edits with and without per-head keys: nested patches equal one patch with all edits."""
     tokens = random_tokens(1, 12)
     chain = [
         sp.FreezeBand("L0H1", "high"),
@@ -278,7 +278,7 @@ def test_the_order_of_key_edits_matters_and_is_the_one_given(tiny):
     assert float(planted.diagonal(-2)[5:].min()) > float(frozen_plant.diagonal(-2)[5:].max())
 
 
-def test_a_users_hook_on_the_scores_comes_after_private_keys(tiny):
+def test_a_users_hook_on_the_scores_runs_after_per_head_keys(tiny):
     tokens = random_tokens(1, 9)
     name = "blocks.0.attn.hook_attn_scores"
 
@@ -298,7 +298,7 @@ SIZES = {"vocab_size": 80, "hidden_size": 64, "intermediate_size": 64, "num_hidd
 
 @functools.cache
 def family(name):
-    """Families that lay out, rotate, norm or cap otherwise."""
+    """Families that differ in hook layout, rotation, norms or softcap."""
     import transformers as t
 
     made = {
@@ -319,7 +319,7 @@ def family(name):
 
 @pytest.mark.parametrize("name", ["neox", "phi3", "qwen3", "gemma2"])
 def test_families_by_a_pattern_that_is_known_beforehand(name):
-    """A planted head's pattern follows from θ alone; so do its cached steps."""
+    """A planted head's pattern follows from θ alone, with a KV cache as well."""
     model = family(name)
     tokens = random_tokens(2, 16)
     qk = read(model).qk[0]
@@ -349,7 +349,7 @@ def test_families_keep_their_logits_under_their_own_frequencies(name):
 
 
 @pytest.mark.parametrize("name", ["neox", "qwen3"])
-def test_queries_edited_by_an_inner_patch_meet_private_keys(name):
+def test_queries_edited_by_an_inner_patch_meet_per_head_keys(name):
     model = family(name)
     tokens = random_tokens(1, 12)
     keys, query = sp.FreezeBand("L0H1", "high"), sp.ShiftSlash("L0H1", 2)
@@ -361,7 +361,7 @@ def test_queries_edited_by_an_inner_patch_meet_private_keys(name):
 
 
 def test_scores_edited_too_early_are_refused(tiny):
-    """Hooks lists cannot be put first; an edit of the scores that would be lost is an error."""
+    """An earlier hook on the scores would be overwritten by per-head keys, and so raises."""
     tokens = random_tokens(1, 12)
     hooks = sp.hooks(tiny, sp.FreezeBand("L0H1", "high"))
     with sp.patch(tiny, sp.ScaleOffsets("L0H1", 1, 3.0)):
@@ -444,14 +444,14 @@ def test_bases_that_do_not_fit(tiny, tmp_path):
     fitted = sp.fit_rank_one(tiny, "L0H1", random_tokens(2, 20))
     with pytest.raises(EditError, match="fitted for L0H1, not for L0H2"):
         logits(tiny, random_tokens(1, 4), sp.RankOne("L0H2", basis=fitted))
-    with pytest.raises(EditError, match="has 1 directions a head"):
+    with pytest.raises(EditError, match="has only 1 directions per head"):
         logits(tiny, random_tokens(1, 4), sp.RankOne("L0H1", basis=fitted, rank=2))
     wide = sp.fit_rank_one(tiny_model(d_head=16), "L0H1", random_tokens(2, 20))
-    with pytest.raises(EditError, match="the basis has width 16 and the heads 8"):
+    with pytest.raises(EditError, match="the basis has d_head 16, the model 8"):
         logits(tiny, random_tokens(1, 4), sp.RankOne("L0H1", basis=wide))
-    with pytest.raises(EditError, match="rank is at most d_head = 8"):
+    with pytest.raises(EditError, match="rank must be at most d_head = 8"):
         logits(tiny, random_tokens(1, 4), sp.RankOne("L0H1", rank=9))
-    with pytest.raises(EditError, match="rank is an integer from 1 to 8"):
+    with pytest.raises(EditError, match="rank must be an integer from 1 to 8"):
         sp.fit_rank_one(tiny, "L0H1", random_tokens(2, 20), rank=9)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(EditError, match="is no file of the format slashpatch-basis"):

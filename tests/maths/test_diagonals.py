@@ -1,4 +1,4 @@
-"""Diagonals by views and matrix products, against entry by entry."""
+"""Diagonals by strided views and matrix products, against loops over single entries."""
 
 import math
 
@@ -25,7 +25,7 @@ def drawn(seed, *shape):
 
 
 @pytest.mark.parametrize(
-    ("change", "definition"),
+    ("change", "expected_entry"),
     [
         (("pattern", 0.5, 1.0), lambda x, on: 0.5 * x if on else x),
         (("pattern", 1.0, 0.0), lambda x, on: x if on else 0 * x),
@@ -35,7 +35,7 @@ def drawn(seed, *shape):
     ],
 )
 @given(st.integers(0, 2**31), st.integers(1, 6), st.integers(0, 5), some_offsets)
-def test_changes_entry_by_entry(change, definition, seed, n_queries, past, offsets):
+def test_changes_equal_a_loop_over_entries(change, expected_entry, seed, n_queries, past, offsets):
     stage, amount, elsewhere = change
     made = DiagonalChange(stage, tuple(offsets), amount, elsewhere)
     matrix = drawn(seed, 2, n_queries, n_queries + past)
@@ -43,7 +43,7 @@ def test_changes_entry_by_entry(change, definition, seed, n_queries, past, offse
     for row in range(n_queries):
         for column in range(n_queries + past):
             on = past + row - column in offsets
-            expected[..., row, column] = definition(matrix[..., row, column], on)
+            expected[..., row, column] = expected_entry(matrix[..., row, column], on)
     assert torch.equal(made.on_matrix(matrix, past), expected)
     lags = past + torch.arange(n_queries)[:, None] - torch.arange(n_queries + past)
     number = total_at([made], stage, lags)
@@ -96,7 +96,7 @@ def test_sums_along_every_diagonal(seed, n_queries, past):
     rows = drawn(seed, 2, 3, n_queries, past + n_queries)
     rows[..., -1:, :].nan_to_num_()
     future = torch.ones(rows.shape[-2:], dtype=torch.bool).triu(past + 1)
-    rows = rows.masked_fill(future, torch.nan)  # never read
+    rows = rows.masked_fill(future, torch.nan)  # must not be read
     expected = [rows.diagonal(past - d, -2, -1).sum(-1) for d in range(past + n_queries)]
     found = diagonal_sums(rows, past)
     torch.testing.assert_close(found, torch.stack(expected, dim=-1), atol=1e-5, rtol=1e-5)

@@ -46,10 +46,10 @@ def test_rank_one():
     assert r1(torch.zeros(2, 3, 3)).isnan().all()
 
 
-def test_heads_have_spaces_of_their_own():
+def test_each_head_is_projected_onto_its_own_basis():
     x = torch.randn(4, 3, 5).double()  # [pos, head, d_head]
     gram = torch.einsum("phd,phe->hde", x, x)
     found = project(x, basis(gram, 2))
     for head in range(3):
-        own = project(x[:, head], basis(gram[head], 2))
-        torch.testing.assert_close(found[:, head], own)
+        expected = project(x[:, head], basis(gram[head], 2))
+        torch.testing.assert_close(found[:, head], expected)

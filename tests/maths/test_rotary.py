@@ -38,7 +38,7 @@ def test_split_and_join_are_inverse(r, seed):
 
 
 @given(rotaries, st.integers(0, 99), st.floats(-9, 9), st.floats(-9, 9))
-def test_turns_compose_and_invert(r, seed, a, b):
+def test_rotations_compose_and_invert(r, seed, a, b):
     x = vectors(r, seed)
     first, second = (torch.full((r.n_pairs,), angle, dtype=torch.float64) for angle in (a, b))
     both = r.rotate_by(x, first + second)
@@ -58,7 +58,7 @@ def test_a_dot_product_depends_on_the_distance_alone(r, seed, i, j):
 
 
 @pytest.mark.parametrize("pairing", ["half", "adjacent"])
-def test_it_is_the_rope_of_transformers(pairing):
+def test_rotate_equals_the_rope_of_transformers(pairing):
     from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as adjacent
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as half
 
@@ -80,7 +80,7 @@ def test_thirds_are_by_frequency_whatever_the_order():
 
 
 @given(st.integers(1, 64))
-def test_thirds_part_the_pairs(n):
+def test_thirds_partition_the_pairs(n):
     theta = torch.rand(n).double()
     found = []
     for band in ("high", "medium", "low"):
@@ -117,7 +117,7 @@ def test_pairs_and_wavelengths():
         (("low", "high+medium"), "low+high+medium"),
     ],
 )
-def test_bands_have_one_text(given, text):
+def test_bands_have_one_canonical_text(given, text):
     assert canonical_band(given) == text
     assert canonical_band(text) == text
 
@@ -133,7 +133,7 @@ def test_bad_bands(bad):
 
 
 def test_bands_that_the_head_lacks():
-    with pytest.raises(BandError, match="outside the 8 rotary pairs, 0 to 7"):
+    with pytest.raises(BandError, match="is outside the 8 rotary pairs, 0 to 7"):
         band_pairs("pairs 5-8", THETA)
     with pytest.raises(BandError, match="holds none of the 8 rotary pairs"):
         band_pairs("wavelength 1-2", THETA)

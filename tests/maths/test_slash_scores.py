@@ -68,7 +68,7 @@ def test_sums_equal_the_reference_by_gathering_and_by_whole_rows(seed, pos, data
     expected = (torch.cat(single) * rows).masked_fill(rows == 0, 0)
     for most in (0, 1000):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("slashpatch.maths.slash_scores._WHOLE_ROWS", most)
+            patch.setattr("slashpatch.maths.slash_scores._MOST_GATHERED_OFFSETS", most)
             patch.setattr("slashpatch.maths.slash_scores._ROWS", 3)
             torch.testing.assert_close(slash_sums(pattern, range(pos), real), expected)
 

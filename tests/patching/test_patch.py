@@ -460,7 +460,7 @@ def test_layers_below_start_at_layer_do_not_count(tiny):
 
 def test_one_hook_of_several_is_refused(tiny):
     hooks = sp.hooks(tiny, "KnockOut(L0H0, 1)")
-    with pytest.raises(PatchError, match="use all hooks"):
+    with pytest.raises(PatchError, match="attach all hooks"):
         tiny.run_with_hooks(random_tokens(1, 6), fwd_hooks=hooks[1:])
 
 

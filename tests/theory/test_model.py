@@ -142,7 +142,7 @@ def test_margin():
     assert margin(profile, 2) == -1.5
     assert margin(profile[:1], 0) == math.inf
     for wrong in (-1, 4):
-        with pytest.raises(OffsetError, match=f"a profile of 4 offsets has no place {wrong}"):
+        with pytest.raises(OffsetError, match=f"a profile of 4 offsets has no index {wrong}"):
             margin(profile, wrong)
 
 

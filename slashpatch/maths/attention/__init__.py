@@ -1,1 +1,1 @@
-"""Softmax attention of one layer whose matrix is never formed."""
+"""Softmax attention of one layer without forming its query × key matrix."""

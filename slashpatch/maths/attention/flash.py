@@ -1,8 +1,8 @@
-"""Causal attention by torch's flash kernels, with the log-sum-exp of each row.
+"""Causal attention by torch's flash-attention kernels, with the log-sum-exp of each row.
 
-The kernels that return it are torch's private operators. Each is tried once against plain softmax
-before it is trusted; where it is missing, refuses or disagrees, one warning says so and the callers
-go by blocks of rows instead.
+Only private operators of torch return the log-sum-exp. Before an operator is used, its result on a
+few random tokens is compared with a plain softmax. Where the operator is missing, raises or
+disagrees, one warning says so, and the callers compute attention in blocks of rows instead.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def _on_cpu(q: Heads, k: Heads, v: Heads, scale: float) -> tuple[Heads, Rows]:
 
 def _on_cuda(q: Heads, k: Heads, v: Heads, scale: float) -> tuple[Heads, Rows]:
     if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(
+        result = torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, True, False, scale=scale
         )
     else:
-        found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        result = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, True, scale=scale
         )
-    # The log-sum-exp may be padded to a multiple of the kernel's block.
-    return found[0], found[1][..., : q.shape[-2]]
+    # The kernel may pad the log-sum-exp to a multiple of its block size.
+    return result[0], result[1][..., : q.shape[-2]]
 
 
 _KERNELS: dict[str, Callable[[Heads, Heads, Heads, float], tuple[Heads, Rows]]] = {
@@ -46,7 +46,7 @@ _KERNELS: dict[str, Callable[[Heads, Heads, Heads, float], tuple[Heads, Rows]]] 
 
 
 def plain_attention(q: Heads, k: Heads, v: Heads, scale: float) -> tuple[Heads, Rows]:
-    """Causal attention and the log-sum-exp of its logits: the readable reference, in float64."""
+    """Return causal attention and its log-sum-exp in float64: the readable reference."""
     logits = scale * (q.double() @ k.double().mT)
     future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     logits = logits.masked_fill(future, -torch.inf)
@@ -54,10 +54,10 @@ def plain_attention(q: Heads, k: Heads, v: Heads, scale: float) -> tuple[Heads, 
 
 
 def flash_attention(q: Heads, k: Heads, v: Heads, scale: float) -> tuple[Heads, Rows] | None:
-    """Causal attention [batch, head, pos, d_head] and its log-sum-exp, float32 or wider.
+    """Return causal attention and the log-sum-exp of each row; None without a working kernel.
 
-    Gradients flow through the attention, not through the log-sum-exp. None where the device or
-    dtype has no kernel that can be trusted. Equals `plain_attention` within the dtype's rounding.
+    Equals `plain_attention` within the dtype's rounding. The log-sum-exp is float32 or wider.
+    Gradients flow through the attention only, not through the log-sum-exp.
     """
     if not kernel_works(q.device.type, q.dtype, q.shape[-1]):
         return None
@@ -66,32 +66,33 @@ def flash_attention(q: Heads, k: Heads, v: Heads, scale: float) -> tuple[Heads, 
 
 @functools.cache
 def kernel_works(device: str, dtype: torch.dtype, d_head: int) -> bool:
-    """Whether the device's kernel agrees with plain softmax on a few random tokens. Warns once."""
+    """Return whether the device's kernel equals plain softmax on random tokens; else warn once."""
     if device not in _KERNELS:
         return False
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, 2, 5, d_head, generator=generator).to(device, dtype) for _ in range(3)
     )
-    scale = 0.5 * d_head**-0.5  # not the kernel's own default
+    # Differs from the kernels' default, so that a kernel that ignores its argument is noticed.
+    scale = 0.5 * d_head**-0.5
     try:
         with torch.no_grad():
             out, lse = _KERNELS[device](q, k, v, scale)
-        right, right_lse = plain_attention(q, k, v, scale)
-        off = max(
-            float((out.double() - right).abs().max()),
-            float((lse.double() - right_lse).abs().max()),
+        expected, expected_lse = plain_attention(q, k, v, scale)
+        difference = max(
+            float((out.double() - expected).abs().max()),
+            float((lse.double() - expected_lse).abs().max()),
         )
-        # Inputs of order 1 and a handful of keys: some tens of roundings.
-        if off <= 64 * torch.finfo(dtype).eps:
+        # With inputs of order 1 and five keys, some tens of rounding errors add up.
+        if difference <= 64 * torch.finfo(dtype).eps:
             return True
-        problem = f"it is off by {off:.2g}"
+        problem = f"its result differs by {difference:.2g} from plain softmax"
     except (AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
         problem = f"{type(error).__name__}: {error}"
     warnings.warn(
-        f"torch {torch.__version__}'s flash attention cannot be used on {device} in {dtype} with "
-        f"heads of width {d_head} ({problem}); slashpatch goes by blocks of rows there, which is "
-        "exact too, and slower",
+        f"flash attention of torch {torch.__version__} cannot be used on {device} in {dtype} with "
+        f"d_head = {d_head} ({problem}); slashpatch computes attention in blocks of rows instead, "
+        "which is exact too, but slower",
         RuntimeWarning,
         stacklevel=2,
     )

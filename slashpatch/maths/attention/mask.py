@@ -1,4 +1,4 @@
-"""Which keys each token may read, as a rule instead of a matrix."""
+"""Attention masks as a rule instead of a matrix."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys each new token may read: a rule instead of a matrix.
+    """Which keys each new token may attend to, as a rule instead of a matrix.
 
-    Keys are the tokens from `first_key` on; the new tokens are the last `n_queries` of them.
+    Key column c is token first_key + c; the new tokens (queries) are the last `n_queries` columns.
 
     Attributes:
-        allows: From index tensors (prompt, query token, key token) that broadcast, whether the key
-            may be read; padding apart.
-        causal: Whether no key after the query is ever allowed.
-        window: Keys from this many tokens back are not allowed; None without a window.
-        plain: Whether every key up to the query is allowed, padding apart.
-        real: Key columns that are no padding, or None when all are.
+        allows: Function of broadcastable index tensors (prompt, query token, key token) that
+            returns True where the query may attend to the key. It does not know about padding.
+        batch: Number of prompts.
+        n_queries: New tokens of each prompt.
+        n_keys: Key columns, cached and new.
+        first_key: Token index of key column 0; above 0 where a sliding-window cache dropped tokens.
+        causal: Whether the mask forbids all keys after the query.
+        window: Size of the sliding window: keys this many tokens back or more are forbidden. None
+            without a window.
+        plain: Whether the mask is just causal: every key up to the query is allowed, apart from
+            padding.
+        real: True for key columns of real (unpadded) tokens; None when there is no padding.
+        device: Where the mask's index tensors are.
     """
 
     allows: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,7 +46,7 @@ class Mask:
 
     @property
     def past(self) -> int:
-        """Key columns before the first new token."""
+        """The number of key columns before the first new token."""
         return self.n_keys - self.n_queries
 
     def at(
@@ -47,7 +54,10 @@ class Mask:
         rows: Int[Tensor, "#batch #head row 1"],
         columns: Int[Tensor, "#batch #head #row col"],
     ) -> Bool[Tensor, "batch #head row col"]:
-        """Whether row `rows` may read key column `columns`; index tensors that broadcast."""
+        """Return whether query rows may attend to key columns; False outside the key columns.
+
+        `rows` and `columns` are index tensors that broadcast against each other.
+        """
         prompt = torch.arange(self.batch, device=rows.device)[:, None, None, None]
         inside = (columns >= 0) & (columns < self.n_keys)
         kept = columns.clamp(0, self.n_keys - 1)
@@ -59,13 +69,13 @@ class Mask:
 
     @cached_property
     def spans(self) -> dict[tuple[int, int], list[int]] | None:
-        """Prompts by the columns (start, stop) of their tokens; None if one has a gap."""
+        """Prompts grouped by the columns (start, stop) of their tokens; None if one has a gap."""
         if self.real is None:
             return {(0, self.n_keys): list(range(self.batch))}
-        found: dict[tuple[int, int], list[int]] = {}
+        spans: dict[tuple[int, int], list[int]] = {}
         counts, firsts = self.real.sum(1).tolist(), self.real.int().argmax(1).tolist()
         for prompt, (count, first) in enumerate(zip(counts, firsts, strict=True)):
             if not bool(self.real[prompt, first : first + count].all()):
                 return None
-            found.setdefault((first, first + count), []).append(prompt)
-        return found
+            spans.setdefault((first, first + count), []).append(prompt)
+        return spans

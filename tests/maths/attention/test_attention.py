@@ -1,4 +1,4 @@
-"""Attention without its matrix, against the matrix."""
+"""Attention without its matrix, against attention by the matrix."""
 
 import math
 import warnings
@@ -69,7 +69,7 @@ def mask_of(n_queries, n_keys, window=None, padding=None):
 
 
 def by_matrix(q, k, v, mask, softcap, sinks, made):
-    """Output and pattern by the matrix, in float64, as TransformerLens does it."""
+    """Return output and pattern computed by the matrix in float64, as TransformerLens does."""
     q, k, v = q.double(), k.double(), v.double()
     logits = SCALE * q @ k.mT
     if softcap is not None:
@@ -77,10 +77,10 @@ def by_matrix(q, k, v, mask, softcap, sinks, made):
     n_queries, n_keys = logits.shape[-2:]
     past = n_keys - n_queries
     rows, columns = torch.arange(n_queries)[:, None], torch.arange(n_keys)
-    seen = mask.allows(0, rows + past, columns)
+    allowed = mask.allows(0, rows + past, columns)
     if mask.real is not None:
-        seen = seen & mask.real[:, None, None]
-    logits = logits.masked_fill(~seen, -math.inf)
+        allowed = allowed & mask.real[:, None, None]
+    logits = logits.masked_fill(~allowed, -math.inf)
     for heads, one in made:
         if one.stage == "scores":
             logits[:, heads] = one.on_matrix(logits[:, heads], past)
@@ -148,8 +148,8 @@ def test_equals_the_matrix(seed, size, window, padding, softcap, with_sinks, mad
         torch.testing.assert_close(ours.weight_sums(every, rows), sums, **close)
 
 
-def test_small_remainders_are_computed_afresh():
-    """A head that attends to one key alone: what its knock-out leaves is far below rounding."""
+def test_rows_with_a_small_denominator_are_recomputed():
+    """A head attends to one key alone: what knocking it out leaves is far below rounding."""
     k = torch.nn.functional.normalize(drawn(0, 1, 1, 20, 8), dim=-1)
     q = 400 * k.roll(1, dims=2)
     mask = mask_of(20, 20)
@@ -184,7 +184,7 @@ def test_low_precision_within_its_rounding(dtype):
 
 
 @pytest.mark.parametrize("made", [[], [([1], DiagonalChange("scores", (1,), -math.inf, 0.0))]])
-def test_gradients_are_those_of_the_matrix(made):
+def test_gradients_equal_those_of_attention_by_the_matrix(made):
     tensors = [drawn(i, 3, 3, 12, 8).requires_grad_() for i in range(3)]
     mask = mask_of(12, 12)
     ours = Attention(*tensors, mask, SCALE)
@@ -199,13 +199,13 @@ def test_gradients_are_those_of_the_matrix(made):
     assert not ours.weights((1,)).requires_grad
 
 
-def test_keys_of_its_own():
+def test_per_head_keys():
     q, k, v = (drawn(i, 3, 3, 12, 8) for i in range(3))
-    own = drawn(5, 3, 12, 1, 8)
+    per_head = drawn(5, 3, 12, 1, 8)
     whole = k.clone()
-    whole[:, 1] = own[:, :, 0]
+    whole[:, 1] = per_head[:, :, 0]
     ours = Attention(q, k, v, mask_of(12, 12), SCALE)
-    ours.set_keys([1], own)
+    ours.set_keys([1], per_head)
     out, _ = by_matrix(q, whole, v, mask_of(12, 12), None, None, [])
     torch.testing.assert_close(ours.output(), out.float(), atol=1e-5, rtol=1e-5)
     assert not torch.equal(k, whole)
@@ -213,7 +213,7 @@ def test_keys_of_its_own():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d_head", [5, 8, 64])
-def test_this_torch_has_a_kernel_that_agrees(dtype, d_head):
+def test_the_cpu_kernel_equals_plain_softmax(dtype, d_head):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert flash.kernel_works("cpu", dtype, d_head)
@@ -229,7 +229,7 @@ def missing(q, k, v, scale):
 
 
 @pytest.mark.parametrize("kernel", [broken, missing])
-def test_a_kernel_that_fails_is_left_with_one_warning(kernel, monkeypatch):
+def test_a_kernel_that_fails_is_not_used_and_warned_of_once(kernel, monkeypatch):
     monkeypatch.setitem(flash._KERNELS, "cpu", kernel)
     flash.kernel_works.cache_clear()
     q, k, v = (drawn(i, 3, 3, 12, 8) for i in range(3))
@@ -241,11 +241,11 @@ def test_a_kernel_that_fails_is_left_with_one_warning(kernel, monkeypatch):
             for _ in range(3):
                 ours = Attention(q, k, v, mask, SCALE)
                 torch.testing.assert_close(ours.output(), out.float(), atol=1e-5, rtol=1e-5)
-                assert ours.way == "blocks"
+                assert ours.computed_by == "blocks"
     finally:
         flash.kernel_works.cache_clear()
     assert len(caught) == 1
-    assert "goes by blocks of rows" in str(caught[0].message)
+    assert "computes attention in blocks of rows" in str(caught[0].message)
 
 
 def test_other_devices_have_no_kernel():
