@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,8 +75,18 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message()  # empty where the help was printed instead
+        if "unexpected extra argument" in message:
+            message += _where_it_belongs(error)
         code = _fail(f"{message} (see slashpatch --help)", 2) if message else 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _where_it_belongs(error: Any) -> str:
+    """Say how to write what a command got as an extra argument: mostly the model, without -m."""
+    names = {parameter.name for parameter in error.ctx.command.params} if error.ctx else set()
+    if "prompt" in names:
+        return "; quote a prompt of several words, and name the model with -m MODEL"
+    return "; name the model with -m MODEL" if "model" in names else ""
 
 
 def _fail(message: str, code: int) -> int:

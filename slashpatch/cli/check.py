@@ -9,7 +9,7 @@ from .options import (
     Dtype,
     DtypeOption,
     JsonOption,
-    ModelArgument,
+    ModelOption,
     SeedOption,
     load_bridge,
 )
@@ -17,7 +17,7 @@ from .output import new_console, print_json
 
 
 def check(
-    model: ModelArgument = None,
+    model: ModelOption = None,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,13 +10,14 @@ import typer
 
 from ..data.files import require_output
 from ..errors import EditError
+from .length import announce_long_run, tokens_per_prompt
 from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
     EditOption,
     JsonOption,
-    ModelArgument,
+    ModelOption,
     PlotOption,
     RandomOption,
     SeedOption,
@@ -39,7 +41,7 @@ RowsOption = Annotated[int, typer.Option("--top", min=1, help="Rows of the table
 
 
 def measure(
-    model: ModelArgument = None,
+    model: ModelOption = None,
     edit: EditOption = None,
     together: TogetherOption = False,
     metric: Annotated[
@@ -61,7 +63,10 @@ def measure(
     text: TextOption = None,
     random_tokens: RandomOption = False,
     prompts: PromptsOption = 16,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per prompt. Default: 128, or the model's context."),
+    ] = None,
     top: RowsOption = 40,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -81,6 +86,9 @@ def measure(
     controls = [as_control(one) for one in control or ()]
     _require(out, None, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
+    n_tokens = tokens_per_prompt(bridge, max_tokens, 128)
+    draws = sum(one.n for one in controls)
+    announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions) * (1 + draws))
     found = run(
         bridge,
         conditions,
@@ -89,21 +97,24 @@ def measure(
         controls,
         random_tokens=random_tokens,
         n_prompts=prompts,
-        max_tokens=max_tokens,
+        max_tokens=n_tokens,
         seed=seed,
     )
     _show(found, out, None, as_json, top)
 
 
 def flow(
-    model: ModelArgument = None,
+    model: ModelOption = None,
     edit: EditOption = None,
     together: TogetherOption = False,
     offsets: Annotated[str, typer.Option(help="Offsets Δ, such as 1-16 or 1,2,8.")] = "1-16",
     text: TextOption = None,
     random_tokens: RandomOption = False,
     prompts: PromptsOption = 16,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 64,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per prompt. Default: 64, or the model's context."),
+    ] = None,
     replaced: Annotated[int, typer.Option(min=1, help="Tokens replaced in each prompt.")] = 16,
     top: RowsOption = 80,
     out: OutOption = None,
@@ -121,6 +132,9 @@ def flow(
     wanted = as_offsets(offsets)
     _require(out, plot, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
+    n_tokens = tokens_per_prompt(bridge, max_tokens, 64)
+    replacements = min(replaced, n_tokens)
+    announce_long_run(bridge, prompts, n_tokens, (1 + len(conditions)) * (1 + replacements))
     found = run(
         bridge,
         text,
@@ -129,14 +143,14 @@ def flow(
         random_tokens=random_tokens,
         n_replaced=replaced,
         n_prompts=prompts,
-        max_tokens=max_tokens,
+        max_tokens=n_tokens,
         seed=seed,
     )
     _show(found, out, plot, as_json, top)
 
 
 def copying(
-    model: ModelArgument = None,
+    model: ModelOption = None,
     edit: EditOption = None,
     together: TogetherOption = False,
     lags: Annotated[int, typer.Option(min=1, help="Lags 1 to this.")] = 4,
@@ -156,6 +170,8 @@ def copying(
     conditions = _edits(edit, together, needed=False)
     _require(out, plot, None, False)
     bridge = load_bridge(model, device, dtype)
+    n_tokens = min(2 * tokens, bridge.cfg.n_ctx)
+    announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions))
     found = run(
         bridge, conditions, range(1, lags + 1), n_prompts=prompts, n_tokens=tokens, seed=seed
     )
@@ -163,7 +179,7 @@ def copying(
 
 
 def sweep(
-    model: ModelArgument = None,
+    model: ModelOption = None,
     edit: Annotated[
         str,
         typer.Option("--edit", "-e", metavar="EDIT", help="With {head}, and {offset} if swept."),
@@ -179,7 +195,10 @@ def sweep(
     text: TextOption = None,
     random_tokens: RandomOption = False,
     prompts: PromptsOption = 16,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 65,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per prompt. Default: 65, or the model's context."),
+    ] = None,
     top: RowsOption = 20,
     out: OutOption = None,
     resume: Annotated[
@@ -202,6 +221,9 @@ def sweep(
     as_metric(metric)
     _require(out, plot, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
+    n_tokens = tokens_per_prompt(bridge, max_tokens, 65)
+    if not resume:  # how much is left is not known here
+        announce_long_run(bridge, prompts, n_tokens, _sweep_passes(bridge, heads, offsets))
     found = run(
         bridge,
         edit,
@@ -213,10 +235,21 @@ def sweep(
         resume=resume,
         random_tokens=random_tokens,
         n_prompts=prompts,
-        max_tokens=max_tokens,
+        max_tokens=n_tokens,
         seed=seed,
     )
     _show(found, out, plot, as_json, top, saved=True)
+
+
+def _sweep_passes(model: Any, heads: str | None, offsets: str | None) -> int:
+    """Return how often a sweep reads each prompt: layers before the edited one are kept."""
+    from .. import bridge
+
+    info = bridge.read(model)
+    swept = info.heads if heads is None else info.require(heads)
+    n_offsets = 1 if offsets is None else len(info.require_offsets(offsets))
+    shares = sum(1 - head.layer / info.n_layers for head in swept)
+    return 1 + math.ceil(n_offsets * shares)
 
 
 def _edits(typed: list[str] | None, together: bool, needed: bool = True) -> list[Any]:

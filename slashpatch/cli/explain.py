@@ -9,6 +9,7 @@ import typer
 
 from ..data.files import require_output
 from ..errors import EditError, OutputError
+from .length import announce_long_run, tokens_per_prompt
 from .options import (
     DeviceOption,
     Dtype,
@@ -22,6 +23,9 @@ from .options import (
     require_readable,
 )
 from .output import new_console, print_json, print_written
+
+#: Two scans, one of them with moments, one clean pass, and nine passes under edits.
+_PASSES = 13
 
 
 def explain(
@@ -37,7 +41,10 @@ def explain(
         int | None, typer.Option(min=0, help="Default: where the head scores highest.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per prompt. Default: 256, or the model's context."),
+    ] = None,
     kappa: KappaOption = 0.1,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --all: .parquet, .csv or .json.")
@@ -65,9 +72,11 @@ def explain(
             raise OutputError("--out goes with --all")
         require_output(out, TABLE_SUFFIXES)
     bridge = load_bridge(model, device, dtype)
+    n_tokens = tokens_per_prompt(bridge, max_tokens, 256)
+    announce_long_run(bridge, prompts, n_tokens, _PASSES)
     common: dict[str, Any] = {
         "n_prompts": prompts,
-        "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
+        "max_tokens": n_tokens,
         "kappa": kappa,
         "seed": seed,
     }

@@ -49,13 +49,6 @@ ModelOption = Annotated[
         help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
     ),
 ]
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[MODEL]",
-        help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
-    ),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Of everything drawn at random.")

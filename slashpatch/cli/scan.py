@@ -9,6 +9,7 @@ import typer
 
 from ..data.files import require_output
 from ..errors import EditError
+from .length import announce_long_run, tokens_per_prompt
 from .options import (
     DeviceOption,
     Dtype,
@@ -18,7 +19,7 @@ from .options import (
     EngineOption,
     JsonOption,
     KappaOption,
-    ModelArgument,
+    ModelOption,
     OffsetsOption,
     PlotOption,
     RandomOption,
@@ -30,13 +31,16 @@ from .output import FIGURE_SUFFIXES, new_console, print_json, print_written
 
 
 def scan(
-    model: ModelArgument = None,
+    model: ModelOption = None,
     text: TextOption = None,
     random_tokens: RandomOption = False,
     offsets: OffsetsOption = "0-15",
     kappa: KappaOption = 0.1,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 512,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per prompt. Default: 512, or the model's context."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
     edit: EditOption = None,
     out: Annotated[
@@ -64,12 +68,15 @@ def scan(
     require_output(out, (".safetensors", *TABLE_SUFFIXES))
     require_output(plot, FIGURE_SUFFIXES)
     bridge = load_bridge(model, device, dtype)
+    n_tokens = tokens_per_prompt(bridge, max_tokens, 512)
     saved = out is not None and out.suffix == ".safetensors"
+    # Moments take about as long as the scores; without --random-tokens there are two scans.
+    announce_long_run(bridge, prompts, n_tokens, 1 + saved + (not random_tokens))
     common: dict[str, Any] = {
         "offsets": wanted,
         "engine": engine.value,
         "n_prompts": prompts,
-        "max_tokens": min(max_tokens, bridge.cfg.n_ctx),
+        "max_tokens": n_tokens,
         "seed": seed,
     }
     with patch(bridge, *(edit or ())):

@@ -233,7 +233,7 @@ def folder(tmp_path_factory):
 
 def test_the_command(folder):
     done = subprocess.run(
-        [sys.executable, "-m", "slashpatch.cli", "check", folder, "--json"],
+        [sys.executable, "-m", "slashpatch.cli", "check", "-m", folder, "--json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout)
@@ -245,7 +245,7 @@ def test_the_command_fails_with_the_contract(folder, monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.setattr(ShiftSlash, "on_query", lambda self, site, q: q + 0)
-    done = CliRunner().invoke(app, ["check", folder])
+    done = CliRunner().invoke(app, ["check", "-m", folder])
     assert done.exit_code == 1
     assert "fail" in done.output
     assert "the logits did not change" in " ".join(done.output.split())
@@ -256,7 +256,7 @@ def test_the_command_on_a_refused_model(tmp_path):
 
     build(FAMILIES["GPT-J"]).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    done = CliRunner().invoke(app, ["check", str(tmp_path)])
+    done = CliRunner().invoke(app, ["check", "-m", str(tmp_path)])
     assert done.exit_code == 0
     assert "refused" in done.output
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.main import get_command
 
 import slashpatch as sp
 from slashpatch.cli import app as cli
-from slashpatch.cli import generate
+from slashpatch.cli import generate, length
 
 from ..tiny import N_CTX, llama, tokenizer
 
@@ -42,7 +43,7 @@ SMALL = ("--prompts", 2, "--max-tokens", 24, "--offsets", "0-3", "--device", "cp
 
 
 def test_scan_prints_heatmaps_and_the_table(call, model):
-    code, out, _ = call("scan", model, *SMALL)
+    code, out, _ = call("scan", "-m", model, *SMALL)
     assert code == 0
     assert "natural text: highest score over Δ 0 to 3" in out
     assert "random tokens: highest score" in out
@@ -52,7 +53,7 @@ def test_scan_prints_heatmaps_and_the_table(call, model):
 
 
 def test_scan_as_json_equals_the_library(call, model):
-    code, out, err = call("scan", model, *SMALL, "--json", "--kappa", 0.2, "--seed", 3)
+    code, out, err = call("scan", "-m", model, *SMALL, "--json", "--kappa", 0.2, "--seed", 3)
     assert (code, err) == (0, "")
     record = json.loads(out)
     loaded = sp.load(model, device="cpu")
@@ -67,7 +68,7 @@ def test_scan_as_json_equals_the_library(call, model):
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
 def test_scan_writes_tables(call, model, tmp_path, suffix):
     out = tmp_path / f"scan{suffix}"
-    assert call("scan", model, *SMALL, "--out", out)[0] == 0
+    assert call("scan", "-m", model, *SMALL, "--out", out)[0] == 0
     read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}[suffix]
     frame = read(out)
     assert len(frame) == 2 * 4 * 4
@@ -76,7 +77,7 @@ def test_scan_writes_tables(call, model, tmp_path, suffix):
 
 def test_scan_saves_a_scan_and_a_picture(call, model, tmp_path):
     out, plot = tmp_path / "scan.safetensors", tmp_path / "scan.svg"
-    assert call("scan", model, *SMALL, "--out", out, "--plot", plot)[0] == 0
+    assert call("scan", "-m", model, *SMALL, "--out", out, "--plot", plot)[0] == 0
     assert sp.Scan.load(out).offsets == (0, 1, 2, 3)
     assert plot.read_text().startswith("<?xml")
 
@@ -84,13 +85,13 @@ def test_scan_saves_a_scan_and_a_picture(call, model, tmp_path):
 def test_scan_of_a_file_of_random_tokens_and_under_an_edit(call, model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the of a and is to in if " * 30)
-    _, out, _ = call("scan", model, *SMALL, "--text", text, "--json")
+    _, out, _ = call("scan", "-m", model, *SMALL, "--text", text, "--json")
     assert json.loads(out)["provenance"]["prompts"][0]["source"] == "file text.txt"
-    _, out, _ = call("scan", model, *SMALL, "--random-tokens", "--json")
+    _, out, _ = call("scan", "-m", model, *SMALL, "--random-tokens", "--json")
     record = json.loads(out)
     assert record["provenance"]["prompts"][0]["source"] == "random tokens, seed 0"
     assert record["control"] is None
-    _, out, _ = call("scan", model, *SMALL, "--edit", "KeepOnly(L1H1, 2)", "--json")
+    _, out, _ = call("scan", "-m", model, *SMALL, "--edit", "KeepOnly(L1H1, 2)", "--json")
     record = json.loads(out)
     assert record["provenance"]["edits"] == ["KeepOnly(L1H1, offsets=2)"]
     best = record["slash_heads"][0]
@@ -98,7 +99,7 @@ def test_scan_of_a_file_of_random_tokens_and_under_an_edit(call, model, tmp_path
 
 
 def test_a_single_prompt_has_null_intervals(call, model):
-    _, out, _ = call("scan", model, *SMALL, "--prompts", 1, "--json")
+    _, out, _ = call("scan", "-m", model, *SMALL, "--prompts", 1, "--json")
     assert json.loads(out)["slash_heads"][0]["low"] is None
 
 
@@ -171,21 +172,21 @@ def test_explain(call, model, tmp_path):
         (("generate", "the", "-m", "MODEL", "-e", "DropBand(L1H1, pairs 5-9)"), "expected an edit"),
         (("generate", "the", "-m", "MODEL", "-e", "DropBand(L1H1, 'pairs 5-9')"), "outside the 4"),
         (("generate", "the", "-m", "MODEL", "-e", "RankOne(L1H1)"), "fit_rank_one"),
-        (("scan", "absent.gguf"), "no file 'absent.gguf'"),
-        (("scan", "MODEL", "--offsets", "-1"), "offsets such as"),
-        (("scan", "MODEL", "--offsets", ""), "offsets such as"),
-        (("scan", "MODEL", "--offsets", "30", "--max-tokens", "20"), "needs a prompt of at least"),
-        (("scan", "MODEL", "--kappa", "1.5"), "kappa is a score from 0 to 1"),
-        (("scan", "MODEL", "--text", "absent.txt"), "no file 'absent.txt'"),
-        (("scan", "MODEL", "--text", "absent.txt", "--random-tokens"), "not both"),
-        (("scan", "MODEL", "--out", "/absent/scan.csv"), "there is no directory"),
-        (("scan", "MODEL", "--out", "scan.pt"), "expected a name that ends in .safetensors"),
-        (("scan", "MODEL", "--plot", "scan.bmp"), "expected a name that ends in .png"),
-        (("scan", "MODEL", "--edit", "Knockout(L0H0, 1)"), "did you mean KnockOut"),
-        (("scan", "MODEL", "--edit", "KnockOut(L99H0, 1)"), "L99H0 does not exist"),
-        (("scan", "MODEL", "--prompts", "0"), "--prompts"),
-        (("scan", "MODEL", "--device", "tpu"), "tpu"),
-        (("scan", "MODEL", "--nonsense"), "nonsense"),
+        (("scan", "-m", "absent.gguf"), "no file 'absent.gguf'"),
+        (("scan", "-m", "MODEL", "--offsets", "-1"), "offsets such as"),
+        (("scan", "-m", "MODEL", "--offsets", ""), "offsets such as"),
+        (("scan", "-m", "MODEL", "--offsets", "30", "--max-tokens", "20"), "needs a prompt of at"),
+        (("scan", "-m", "MODEL", "--kappa", "1.5"), "kappa is a score from 0 to 1"),
+        (("scan", "-m", "MODEL", "--text", "absent.txt"), "no file 'absent.txt'"),
+        (("scan", "-m", "MODEL", "--text", "absent.txt", "--random-tokens"), "not both"),
+        (("scan", "-m", "MODEL", "--out", "/absent/scan.csv"), "there is no directory"),
+        (("scan", "-m", "MODEL", "--out", "scan.pt"), "expected a name that ends in .safetensors"),
+        (("scan", "-m", "MODEL", "--plot", "scan.bmp"), "expected a name that ends in .png"),
+        (("scan", "-m", "MODEL", "--edit", "Knockout(L0H0, 1)"), "did you mean KnockOut"),
+        (("scan", "-m", "MODEL", "--edit", "KnockOut(L99H0, 1)"), "L99H0 does not exist"),
+        (("scan", "-m", "MODEL", "--prompts", "0"), "--prompts"),
+        (("scan", "-m", "MODEL", "--device", "tpu"), "tpu"),
+        (("scan", "-m", "MODEL", "--nonsense"), "nonsense"),
         (("nonsense",), "nonsense"),
         (("generate", "the", "-m", "MODEL"), "give at least one --edit"),
         (("generate", "", "-m", "MODEL", "-e", "KnockOut(L0H0, 1)"), "empty"),
@@ -205,9 +206,141 @@ def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message
     assert message in err
 
 
+WITH_MODEL = ["scan", "explain", "generate", "watch", "demo", "measure", "flow", "copying", "sweep",
+              "check"]  # fmt: skip
+OF_ITS_OWN = {"explain": ("L0H1",), "generate": ("the",), "watch": ("the",)}
+
+
+@pytest.mark.parametrize("command", WITH_MODEL)
+def test_every_command_names_the_model_by_an_option(call, model, command):
+    """As an argument, the way that some commands took it before, it is one line that says so."""
+    code, out, err = call(command, *OF_ITS_OWN.get(command, ()), model)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert f"unexpected extra argument(s) ({model})" in err
+    assert "name the model with -m MODEL" in err
+    for option in ("-m", "--model"):
+        code, _, err = call(command, *OF_ITS_OWN.get(command, ()), option, "absent.gguf",
+                            *(("-e", "KnockOut(L0H0, 1)") if command in ("measure", "generate")
+                              else ()))  # fmt: skip
+        assert (code, err) == (2, "slashpatch: no file 'absent.gguf'; expected a .gguf model\n")
+
+
+def test_no_command_takes_a_model_argument():
+    commands = get_command(cli.app).commands
+    commands.pop("theory")  # trains models of its own
+    assert sorted(commands) == sorted(WITH_MODEL)
+    for command in commands.values():
+        parameters = {parameter.name: parameter for parameter in command.params}
+        assert parameters["model"].opts == ["--model", "-m"]
+        arguments = [p.name for p in command.params if p.param_type_name == "argument"]
+        assert arguments in ([], ["head"], ["prompt"])
+
+
+def test_an_argument_too_many_of_a_command_without_a_model(call):
+    code, _, err = call("theory", "train", "tiny")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "extra argument" in err
+    assert "MODEL" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("scan",), ("scan", "--random-tokens"), ("scan", "--text", "TEXT"), ("explain", "L0H1"),
+     ("explain", "--all"), ("measure", "-e", "KnockOut(L0H0, 1)"), ("flow",), ("sweep",)],
+)  # fmt: skip
+def test_more_tokens_than_the_context_holds_are_refused(call, model, arguments, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the of a and " * 200)
+    arguments = [text if word == "TEXT" else word for word in arguments]
+    for n_tokens in (99999, N_CTX + 1) if arguments == ["scan"] else (99999,):
+        code, out, err = call(*arguments, "-m", model, "--max-tokens", n_tokens)
+        assert (code, out) == (2, "")
+        assert err == (
+            f"slashpatch: --max-tokens {n_tokens} exceeds the model's context of {N_CTX} tokens; "
+            f"give at most {N_CTX}\n"
+        )
+
+
+def test_the_default_length_is_cut_to_the_context(call, model):
+    code, out, _ = call("scan", "-m", model, "--prompts", 2, "--json")
+    assert code == 0
+    assert json.loads(out)["n_tokens"] == 2 * N_CTX
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("scan", "--offsets", "0-3"), "2 passes over each: roughly 2 minutes"),
+        (("scan", "--offsets", "0-3", "--random-tokens"), "1 pass over each: roughly 48 seconds"),
+        (("explain", "L0H1"), "13 passes over each: roughly 10 minutes"),
+        (("flow", "--offsets", "1-3", "--replaced", 3), "4 passes over each: roughly 3 minutes"),
+        (("copying", "--tokens", 12), "1 pass over each: roughly 48 seconds"),
+        (("measure", "-e", "KnockOut(L0H0, 1)", "--control", "random-heads:2", "--metric", "loss"),
+         "4 passes over each: roughly 3 minutes"),
+        (("sweep", "--heads", "L1, L0H2", "--metric", "loss"), "4 passes over each: roughly 3 min"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)  # fmt: skip
+def test_a_long_run_is_announced_on_stderr(call, model, monkeypatch, arguments, said):
+    """What is used, and roughly how long it takes: here each token takes a second."""
+    size = () if "--tokens" in arguments else ("--max-tokens", 24)
+    command = (*arguments, "-m", model, "--prompts", 2, *size, "--json")
+    code, out, err = call(*command)
+    assert (code, err) == (0, "")
+    monkeypatch.setattr(length, "_seconds_of_pass", lambda model, n_tokens: 1.0 * n_tokens)
+    code, announced, err = call(*command)
+    assert code == 0
+    assert len(err.splitlines()) == 1
+    assert err.startswith("slashpatch: 2 prompts of 24 tokens, ")
+    assert said in err
+    assert "judged by one pass of 24 tokens" in err
+    assert announced == out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(31.0, "31 seconds"), (300.0, "5 minutes"), (5400.0, "2 hours"), (3e5, "3 days")],
+)
+def test_durations(seconds, said):
+    assert length._duration(seconds) == said
+
+
+def test_the_pass_that_is_timed_is_short(call, model, monkeypatch):
+    timed = []
+
+    def note(model, n_tokens):
+        timed.append(n_tokens)
+        return 0.0
+
+    monkeypatch.setattr(length, "_seconds_of_pass", note)
+    monkeypatch.setattr(length, "_LEAST", 4)
+    assert call("scan", "-m", model, "--prompts", 1, "--max-tokens", N_CTX)[0] == 0
+    assert timed == [N_CTX // 8]
+    monkeypatch.undo()
+    assert 0 < length._seconds_of_pass(sp.load(model, device="cpu"), 16) < 5
+
+
+def test_sweep_and_explain_take_ranges_and_layers(call, model):
+    rest = ("-m", model, "--prompts", 3, "--max-tokens", 13, "--metric", "loss", "--json")
+    for heads, expected in (
+        ("L1", "L1H0 L1H1 L1H2 L1H3"),
+        ("L0-1H2, L1H0-1", "L0H2 L1H0 L1H1 L1H2"),
+    ):
+        code, out, err = call("sweep", "--heads", heads, *rest)
+        assert code == 0, err
+        assert sorted(row["name"] for row in json.loads(out)["effects"]) == expected.split()
+    for heads, message in (("L9", "L9H0 does not exist"), ("L1H2-", "expected a head such as")):
+        code, _, err = call("sweep", "--heads", heads, *rest)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert message in err
+    code, _, err = call("explain", "L1", "-m", model)
+    assert code == 2
+    assert "explain takes one head, got 'L1'" in err
+
+
 def test_nothing_is_written_when_the_scan_fails(call, model, tmp_path):
     out = tmp_path / "scan.csv"
-    assert call("scan", model, "--offsets", "60", "--max-tokens", 20, "--out", out)[0] == 2
+    assert call("scan", "-m", model, "--offsets", "60", "--max-tokens", 20, "--out", out)[0] == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -282,14 +415,14 @@ def test_a_signal_in_the_middle_of_a_scan_ends_with_one_line(call, monkeypatch, 
 
     monkeypatch.setattr(module, "run_for_hooks", interrupted)
     out = tmp_path / "scan.csv"
-    ended = call("scan", model, *SMALL, "--out", out)
+    ended = call("scan", "-m", model, *SMALL, "--out", out)
     assert ended == (130, "", "slashpatch: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_markup_in_user_text_is_text(call, model, tmp_path):
     out = tmp_path / "x[b].csv"
-    code, text, _ = call("scan", model, *SMALL, "--out", out)
+    code, text, _ = call("scan", "-m", model, *SMALL, "--out", out)
     assert (code, out.exists()) == (0, True)
     assert f"wrote {out}" in text
     edit = "AblateHeads(L0H0, mode=mean, reference='[/INST] [bold]the of')"
@@ -319,7 +452,7 @@ def test_a_refused_model_is_one_line(tmp_path, call, capsys):
     GPTJForCausalLM(config).save_pretrained(tmp_path / "gptj")
     tokenizer().save_pretrained(tmp_path / "gptj")
     capsys.readouterr()
-    code, _, err = call("scan", tmp_path / "gptj", *SMALL)
+    code, _, err = call("scan", "-m", tmp_path / "gptj", *SMALL)
     assert code == 2
     assert len(err.splitlines()) == 1, err
 
@@ -395,28 +528,30 @@ EFFECTS = ("--prompts", 3, "--device", "cpu")
 )
 def test_effects(call, model, tmp_path, arguments, said):
     command, *rest = arguments
-    code, out, err = call(command, model, *rest, *EFFECTS)
+    code, out, err = call(command, "-m", model, *rest, *EFFECTS)
     assert code == 0, err
     assert said in " ".join(out.split())
-    code, out, err = call(command, model, *rest, *EFFECTS, "--json", "--out", tmp_path / "a.json")
+    code, out, err = call(
+        command, "-m", model, *rest, *EFFECTS, "--json", "--out", tmp_path / "a.json"
+    )
     assert code == 0, err
     record = json.loads(out)
     assert record["kind"] == command
     assert record["effects"]
     assert json.loads((tmp_path / "a.json").read_text()) == record
     if command != "measure":
-        assert call(command, model, *rest, *EFFECTS, "--plot", tmp_path / "a.png")[0] == 0
+        assert call(command, "-m", model, *rest, *EFFECTS, "--plot", tmp_path / "a.png")[0] == 0
         assert (tmp_path / "a.png").stat().st_size > 5000
 
 
 def test_sweep_goes_on(call, model, tmp_path):
     out = tmp_path / "sweep.parquet"
     rest = ("--max-tokens", 13, "--heads", "L0H1, L1H2", *EFFECTS)
-    assert call("sweep", model, *rest, "--out", out)[0] == 0
-    again = call("sweep", model, *rest, "--out", out, "--resume")
+    assert call("sweep", "-m", model, *rest, "--out", out)[0] == 0
+    again = call("sweep", "-m", model, *rest, "--out", out, "--resume")
     assert again[0] == 0
     assert "L1H2" in again[1]
-    code, _, err = call("sweep", model, *rest, "--out", out, "--resume", "--seed", 3)
+    code, _, err = call("sweep", "-m", model, *rest, "--out", out, "--resume", "--seed", 3)
     assert code == 2
     assert "is of another sweep" in err
 
@@ -436,7 +571,7 @@ def test_sweep_goes_on(call, model, tmp_path):
 )
 def test_effects_refuse(call, model, arguments, said):
     command, *rest = arguments
-    code, out, err = call(command, model, *rest)
+    code, out, err = call(command, "-m", model, *rest)
     assert (code, out) == (2, "")
     assert said in " ".join(err.split())
     assert "Traceback" not in err

@@ -1,0 +1,76 @@
+"""How long a command's prompts are, and roughly how long a long run takes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from ..errors import PromptError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+#: Seconds from which a run is long enough to be announced.
+_LONG = 30.0
+#: The pass that is timed for an estimate has this share of a prompt's tokens, but at least so many.
+_SHARE, _LEAST = 8, 64
+
+
+def tokens_per_prompt(model: TransformerBridge, asked: int | None, default: int) -> int:
+    """Return the tokens asked for, or the default cut to the model's context.
+
+    Raises PromptError where more are asked for than the context holds.
+    """
+    n_ctx = model.cfg.n_ctx
+    if asked is not None and asked > n_ctx:
+        raise PromptError(
+            f"--max-tokens {asked} exceeds the model's context of {n_ctx} tokens; give at most "
+            f"{n_ctx}"
+        )
+    return min(default, n_ctx) if asked is None else asked
+
+
+def announce_long_run(
+    model: TransformerBridge, n_prompts: int, n_tokens: int, n_passes: int
+) -> None:
+    """Print on stderr what a run will do and roughly how long it takes, if that is long.
+
+    `n_passes` is about how often the model reads each prompt. The estimate is the time of a shorter
+    pass, times the tokens: longer prompts take more than that, prompts batched together less.
+    """
+    n_timed = min(n_tokens, max(_LEAST, n_tokens // _SHARE))
+    seconds = _seconds_of_pass(model, n_timed) * n_tokens / n_timed * n_prompts * n_passes
+    if seconds >= _LONG:
+        passes = "1 pass" if n_passes == 1 else f"about {n_passes:,} passes"
+        print(
+            f"slashpatch: {n_prompts:,} prompts of {n_tokens:,} tokens, {passes} over each: "
+            f"roughly {_duration(seconds)}, judged by one pass of "
+            f"{n_timed:,} tokens",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _seconds_of_pass(model: TransformerBridge, n_tokens: int) -> float:
+    """Return the seconds of one forward pass over a prompt of some tokens."""
+    import torch
+
+    from .. import bridge
+
+    bridge.read(model)  # its own passes come first, and are not part of the time
+    tokens = torch.arange(n_tokens)[None] % model.cfg.d_vocab
+    start = time.perf_counter()
+    with torch.no_grad():
+        bridge.run_for_hooks(model, tokens.to(model.cfg.device), [])
+    if torch.device(model.cfg.device).type == "cuda":
+        torch.cuda.synchronize(model.cfg.device)
+    return time.perf_counter() - start
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in the unit that a person would name."""
+    for unit, size, most in (("seconds", 1, 90), ("minutes", 60, 90), ("hours", 3600, 48)):
+        if seconds < most * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:,.0f} days"
