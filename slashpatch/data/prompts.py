@@ -1,4 +1,4 @@
-"""Prompts: natural text that every Python has, the user's own, or uniform random tokens."""
+"""Prompts: natural text that comes with Python, the user's own, or uniform random tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
-from .natural_text import _code, _prose
+from .natural_text import code, prose
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -25,24 +25,29 @@ DEFAULT_PROMPTS, DEFAULT_TOKENS = 8, 512
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Tokenised prompts, each a 1-D integer tensor on the CPU, and where they came from."""
+    """Tokenised prompts.
+
+    Attributes:
+        tokens: Token ids of each prompt, 1-D integer tensors on the CPU.
+        source: Where the prompts come from, as results show it.
+    """
 
     tokens: tuple[Tensor, ...]
     source: str
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all prompts together."""
+        """The number of tokens in all prompts together."""
         return sum(len(prompt) for prompt in self.tokens)
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a result's provenance says of them."""
+        """Source, number and digest, as a result's provenance holds them."""
         return {"source": self.source, "n": len(self.tokens), "digest": self.digest}
 
     @property
     def digest(self) -> str:
-        """SHA-256 over lengths and token ids, first 16 hex digits."""
+        """SHA-256 over the prompts' lengths and token ids, its first 16 hex digits."""
         sha = hashlib.sha256()
         for prompt in self.tokens:
             sha.update(len(prompt).to_bytes(8, "little"))
@@ -59,13 +64,13 @@ def prompt_set(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> PromptSet:
-    """Tokenise what the user gave, or make natural or random prompts.
+    """Return the user's prompts as token ids, or natural or random prompts.
 
-    `prompts` is None (natural text), a text, texts, a file (a Path, or a text that names one) or
-    token ids: [pos], [batch, pos] or a list of unequal ones, taken as they are. Natural, random
-    and file prompts: at most `n_prompts`, each cut to `max_tokens` (512 when None). Other texts
-    are cut only when `max_tokens` is given. Raises PromptError for anything empty, unreadable,
-    outside the vocabulary, or longer than the model's context.
+    `prompts` is None (natural text), a text, several texts, a file (a Path, or a text that names
+    one), or token ids [pos], [batch, pos] or a list of unequal rows, which are used unchanged.
+    Natural, random and file prompts are at most `n_prompts`, each cut to `max_tokens` (512 if
+    None). Other texts are cut only if `max_tokens` is given. Raises PromptError for prompts that
+    are empty, unreadable, outside the vocabulary, or longer than the model's context.
     """
     n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     for name, value in (("n_prompts", n_prompts), ("max_tokens", max_tokens)):
@@ -106,9 +111,10 @@ def prompt_set(
 def repeated_random_tokens(
     model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int = 0
 ) -> Tensor:
-    """[batch, pos]: uniform random tokens and then the same ones again, after BOS if it is used.
+    """Return prompts [batch, pos] of uniform random tokens followed by the same tokens again.
 
-    `n_tokens` is the length of one copy. What a model can only predict by copying.
+    They start with BOS if the model uses it; `n_tokens` is the length of one copy. A model can
+    predict the second copy only by copying from the first.
     """
     first = _random_ids(model, n_prompts, n_tokens, seed, "repeated")
     bos = _bos(model)
@@ -116,13 +122,17 @@ def repeated_random_tokens(
 
 
 def as_path(prompts: Any) -> Path | None:
-    """The file that `prompts` names, if it is a path; raises PromptError if that does not exist."""
+    """Return the file that `prompts` names, or None if it is not a path.
+
+    A text is a path if it names an existing file, or has no spaces and the suffix of a text file.
+    Raises PromptError for a path at which there is no file.
+    """
     if isinstance(prompts, str):
         if "\n" in prompts or len(prompts) > 1000:
             return None
         names_file = os.path.isfile(prompts)  # Path.is_file raises on long names
-        looks_it = Path(prompts).suffix in _FILE_SUFFIXES and " " not in prompts
-        if not names_file and not looks_it:
+        like_a_file = Path(prompts).suffix in _FILE_SUFFIXES and " " not in prompts
+        if not names_file and not like_a_file:
             return None
     elif not isinstance(prompts, os.PathLike):
         return None
@@ -155,12 +165,12 @@ def _tokenise(model: TransformerBridge, text: str) -> Tensor:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"the text is no valid Unicode: {error}") from None
+        raise PromptError(f"the text is not valid Unicode: {error}") from None
     return model.to_tokens(text, truncate=False, move_to_device=False)[0]
 
 
 def _file(model: TransformerBridge, path: Path, n_prompts: int, length: int) -> tuple[Tensor, ...]:
-    """Consecutive pieces of the file, each with the model's usual first token."""
+    """Return consecutive pieces of a file, each starting with BOS if the model uses it."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -193,7 +203,7 @@ def _token_ids(prompts: Any) -> Iterator[Tensor]:
             ids = ids.long()
         if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise PromptError(
-                "expected token ids as integers [pos] or [batch, pos], or texts alone; "
+                "expected token ids as integers [pos] or [batch, pos], or only texts; "
                 f"got a row of type {type(row).__name__}"
             )
         yield ids.detach().cpu().long()
@@ -204,7 +214,7 @@ def _has_axis(row: Any) -> bool:
 
 
 def _bos(model: TransformerBridge) -> list[int]:
-    """The token that the model's prompts start with, as a list of none or one."""
+    """Return the BOS token id in a list, or an empty list if the model's prompts have no BOS."""
     bos = getattr(model.tokenizer, "bos_token_id", None)
     return [bos] if bos is not None and getattr(model.cfg, "default_prepend_bos", True) else []
 
@@ -212,7 +222,7 @@ def _bos(model: TransformerBridge) -> list[int]:
 def _random_ids(
     model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int, label: str
 ) -> Tensor:
-    """Uniform over the vocabulary without the special tokens."""
+    """Return token ids drawn uniformly from the vocabulary without its special tokens."""
     from transformer_lens.utilities.statistics import derive_generator
 
     tokenizer = model.tokenizer
@@ -233,16 +243,16 @@ def _random(model: TransformerBridge, n_prompts: int, length: int, seed: int) ->
 def _natural(
     model: TransformerBridge, n_prompts: int, length: int, seed: int
 ) -> tuple[Tensor, ...]:
-    """Prose and code in turns, each prompt from documents of its own while they last."""
+    """Return prompts of prose and code alternately, each from other documents while they last."""
     from transformer_lens.utilities.statistics import derive_generator
 
     documents = []
-    for label, texts in (("prose", _prose()), ("code", _code())):
+    for label, texts in (("prose", prose()), ("code", code())):
         order = torch.randperm(len(texts), generator=derive_generator(seed, "natural", label))
         documents.append(itertools.cycle([texts[index] for index in order.tolist()]))
     prompts = []
     for index in range(n_prompts):
-        text, limit = "", 8 * length  # a token rarely has over 8 characters
+        text, limit = "", 8 * length  # few tokens have more than 8 characters
         tokens = torch.empty(0, dtype=torch.long)
         while len(tokens) < length:
             while len(text) < limit:
