@@ -65,7 +65,7 @@ def test_scores_equal_the_direct_mean_over_hook_pattern(real, prompt):
 def test_the_fused_engine_is_the_other_one(real, n_tokens):
     """Logits within 1e-4 (they reach 40), scores within 1e-6, edited or not."""
     from slashpatch.data.prompts import prompt_set
-    from slashpatch.patching.fused import ways
+    from slashpatch.patching.fused import engine_of_layers
 
     tokens = prompt_set(real, n_prompts=1, max_tokens=n_tokens).tokens[0][None]
     edits = [(), (sp.KnockOut(["L16H0", "L11H1", "L19H3"], 1), sp.FreezeBand("L1H2", "high"))]
@@ -74,7 +74,7 @@ def test_the_fused_engine_is_the_other_one(real, n_tokens):
             expected = real(tokens)
             with sp.fused(real):
                 logits = real(tokens)
-                assert ways(real) == ["flash"] * 30
+                assert engine_of_layers(real) == ["flash"] * 30
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     found = [
         sp.scan(real, tokens, range(64), engine, moments=False) for engine in ("bridge", "fused")

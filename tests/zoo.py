@@ -28,7 +28,8 @@ class Family:
     Attributes:
         model: Class name in Transformers, without ForCausalLM; `config` its arguments.
         pairing: Layout of rotary pairs in its last layer, "" without RoPE.
-        ways: How its layers run fused on a prompt of 20 tokens; "" where they do not.
+        computed_by: How each layer's attention is computed when the model runs fused on 20 tokens,
+            or "" where it cannot run fused.
         refused: What slashpatch says of a family that it refuses.
         about: What is particular about it, for the table.
     """
@@ -37,7 +38,7 @@ class Family:
     config: dict[str, Any]
     about: str = ""
     pairing: str = "half"
-    ways: str = "flash flash"
+    computed_by: str = "flash flash"
     refused: str = ""
     config_class: str = ""
 
@@ -85,7 +86,7 @@ FAMILIES = {
     ),
     "Llama, LongRoPE": Family("Llama", {**GROUPED, **LONG}, "θ depends on the prompt's length"),
     "Mistral": Family(
-        "Mistral", {**GROUPED, "sliding_window": WINDOW}, "windows", ways="blocks blocks"
+        "Mistral", {**GROUPED, "sliding_window": WINDOW}, "windows", computed_by="blocks blocks"
     ),
     "Qwen2": Family("Qwen2", GROUPED, "biases"),
     "Qwen3": Family("Qwen3", WIDE, "q/k norms"),
@@ -94,13 +95,13 @@ FAMILIES = {
         "Gemma2",
         {**WIDE, "sliding_window": WINDOW, "query_pre_attn_scalar": 9},
         "soft-capping, windows",
-        ways="blocks blocks",
+        computed_by="blocks blocks",
     ),
     "Gemma 3": Family(
         "Gemma3",
         {**WIDE, "sliding_window": WINDOW, "layer_types": LAYERS},
         "θ differs by layer, windows, q/k norms",
-        ways="blocks flash",
+        computed_by="blocks flash",
         config_class="Gemma3TextConfig",
     ),
     "Phi": Family("Phi", {**GROUPED, "partial_rotary_factor": 0.5}, "partial rotary"),
@@ -117,12 +118,12 @@ FAMILIES = {
         "Olmo3",
         {**GROUPED, "sliding_window": WINDOW, "layer_types": LAYERS},
         "norms over all heads, windows",
-        ways="blocks flash",
+        computed_by="blocks flash",
     ),
     "StableLM": Family("StableLm", GROUPED, "partial rotary"),
     "StableLM, q/k norms": Family("StableLm", {**GROUPED, "qk_layernorm": True}, "a norm per head"),
     "StarCoder2": Family(
-        "Starcoder2", {**GROUPED, "sliding_window": WINDOW}, "windows", ways="blocks blocks"
+        "Starcoder2", {**GROUPED, "sliding_window": WINDOW}, "windows", computed_by="blocks blocks"
     ),
     "Granite": Family("Granite", {**GROUPED, "attention_multiplier": 0.3}, "its own scale"),
     "Cohere": Family("Cohere", GROUPED, "interleaved pairs", "adjacent"),
@@ -134,7 +135,7 @@ FAMILIES = {
         {**GROUPED, "sliding_window": WINDOW, "layer_types": LAYERS},
         "interleaved pairs, a layer without RoPE, windows",
         "",
-        ways="blocks flash",
+        computed_by="blocks flash",
     ),
     "GLM": Family(
         "Glm", {**WIDE, "partial_rotary_factor": 0.5}, "interleaved pairs, partial", "adjacent"
@@ -143,7 +144,7 @@ FAMILIES = {
         "GptOss",
         {**WIDE, **EXPERTS, "sliding_window": WINDOW, "layer_types": LAYERS},
         "attention sinks, windows, YaRN, experts",
-        ways="blocks flash",
+        computed_by="blocks flash",
     ),
     "SmolLM3": Family(
         "SmolLM3", {**GROUPED, "no_rope_layers": [1, 0]}, "a layer without RoPE", ""
@@ -153,7 +154,7 @@ FAMILIES = {
         {**GROUPED, "sliding_window": WINDOW, "layer_types": LAYERS},
         "a layer without RoPE, q/k norms, windows",
         "",
-        ways="blocks flash",
+        computed_by="blocks flash",
     ),
     "Falcon": Family(
         "Falcon", {**SIZES, "multi_query": True, "alibi": False}, "joint QKV, one key head"

@@ -119,9 +119,8 @@ def _entry(sha256: str, name: str, build: Callable[[Path, Stages], None]) -> Pat
     try:
         if not os.path.isdir(root / sha256[:12]):
             root.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(
-                dir=root
-            ).close()  # fails at once, where a lock on a read-only folder may hang
+            # Fails at once in a folder that cannot be written, where taking a lock may hang.
+            tempfile.TemporaryFile(dir=root).close()
         return _locked_entry(root, root / sha256[:12], name, build)
     except OSError as error:
         if isinstance(error, SlashpatchError):

@@ -20,7 +20,7 @@ from ..edits import Edit
 from ..errors import FusedError, PatchError, SlashpatchError
 from ..maths.precision import MASKED, rounding
 from ..maths.slash_scores import slash_scores
-from ..patching.fused import fused, require_fusible, ways
+from ..patching.fused import engine_of_layers, fused, require_fusible
 from ..patching.patch import patch
 from ..scanning.scan import scan
 from . import trials
@@ -297,7 +297,7 @@ class _Checks:
         require_fusible(self.model)
         with self._under(edit), fused(self.model):
             found = self._logits(self.tokens)
-            went = sorted(set(ways(self.model)))
+            went = sorted(set(engine_of_layers(self.model)))
         if "bridge" in went:
             raise FusedError("a layer formed its matrix")
         return (

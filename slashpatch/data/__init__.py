@@ -1,1 +1,1 @@
-"""What a run reads and writes: prompts, files, the journal of a resumable run, progress bars."""
+"""Input and output: prompts, result files, journals of resumable runs, progress bars."""

@@ -1,7 +1,7 @@
-"""How results show themselves: `slashpatch.report` registers a look for each class of result.
+"""A registry of functions that show results as text.
 
-Results lie below the room that draws them, and imports go down only. So a result asks this
-registry, which loads `slashpatch.report.looks` by name the first time.
+`slashpatch.report` draws results and imports their classes, so results must not import it. They ask
+this registry instead, which imports `slashpatch.report.looks` by name when it is first used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _texts: dict[type, Callable[..., str]] = {}
 
 
 def register(kind: type, text: Callable[..., str]) -> None:
-    """Let `text(result, **options)` show results of a class."""
+    """Register `text(result, **options)` as the function that shows results of a class."""
     _texts[kind] = text
 
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Write and read files. Each is written to a temporary name and moved, so none is incomplete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ TABLE_SUFFIXES = (".csv", ".json", ".parquet")
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $SLASHPATCH_CACHE, or the user's cache directory."""
+    """Return the directory for converted models and locks.
+
+    It is $SLASHPATCH_CACHE, or slashpatch's folder in the user's cache directory.
+    """
     import platformdirs
 
     chosen = os.environ.get("SLASHPATCH_CACHE")
@@ -30,16 +33,21 @@ def cache_dir() -> Path:
 
 
 def require_writable(path: str | os.PathLike[str]) -> Path:
-    """The path, if a file can be put there. Raises OutputError; call it before long work."""
+    """Return the path if a file can be written there, else raise OutputError.
+
+    Call it before long work, so that no result is lost.
+    """
     target = Path(path)
     folder = target.parent
     if len(target.name.encode()) > 200:
-        raise OutputError(f"cannot write a file name of {len(target.name.encode())} bytes")
+        raise OutputError(
+            f"cannot write a file name of {len(target.name.encode())} bytes; expected at most 200"
+        )
     if os.path.isdir(target):
-        raise OutputError(f"cannot write {str(target)!r}: it is a directory; name a file")
+        raise OutputError(f"cannot write {str(target)!r}: it is a directory; expected a file name")
     if not os.path.isdir(folder):
         raise OutputError(
-            f"cannot write {str(target)!r}: there is no directory {str(folder)!r}; make it first"
+            f"cannot write {str(target)!r}: there is no directory {str(folder)!r}; create it first"
         )
     if not os.access(folder, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise OutputError(f"cannot write {str(target)!r}: permission denied")
@@ -47,9 +55,9 @@ def require_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def require_output(path: Path | None, suffixes: tuple[str, ...]) -> None:
-    """Raise OutputError for a path that cannot be written, or says nothing that we write.
+    """Raise OutputError for a path that cannot be written or ends in another suffix; not for None.
 
-    Call it before long work.
+    Call it before long work, so that no result is lost.
     """
     if path is None:
         return
@@ -62,7 +70,7 @@ def require_output(path: Path | None, suffixes: tuple[str, ...]) -> None:
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
+    """Yield a temporary path that is moved to `path` if the block ends without an error."""
     target = require_writable(path)
     try:
         descriptor, name = tempfile.mkstemp(
@@ -76,7 +84,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
         os.replace(temporary, target)
     except OSError as error:
         raise OutputError(f"cannot write {str(target)!r}: {error}") from error
@@ -104,7 +112,7 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 def save_tensors(
     path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    """Write a .safetensors file with a header of JSON values, whole or not at all."""
+    """Write tensors and a header of JSON values as a .safetensors file. Raises OutputError."""
     from safetensors.torch import save_file
 
     with written_whole(path) as file:
@@ -117,9 +125,10 @@ def load_tensors(
     build: Callable[[dict[str, Any], dict[str, Tensor]], Any],
     error: type[SlashpatchError],
 ) -> Any:
-    """What `build` makes of a header and tensors that `save_tensors` wrote with this format.
+    """Return `build(header, tensors)` for a file that `save_tensors` wrote.
 
-    Raises `error` for any other file, and where `build` cannot make anything of the parts.
+    Raises `error` for other files: those whose header has another `format`, and those for whose
+    parts `build` raises.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -127,11 +136,13 @@ def load_tensors(
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("slashpatch", "{}"))
             if header.get("format") != format:
-                raise error(f"{str(path)!r} holds nothing of the format {format}")
+                raise error(
+                    f"{str(path)!r} holds nothing of the format {format}; choose another file"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return build(header, tensors)
     except FileNotFoundError:
-        raise error(f"no file {str(path)!r}; expected one of the format {format}") from None
+        raise error(f"no file {str(path)!r}; expected a file of the format {format}") from None
     except error:
         raise
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as why:
@@ -141,7 +152,7 @@ def load_tensors(
 
 
 def without_nan(value: Any) -> Any:
-    """The same with None for NaN and infinities, which JSON lacks."""
+    """Return a copy in which NaN and infinities are None, because JSON has no such numbers."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, dict):

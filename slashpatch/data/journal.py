@@ -1,4 +1,7 @@
-"""A file that only grows: one line for each finished row, so that a killed run loses none."""
+"""The journal of a resumable run: a file with one line for each finished row.
+
+Rows are appended as they finish, so that a run that was killed can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,20 @@ _FORMAT = "slashpatch-sweep-1"
 
 
 class Journal:
-    """Finished rows of one run, by their index, and the header that says which run it is.
+    """The finished rows of one run, and a header that identifies the run.
 
-    `rows` are those found when it was opened, and those written since: `width` numbers for each of
-    some `indexes`. Use it in a `with` block: no second process on this machine can write there
-    meanwhile. There is no file before the first row.
+    Use it in a `with` block, in which no other process on this machine can write to the file. The
+    file is created with the first row.
+
+    Args:
+        path: The file.
+        header: JSON values that identify the run; a file with other values is refused.
+        resume: Whether an existing file may be continued; otherwise it is refused.
+        indexes: The indexes of all rows of the run.
+        width: How many numbers a row has.
+
+    Attributes:
+        rows: Finished rows by index: those read from the file and those written since.
     """
 
     def __init__(
@@ -41,7 +53,7 @@ class Journal:
         self.width = width
         self.rows: dict[int, list[float]] = {}
         self._file: BinaryIO | None = None
-        # Not beside the file: a lock file must stay where it is to be of use.
+        # A lock file must not be deleted, so it would clutter the folder of the results.
         name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
         folder = cache_dir() / "locks"
         try:
@@ -55,8 +67,8 @@ class Journal:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise SweepError(
-                f"another process is writing {str(self.path)!r}; wait for it, or choose another "
-                "file"
+                f"another process is writing {str(self.path)!r}; wait until it ends, or choose "
+                "another file"
             ) from None
         try:
             if self.path.exists():
@@ -68,17 +80,20 @@ class Journal:
         return self
 
     def _read(self) -> None:
+        """Read the rows of an existing file, and cut off an incomplete last line."""
         if not self.resume:
             raise SweepError(
                 f"{str(self.path)!r} holds an unfinished sweep; resume it (--resume, resume=True), "
-                "or remove that file to start anew"
+                "or delete the file to start again"
             )
         text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]  # a killed run may leave a part of a line
+        whole = text[: text.rfind(b"\n") + 1]  # a killed run may leave an incomplete line
         try:
             header, *lines = [json.loads(line) for line in whole.splitlines()]
         except (ValueError, RecursionError):
-            raise SweepError(f"{str(self.path)!r} is no unfinished sweep; remove it") from None
+            raise SweepError(
+                f"{str(self.path)!r} is no unfinished sweep; delete it, or choose another file"
+            ) from None
         require_same(self.header, header, self.path)
         for number, line in enumerate(lines, start=2):
             index, values = self._row(line, number)
@@ -88,9 +103,9 @@ class Journal:
                 file.truncate(len(whole))
 
     def _row(self, line: Any, number: int) -> tuple[int, list[float]]:
-        """A row as it was written. Raises SweepError for anything else."""
-        given = line if isinstance(line, dict) else {}
-        index, values = given.get("index"), given.get("values")
+        """Return a line's index and numbers. Raises SweepError unless it is as it was written."""
+        record = line if isinstance(line, dict) else {}
+        index, values = record.get("index"), record.get("values")
         if (
             type(index) is int
             and index in self.indexes
@@ -102,12 +117,12 @@ class Journal:
         ):
             return index, [float(value) for value in values]
         raise SweepError(
-            f"line {number} of {str(self.path)!r} is no row of this sweep: expected a new index "
-            f"and {self.width} numbers; remove the line, or the file"
+            f"line {number} of {str(self.path)!r} is no row of this sweep: expected a new "
+            f"index, {self.width} numbers and their checksum; delete the line, or the file"
         )
 
     def write(self, rows: dict[int, list[float]]) -> None:
-        """Add finished rows; they are on the disk when this returns."""
+        """Append finished rows to the file, and return when they are on the disk."""
         records: list[Any] = [row(index, values) for index, values in rows.items()]
         if self._file is None:
             with written_whole(self.path) as file:
@@ -125,12 +140,12 @@ class Journal:
         self._lock.release()
 
     def remove(self) -> None:
-        """Delete the file: its rows are elsewhere."""
+        """Delete the file, after its rows have been written to the result."""
         self.path.unlink(missing_ok=True)
 
 
 def row(index: int, values: list[float]) -> dict[str, Any]:
-    """A line of the file, with a sum that tells whether it is as it was written."""
+    """Return the record of a row, with a checksum by which a changed line is noticed."""
     text = json.dumps([index, values])
     check = hashlib.sha256(text.encode()).hexdigest()[:8]
     return {"index": index, "values": values, "check": check}
@@ -140,15 +155,15 @@ def _lines(records: Iterable[Any]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def require_same(own: dict[str, Any], found: Any, path: Path) -> None:
-    """Raise SweepError if a file is of another run, and say in what it differs."""
-    if not isinstance(found, dict):
-        raise SweepError(f"{str(path)!r} is no sweep; remove it or choose another file")
-    for key in own:
-        if found.get(key) != own[key]:
+def require_same(expected: dict[str, Any], header: Any, path: Path) -> None:
+    """Raise SweepError if a file's header is of another run; the message says what differs."""
+    if not isinstance(header, dict):
+        raise SweepError(f"{str(path)!r} is no sweep; delete it, or choose another file")
+    for key in expected:
+        if header.get(key) != expected[key]:
             raise SweepError(
-                f"{str(path)!r} is of another sweep: its {key} is {_short(found.get(key))}, here "
-                f"it is {_short(own[key])}; choose another file, or remove that one"
+                f"{str(path)!r} is of another sweep: its {key} is {_short(header.get(key))}, here "
+                f"it is {_short(expected[key])}; choose another file, or delete this one"
             )
 
 

@@ -1,14 +1,9 @@
-"""Natural text that every Python has: help topics and source code."""
+"""Natural text that comes with Python: help topics and source code of the standard library."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 #: Standard-library modules whose source serves as code prompts.
 _SOURCES = [
@@ -54,15 +49,15 @@ _SOURCES = [
 ]
 
 
-def _prose() -> list[str]:
-    """The longer help topics of the Python documentation."""
+def prose() -> list[str]:
+    """Return the longer help topics of the Python documentation."""
     from pydoc_data.topics import topics
 
     return [text for _, text in sorted(topics.items()) if len(text) > 1500]
 
 
-def _code() -> list[str]:
-    """Source of standard-library modules."""
+def code() -> list[str]:
+    """Return the source code of standard-library modules."""
     texts = []
     for name in _SOURCES:
         spec = importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, on terminals only."""
+"""Progress bars and spinners on stderr, shown on terminals only."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ T = TypeVar("T")
 def progress_over(
     items: Sequence[T], what: str, show: bool | None = None, n: Sequence[int] | None = None
 ) -> Iterator[T]:
-    """Yield the items under a bar with the time left; `n` is how much each item counts.
+    """Yield the items while a progress bar shows the time left.
 
-    Shown when `show`, or when it is None and stderr is a terminal. Leaves nothing behind.
+    `n` is how much each item counts. The bar is shown if `show` is True, or if it is None and
+    stderr is a terminal; it is erased at the end.
     """
     if not (sys.stderr.isatty() if show is None else show):
         yield from items
@@ -44,14 +45,14 @@ def progress_over(
 
 
 def busy(what: str) -> AbstractContextManager[object]:
-    """A spinner on stderr while the block runs; nothing where that is no terminal."""
+    """Show a spinner on stderr while the block runs, if stderr is a terminal."""
     from rich.console import Console
 
     return Console(stderr=True).status(what)
 
 
 class Stages:
-    """Which stage of a long job is under way: a spinner on terminals, elsewhere a line each."""
+    """Shows the current stage of a long job: with a spinner on terminals, else one line a stage."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -60,9 +61,8 @@ class Stages:
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        self._console = Console(
-            file=sys.stderr
-        )  # this very stream, also while stderr is redirected
+        # Given the stream, because code inside the block may redirect stderr.
+        self._console = Console(file=sys.stderr)
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -76,7 +76,7 @@ class Stages:
         return self
 
     def next(self, stage: str) -> None:
-        """Enter the next stage."""
+        """Show that the next stage has started."""
         self._bar.update(self._task, description=f"{self.title}: {stage}")
         if not self._console.is_terminal:
             print(f"{self.title}: {stage}", file=sys.stderr, flush=True)

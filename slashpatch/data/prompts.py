@@ -1,4 +1,4 @@
-"""Prompts: natural text that every Python has, the user's own, or uniform random tokens."""
+"""Prompts: natural text that comes with Python, the user's own, or uniform random tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
-from .natural_text import _code, _prose
+from .natural_text import code, prose
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -37,7 +37,7 @@ class PromptSet:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all prompts together."""
+        """The number of tokens in all prompts together."""
         return sum(len(prompt) for prompt in self.tokens)
 
     @property
@@ -47,7 +47,7 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over lengths and token ids, first 16 hex digits."""
+        """SHA-256 over the prompts' lengths and token ids, its first 16 hex digits."""
         sha = hashlib.sha256()
         for prompt in self.tokens:
             sha.update(len(prompt).to_bytes(8, "little"))
@@ -132,9 +132,10 @@ def prompt_set(
 def repeated_random_tokens(
     model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int = 0
 ) -> Tensor:
-    """[batch, pos]: uniform random tokens and then the same ones again, after BOS if it is used.
+    """Return prompts [batch, pos] of uniform random tokens followed by the same tokens again.
 
-    `n_tokens` is the length of one copy. What a model can only predict by copying.
+    They start with BOS if the model uses it; `n_tokens` is the length of one copy. A model can
+    predict the second copy only by copying from the first.
     """
     first = _random_ids(model, n_prompts, n_tokens, seed, "repeated")
     bos = _bos(model)
@@ -142,13 +143,17 @@ def repeated_random_tokens(
 
 
 def as_path(prompts: Any) -> Path | None:
-    """The file that `prompts` names, if it is a path; raises PromptError if that does not exist."""
+    """Return the file that `prompts` names, or None if it is not a path.
+
+    A text is a path if it names an existing file, or has no spaces and the suffix of a text file.
+    Raises PromptError for a path at which there is no file.
+    """
     if isinstance(prompts, str):
         if "\n" in prompts or len(prompts) > 1000:
             return None
         names_file = os.path.isfile(prompts)  # Path.is_file raises on long names
-        looks_it = Path(prompts).suffix in _FILE_SUFFIXES and " " not in prompts
-        if not names_file and not looks_it:
+        like_a_file = Path(prompts).suffix in _FILE_SUFFIXES and " " not in prompts
+        if not names_file and not like_a_file:
             return None
     elif not isinstance(prompts, os.PathLike):
         return None
@@ -184,12 +189,12 @@ def _tokenise(model: TransformerBridge, text: str) -> Tensor:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"the text is no valid Unicode: {error}") from None
+        raise PromptError(f"the text is not valid Unicode: {error}") from None
     return model.to_tokens(text, truncate=False, move_to_device=False)[0]
 
 
 def _file(model: TransformerBridge, path: Path, n_prompts: int, length: int) -> tuple[Tensor, ...]:
-    """Consecutive pieces of the file, each with the model's usual first token."""
+    """Return consecutive pieces of a file, each starting with BOS if the model uses it."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -222,7 +227,7 @@ def _token_ids(prompts: Any) -> Iterator[Tensor]:
             ids = ids.long()
         if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise PromptError(
-                "expected token ids as integers [pos] or [batch, pos], or texts alone; "
+                "expected token ids as integers [pos] or [batch, pos], or only texts; "
                 f"got a row of type {type(row).__name__}"
             )
         yield ids.detach().cpu().long()
@@ -233,7 +238,7 @@ def _has_axis(row: Any) -> bool:
 
 
 def _bos(model: TransformerBridge) -> list[int]:
-    """The token that the model's prompts start with, as a list of none or one."""
+    """Return the BOS token id in a list, or an empty list if the model's prompts have no BOS."""
     bos = getattr(model.tokenizer, "bos_token_id", None)
     return [bos] if bos is not None and getattr(model.cfg, "default_prepend_bos", True) else []
 
@@ -241,7 +246,7 @@ def _bos(model: TransformerBridge) -> list[int]:
 def _random_ids(
     model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int, label: str
 ) -> Tensor:
-    """Uniform over the vocabulary without the special tokens."""
+    """Return token ids drawn uniformly from the vocabulary without its special tokens."""
     from transformer_lens.utilities.statistics import derive_generator
 
     tokenizer = model.tokenizer
@@ -262,16 +267,16 @@ def _random(model: TransformerBridge, n_prompts: int, length: int, seed: int) ->
 def _natural(
     model: TransformerBridge, n_prompts: int, length: int, seed: int
 ) -> tuple[Tensor, ...]:
-    """Prose and code in turns, each prompt from documents of its own while they last."""
+    """Return prompts of prose and code alternately, each from other documents while they last."""
     from transformer_lens.utilities.statistics import derive_generator
 
     documents = []
-    for label, texts in (("prose", _prose()), ("code", _code())):
+    for label, texts in (("prose", prose()), ("code", code())):
         order = torch.randperm(len(texts), generator=derive_generator(seed, "natural", label))
         documents.append(itertools.cycle([texts[index] for index in order.tolist()]))
     prompts = []
     for index in range(n_prompts):
-        text, limit = "", 8 * length  # a token rarely has over 8 characters
+        text, limit = "", 8 * length  # few tokens have more than 8 characters
         tokens = torch.empty(0, dtype=torch.long)
         while len(tokens) < length:
             while len(text) < limit:

@@ -15,7 +15,7 @@ from ..bridge.qk import LayerQK
 from ..edits import Edit, HookContext
 from ..errors import PatchError
 from .per_head_keys import PerHeadKeys
-from .stand_ins import Pattern, Scores, noted
+from .stand_ins import Pattern, Scores, record_changes
 
 #: From the current forward pass and a hook's tensor to the tensor in its place (None: the same).
 Act = Callable[[ForwardCall, Any], Any]
@@ -74,7 +74,7 @@ class EditInLayer:
             context = self.context(call)
             if isinstance(tensor, (Scores, Pattern)):
                 call.cached_columns(tensor.shape[-1])
-                return noted(tensor, context.heads, self.edit.diagonal_changes())
+                return record_changes(tensor, context.heads, self.edit.diagonal_changes())
             part, put_back = self._part(tensor, self.info.hook(self.layer, stage), stage, context)
             edited = act(context, part)
             return tensor if edited is part else put_back(edited)

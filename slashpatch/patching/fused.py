@@ -1,9 +1,9 @@
-"""`fused`: flash attention under a bridge's own attention code and hooks.
+"""`fused`: TransformerLens' forward pass at the cost of flash attention.
 
-Two seams, both undone on leaving. Transformers asks a mask function, registered under a name of
-ours, for each pass's mask, and gets a rule instead of a matrix. And each layer's keys, as they come
-from the KV cache, are marked, so that their product with the queries is noted and not formed
-(`symbolic`). All else is TransformerLens' own forward pass.
+Two things are changed, and restored on leaving. Transformers calls our mask function, which returns
+the mask as a rule instead of a matrix. And the keys that a layer's KV cache returns are marked, so
+that their product with the queries is a stand-in (`stand_ins`) instead of a matrix. Everything else
+is TransformerLens' own code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..bridge import ModelInfo
 from ..bridge.passes import probe_tokens, run_probe
 from ..errors import FusedError, ModelError
 from ..maths.precision import MASKED, attention_slack
-from .engine import _Engine, refuse_hooks
+from .engine import FusedEngine, refuse_hooks
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def fused(model: TransformerBridge) -> Iterator[TransformerBridge]:
-    """Run the model at the cost of flash attention, every hook but scores and pattern still firing.
+    """Run a model with flash attention; all hooks but those on scores and pattern still fire.
 
-    Patches, monitors and scans work inside, nested in any order; results equal those of
-    TransformerLens' own attention within the dtype's rounding. Output rows of padding are zero
-    before the output projection. Windows, soft-capping, and new tokens after cached ones go by
-    blocks of rows; so do, under gradients, edited heads and layers with sinks. Do not copy the
-    model inside.
+    Patches, monitors and scans work inside, nested in any order. Results equal those of
+    TransformerLens' own attention within the dtype's rounding. Layers with sliding windows or
+    soft-capping, and new tokens after cached ones, are computed in blocks of rows, which is slower;
+    so are edited heads and layers with attention sinks where gradients are needed. At padding, z is
+    zero. Do not copy the model inside the block.
 
-    Raises ModelError for a model whose attention does not take part, FusedError where somebody
-    else's hook sits on `hook_attn_scores` or `hook_pattern`: they are not formed here.
+    Raises ModelError for a model whose attention cannot run fused, and FusedError if another hook
+    is on `hook_attn_scores` or `hook_pattern`, whose matrices are not formed.
     """
     engine = _engines.get(model)
     if engine is None:
         require_fusible(model)
-        engine = _engines[model] = _Engine(model)
+        engine = _engines[model] = FusedEngine(model)
     engine.users += 1
     try:
         refuse_hooks(model)
@@ -56,25 +56,30 @@ def fused(model: TransformerBridge) -> Iterator[TransformerBridge]:
 
 @contextlib.contextmanager
 def fused_where_exact(model: TransformerBridge) -> Iterator[TransformerBridge]:
-    """`fused`, or the model as it is where `why_not` says something."""
+    """Run the model fused where that is possible (see `why_not`), else unchanged."""
     with contextlib.nullcontext() if why_not(model) else fused(model):
         yield model
 
 
-def ways(model: TransformerBridge) -> list[str]:
-    """How each layer went in the last pass: "flash", "blocks" (of rows) or "bridge" (matrix)."""
+def engine_of_layers(model: TransformerBridge) -> list[str]:
+    """Return how the last forward pass computed each layer's attention.
+
+    "flash", "blocks" (of rows), or "bridge" (TransformerLens' own attention, by its matrix).
+    """
     engine = _engines.get(model)
     n_layers = bridge.read(model).n_layers
-    return ["bridge"] * n_layers if engine is None else [layer.way for layer in engine.layers]
+    return (
+        ["bridge"] * n_layers if engine is None else [layer.computed_by for layer in engine.layers]
+    )
 
 
 def is_fused(model: TransformerBridge) -> bool:
-    """Whether the model runs fused at the moment."""
+    """Return whether the model runs fused now."""
     return model in _engines
 
 
 def why_not(model: TransformerBridge) -> str | None:
-    """What keeps the model from running fused now; None if nothing does."""
+    """Return the reason why the model cannot run fused now, or None if it can."""
     try:
         require_fusible(model)
         refuse_hooks(model)
@@ -83,12 +88,12 @@ def why_not(model: TransformerBridge) -> str | None:
     return None
 
 
-_engines: weakref.WeakKeyDictionary[Any, _Engine] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[Any, FusedEngine] = weakref.WeakKeyDictionary()
 _fusible: weakref.WeakKeyDictionary[Any, tuple[ModelInfo, str | None]] = weakref.WeakKeyDictionary()
 
 
 def require_fusible(model: TransformerBridge) -> None:
-    """Raise ModelError unless both engines agree on a short input; cheap when read before."""
+    """Raise ModelError unless both engines agree on a short prompt; verified once for a model."""
     info = bridge.read(model)
     if model not in _fusible or _fusible[model][0] is not info:
         try:
@@ -104,50 +109,50 @@ def require_fusible(model: TransformerBridge) -> None:
 def _verify(model: TransformerBridge, info: ModelInfo) -> None:
     if model.compatibility_mode:
         raise ModelError(
-            "slashpatch cannot run this model fused: in compatibility mode TransformerLens masks "
-            "otherwise; leave engine='auto', or load the model without it"
+            "slashpatch cannot run this model fused: in compatibility mode TransformerLens makes "
+            "its own masks; use engine='auto', or load the model without compatibility mode"
         )
     tokens = probe_tokens(info.d_vocab).to(model.cfg.device)
-    right: dict[int, Tensor] = {}
-    found: dict[int, Tensor] = {}
-    largest: dict[int, float] = {}
+    expected: dict[int, Tensor] = {}
+    fused_z: dict[int, Tensor] = {}
+    largest_score: dict[int, float] = {}
 
-    def keep(z: Tensor, hook: Any) -> None:
-        right[hook.layer()] = z
+    def record_expected(z: Tensor, hook: Any) -> None:
+        expected[hook.layer()] = z
 
-    def compare(z: Tensor, hook: Any) -> Tensor:
-        found[hook.layer()] = z
-        return right[hook.layer()]  # so that each layer is compared on the same input
+    def record_fused(z: Tensor, hook: Any) -> Tensor:
+        fused_z[hook.layer()] = z
+        return expected[hook.layer()]  # so that the next layer gets the same input
 
-    def keep_scores(scores: Tensor, hook: Any) -> None:
+    def record_scores(scores: Tensor, hook: Any) -> None:
         masked = scores <= MASKED
-        largest[hook.layer()] = float(scores.masked_fill(masked, 0).abs().max())
+        largest_score[hook.layer()] = float(scores.masked_fill(masked, 0).abs().max())
 
     layers = range(info.n_layers)
     hooks: list[tuple[str, Callable[..., Any]]] = [
-        (info.hook(layer, "scores"), keep_scores) for layer in layers
+        (info.hook(layer, "scores"), record_scores) for layer in layers
     ]
-    run_probe(model, tokens, hooks + [(info.hook(layer, "z"), keep) for layer in layers])
-    engine = _Engine(model)
+    run_probe(model, tokens, hooks + [(info.hook(layer, "z"), record_expected) for layer in layers])
+    engine = FusedEngine(model)
     try:
-        hooks = [(info.hook(layer, "z"), compare) for layer in layers]
+        hooks = [(info.hook(layer, "z"), record_fused) for layer in layers]
         run_probe(model, tokens, hooks, matrices=False)
     except (FusedError, ModelError) as error:
         raise ModelError(f"slashpatch cannot run this model fused: {error}") from error
     finally:
         engine.close()
     for layer in layers:
-        if engine.layers[layer].way not in ("flash", "blocks"):
+        if engine.layers[layer].computed_by not in ("flash", "blocks"):
             raise ModelError(
                 f"slashpatch cannot run this model fused: the attention of layer {layer} "
-                f"({type(model.blocks[layer].attn).__name__}) does not hand its keys on where "
-                "slashpatch expects it"
+                f"({type(model.blocks[layer].attn).__name__}) does not multiply queries with the "
+                "keys of its KV cache as slashpatch expects"
             )
-        limit = attention_slack(right[layer].dtype, largest[layer])
-        limit *= max(float(right[layer].abs().max()), 1e-3)  # the first token's z is its value
-        off = float((found[layer].double() - right[layer].double()).abs().max())
-        if not off <= limit:
+        z = expected[layer]
+        limit = attention_slack(z.dtype, largest_score[layer]) * max(float(z.abs().max()), 1e-3)
+        difference = float((fused_z[layer].double() - z.double()).abs().max())
+        if not difference <= limit:
             raise ModelError(
-                f"slashpatch cannot run this model fused: z of layer {layer} differs by {off:.2g} "
-                f"from that of TransformerLens' own attention (allowed {limit:.2g})"
+                f"slashpatch cannot run this model fused: z of layer {layer} differs by "
+                f"{difference:.2g} from z of TransformerLens' own attention (allowed {limit:.2g})"
             )

@@ -1,10 +1,10 @@
 """Stand-ins for the attention matrix in TransformerLens' own attention code.
 
-TransformerLens multiplies queries with keys, scales, caps, masks, takes the softmax and multiplies
-with the values, each step an operation on a query × key matrix. Here those operations meet objects
-that note what is asked and form no matrix: the same code runs, every other hook fires where it
-always does, and the product with the values comes from `EditedAttention`. An operation that is not
-among these is refused by name, so nothing is passed over in silence.
+That code multiplies queries with keys, scales, caps and masks the product, takes the softmax and
+multiplies with the values: each step is an operation on a query × key matrix. In the fused engine
+the matrix is replaced by `Scores` and then `Pattern`, which record these operations and form no
+matrix. All other hooks fire as usual, and the product with the values is computed by
+`EditedAttention`. Any other operation raises a FusedError that names it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..errors import FusedError
 from ..maths.attention.edited import EditedAttention
 from ..maths.attention.mask import Mask
 from ..maths.diagonals import DiagonalChange
-from .markers import WAYS_OUT, MaskArgument, _is, _named
+from .mask_and_keys import ALTERNATIVES, MaskArgument, function_name, is_function
 
 
-class _Symbol:
-    """A query × key matrix that is not there."""
+class _StandIn:
+    """Stands for a [batch, head, query, key] matrix that is not formed."""
 
     what = "attention matrix"
 
@@ -36,14 +36,14 @@ class _Symbol:
         self.ndim = 4
 
     def detach(self) -> Any:
-        """Itself."""
+        """Return itself."""
         return self
 
     def refused(self, what: str) -> FusedError:
-        """An error that names the layer, the operation and the ways out."""
+        """Return an error that names the layer, the operation and the alternatives."""
         return FusedError(
             f"the fused engine does not form the {self.what} of layer {self.layer}, so it cannot "
-            f"do {what} there; {WAYS_OUT}"
+            f"do {what} there; {ALTERNATIVES}"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -63,18 +63,18 @@ class _Symbol:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        symbol = next((arg for arg in args if isinstance(arg, _Symbol)), None)
-        if symbol is None:  # inside a list: torch.cat
-            symbol = next(one for arg in args for one in arg if isinstance(one, _Symbol))
-        return symbol.apply(func, args, kwargs or {})
+        stand_in = next((arg for arg in args if isinstance(arg, _StandIn)), None)
+        if stand_in is None:  # torch.cat has it inside a list
+            stand_in = next(part for arg in args for part in arg if isinstance(part, _StandIn))
+        return stand_in.apply(func, args, kwargs or {})
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A torch function that was called on this."""
-        raise self.refused(_named(func))
+        """Record a torch function that was called on the stand-in, or raise FusedError."""
+        raise self.refused(function_name(func))
 
 
 class _RowMaximum:
-    """What TransformerLens subtracts before a softmax with sinks; it changes nothing there."""
+    """Stands for each row's largest score, whose subtraction before a softmax changes nothing."""
 
     values: Any
 
@@ -82,17 +82,25 @@ class _RowMaximum:
         self.values = self
 
 
-class Scores(_Symbol):
-    """Logits of every query and key: notes how they are scaled, capped and masked."""
+class Scores(_StandIn):
+    """Stands for the scores; records how they are scaled, soft-capped and masked.
+
+    `on_output` is called with the attention once its output has been computed.
+    """
 
     what = "scores"
 
     def __init__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, done: Callable[[EditedAttention], None]
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        on_output: Callable[[EditedAttention], None],
     ) -> None:
         super().__init__(layer, q, (*q.shape[:3], k.shape[-2]))
         self._q, self._k, self._v = q, k, v
-        self._done = done
+        self._on_output = on_output
         self._scale, self._cap = 1.0, 1.0
         self._capped = False
         self._mask: Mask | None = None
@@ -117,8 +125,8 @@ class Scores(_Symbol):
     def __add__(self, mask: Any) -> Scores:
         if not isinstance(mask, MaskArgument) or self._mask is not None:
             raise self.refused(
-                f"the addition of {_shown(mask)} (a bias, an attention "
-                "mask of your own making, or the model's attention set anew inside fused)"
+                f"the addition of {_shown(mask)} (a bias, an attention mask of your own making, or "
+                "a mask made after the model's attention implementation was changed inside fused)"
             )
         self._mask = mask.mask
         return self
@@ -129,30 +137,30 @@ class Scores(_Symbol):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Scores:
-        """Itself: sums are kept in float32 or wider."""
+        """Return itself: logits are computed in float32 or wider."""
         return self
 
     def max(self, *args: Any, **kwargs: Any) -> _RowMaximum:
-        """The largest of each row, for a subtraction that changes nothing."""
+        """Return a stand-in for each row's maximum, which code with attention sinks subtracts."""
         return _RowMaximum()
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The functions that attention code calls on scores."""
-        if _is(func, "tanh") and not self._capped and self._mask is None:
+        """Record tanh (soft-capping), the concatenation with sinks, or the softmax."""
+        if is_function(func, "tanh") and not self._capped and self._mask is None:
             self._capped = True
             return self
-        if _is(func, "cat") and len(args[0]) == 2 and args[0][0] is self:
+        if is_function(func, "cat") and len(args[0]) == 2 and args[0][0] is self:
             sink = args[0][1]
             if sink.shape[-1] == 1 and kwargs.get("dim", args[1] if len(args) > 1 else 0) == -1:
                 self.attention.set_sinks(sink[0, :, 0, 0])
                 return self
-        if _is(func, "softmax"):
-            return Pattern(self.layer, self._q, self.shape, self.attention, self._done)
-        raise self.refused(_named(func))
+        if is_function(func, "softmax"):
+            return Pattern(self.layer, self._q, self.shape, self.attention, self._on_output)
+        raise self.refused(function_name(func))
 
     @property
     def attention(self) -> EditedAttention:
-        """The attention that these scores stand for, once they are masked."""
+        """The attention with these scores. Raises FusedError before they are masked."""
         if self._attention is None:
             if self._mask is None:
                 raise self.refused("a softmax without a causal mask")
@@ -163,18 +171,21 @@ class Scores(_Symbol):
         return self._attention
 
     def slash_rows(self, offsets: Tensor) -> Float[Tensor, "batch head query offset"]:
-        """Logits i → i−Δ, −inf where there is no key to read."""
+        """Return logits i → i−Δ; −inf where there is no key to read."""
         return self.attention.logits(offsets.tolist())
 
     def logit_sums(
         self, n_offsets: int, real: Bool[Tensor, "batch key"]
     ) -> Float[Tensor, "batch head offset"] | None:
-        """Sum of logits i → i−Δ over real tokens, where that is cheaper than `slash_rows`."""
+        """Return the sum of logits i → i−Δ over real (unpadded) tokens, for Δ < n_offsets.
+
+        None where that is not known without `slash_rows`.
+        """
         return self.attention.logit_sums(n_offsets, real)
 
 
-class Pattern(_Symbol):
-    """Attention after the softmax."""
+class Pattern(_StandIn):
+    """Stands for the attention pattern, after the softmax."""
 
     what = "pattern"
 
@@ -184,54 +195,54 @@ class Pattern(_Symbol):
         like: Tensor,
         shape: tuple[int, ...],
         attention: EditedAttention,
-        done: Callable[[EditedAttention], None],
+        on_output: Callable[[EditedAttention], None],
     ) -> None:
         super().__init__(layer, like, shape)
         self._attention: EditedAttention | None = attention
-        self._done = done
+        self._on_output = on_output
 
     @property
     def attention(self) -> EditedAttention:
-        """The attention that this stands for, until it has met the values."""
+        """The attention with this pattern. Raises FusedError after the product with the values."""
         if self._attention is None:
-            raise self.refused("anything after the pass")
+            raise self.refused("anything after the forward pass")
         return self._attention
 
     def to(self, *args: Any, **kwargs: Any) -> Pattern:
-        """Itself."""
+        """Return itself."""
         return self
 
     def __getitem__(self, index: Any) -> Pattern:
         if index == (..., slice(None, -1, None)) and self.attention.sinks is not None:
-            return self  # the sink's column is dropped
+            return self  # drops the column of the sink
         raise self.refused("indexing")
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The product with the values; dropout in evaluation mode."""
-        if _is(func, "matmul") and args[0] is self:
+        """Compute the product with the values; ignore dropout in evaluation mode."""
+        if is_function(func, "matmul") and args[0] is self:
             attention, self._attention = self.attention, None
             out = attention.output()
-            self._done(attention)
+            self._on_output(attention)
             return out
-        if _is(func, "dropout") and not kwargs.get("training", True):
+        if is_function(func, "dropout") and not kwargs.get("training", True):
             return self
-        raise self.refused(_named(func))
+        raise self.refused(function_name(func))
 
     def slash_rows(self, offsets: Tensor) -> Float[Tensor, "batch head query offset"]:
-        """Attention i → i−Δ, 0 where there is no key to read."""
+        """Return attention i → i−Δ; 0 where there is no key to read."""
         return self.attention.weights(offsets.tolist())
 
     def slash_sums(
         self, offsets: Sequence[int], rows: Bool[Tensor, "batch query"]
     ) -> Float[Tensor, "batch head offset"]:
-        """Sum of attention i → i−Δ over the queries that `rows` names."""
+        """Return the sum of attention i → i−Δ over the queries where `rows` is True."""
         return self.attention.weight_sums(offsets, rows)
 
 
-def noted(
+def record_changes(
     matrix: Scores | Pattern, heads: Sequence[int], changes: Sequence[DiagonalChange]
 ) -> Scores | Pattern:
-    """The same stand-in, with changes of some heads' diagonals noted."""
+    """Record changes of some heads' diagonals on a stand-in, and return it."""
     stage = "scores" if isinstance(matrix, Scores) else "pattern"
     for change in changes:
         if change.stage == stage:
@@ -240,5 +251,6 @@ def noted(
 
 
 def _shown(value: Any) -> str:
+    """Return a value's type, and its shape if it has one."""
     shape = getattr(value, "shape", None)
     return type(value).__name__ + ("" if shape is None else f" {list(shape)}")

@@ -19,7 +19,7 @@ from ..errors import ModelError, OffsetError, ScanError
 from ..heads import Head
 from ..maths.offsets import as_offsets
 from ..maths.slash_scores import slash_sums
-from ..patching.fused import fused, ways, why_not
+from ..patching.fused import engine_of_layers, fused, why_not
 from .moment_sums import MomentSums
 from .result import Scan
 
@@ -126,7 +126,7 @@ def scan(
             sums += means.sum(0)
             squares += means.square().sum(0)
             counts += counted
-        went = ways(model)
+        went = engine_of_layers(model)
     details = {
         "engine": engine,
         "engine_of_layers": went,

@@ -179,8 +179,8 @@ def test_repeated_random_tokens(tiny):
 
 
 def test_prose_and_code_come_with_python():
-    from slashpatch.data.natural_text import _code, _prose
+    from slashpatch.data.natural_text import code, prose
 
     assert sys.version_info >= (3, 10)
-    assert len(_prose()) > 20
-    assert len(_code()) > 20
+    assert len(prose()) > 20
+    assert len(code()) > 20

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import slashpatch as sp
 from slashpatch.bridge import read
 from slashpatch.errors import FusedError, ModelError
-from slashpatch.patching.fused import ways, why_not
-from slashpatch.patching.markers import MaskArgument
+from slashpatch.patching.fused import engine_of_layers, why_not
+from slashpatch.patching.mask_and_keys import MaskArgument
 from slashpatch.patching.stand_ins import Scores
 
 from ..tiny import bridge, llama, padded, random_tokens, tiny_model
@@ -42,14 +42,14 @@ def run(model, tokens, engine, *edits, **kwargs):
     inside = sp.fused(model) if engine == "fused" else contextlib.nullcontext()
     with torch.no_grad(), sp.patch(model, *edits), inside:
         logits = model.run_with_hooks(tokens, fwd_hooks=[(wanted, keep)], **kwargs)
-        return logits, found, ways(model)
+        return logits, found, engine_of_layers(model)
 
 
 def assert_same(ours, theirs, real=None):
-    """Equal within float32, where tokens are real; in every hook that fired.
+    """Assert that every hooked tensor is equal within float32 rounding, at real tokens.
 
-    A logit's terms are of order 100 here and it is known to 100 · eps · √d_head, about 5e-5, which
-    is the relative error of a weight; two layers with a residual stream make four of it.
+    A logit's terms are of order 100 here, so its rounding error is about 100 · eps · √d_head, or
+    5e-5, which is the relative error of a weight. Two layers add up to about four times that.
     """
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -70,10 +70,10 @@ def test_every_hook_fires_with_equal_values(name):
     model = zoo(name)
     tokens = random_tokens(2, 20)
     theirs, expected, _ = run(model, tokens, "bridge")
-    ours, found, way = run(model, tokens, "fused")
+    ours, found, engines = run(model, tokens, "fused")
     assert_same(found, expected)
     torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=0)
-    assert " ".join(way) == FAMILIES[name].ways
+    assert " ".join(engines) == FAMILIES[name].computed_by
 
 
 @each_family
@@ -93,7 +93,7 @@ def test_padding(name, side):
 
 @each_family
 def test_prefill_then_cached_tokens(name):
-    """Also several new tokens at once after cached ones, and beyond the window."""
+    """Includes several new tokens at once after cached ones, and prompts beyond the window."""
     model = zoo(name)
     tokens = random_tokens(2, 24)
     found = {}
@@ -121,7 +121,7 @@ def test_scans_agree(name):
     found = [sp.scan(model, prompts, "all", engine) for engine in ("bridge", "fused")]
     torch.testing.assert_close(found[0].scores, found[1].scores, atol=1e-5, rtol=0)
     assert found[0].provenance["engine_of_layers"] == ["bridge"] * 2
-    assert " ".join(found[1].provenance["engine_of_layers"]) == FAMILIES[name].ways
+    assert " ".join(found[1].provenance["engine_of_layers"]) == FAMILIES[name].computed_by
     assert sp.scan(model, prompts, 1).provenance["engine"] == "fused"
     if found[0].moments is not None:
         for part, tensor in found[0].moments.tensors().items():
@@ -131,13 +131,13 @@ def test_scans_agree(name):
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
-def test_edits_mean_the_same(tiny, edit):
+def test_edits_have_the_same_effect_in_both_engines(tiny, edit):
     tokens = random_tokens(2, 20)
     theirs, expected, _ = run(tiny, tokens, "bridge", edit)
-    ours, found, way = run(tiny, tokens, "fused", edit)
+    ours, found, engines = run(tiny, tokens, "fused", edit)
     assert_same(found, expected)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert way == ["flash", "flash"]
+    assert engines == ["flash", "flash"]
     assert not torch.allclose(ours, run(tiny, tokens, "fused")[0])
 
 
@@ -152,7 +152,7 @@ def test_edits_together_with_padding_in_a_scan(model, edits, seed, side):
     torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], atol=3e-4, rtol=1e-4)
     with sp.patch(model, *edits):
         scans = [sp.scan(model, rows, range(9), engine) for engine in ("bridge", "fused")]
-    # Factors of the pattern above 1 magnify what rounding leaves.
+    # Factors above 1 on the pattern amplify rounding errors.
     torch.testing.assert_close(scans[0].scores, scans[1].scores, atol=5e-5, rtol=0)
 
 
@@ -199,7 +199,7 @@ def test_nesting_in_any_order(tiny):
 
 
 def state_of(model):
-    """What `fused` could leave behind."""
+    """Return the state of a model that `fused` changes."""
     configs = {
         str(module.config._attn_implementation)
         for module in model.original_model.modules()
@@ -226,31 +226,31 @@ def test_leaving_restores_bit_for_bit(fails):
 
     name = "blocks.1.attn.hook_rot_k"
     with contextlib.suppress(ZeroDivisionError), sp.fused(model), torch.no_grad():
-        assert not torch.equal(model(tokens), before)  # the two engines round otherwise
+        assert not torch.equal(model(tokens), before)  # the engines round differently
         if fails:
             model.run_with_hooks(tokens, fwd_hooks=[(name, fail)])
     assert state_of(model) == state
     with torch.no_grad():
         assert torch.equal(model(tokens), before)
-    with sp.fused(model), torch.no_grad():  # and again
+    with sp.fused(model), torch.no_grad():  # works a second time
         model(tokens)
 
 
 @pytest.mark.parametrize("name", ["hook_pattern", "hook_attn_scores"])
-def test_other_hooks_on_the_matrix_are_refused(tiny, name):
+def test_other_hooks_on_scores_or_pattern_are_refused(tiny, name):
     tokens, name = random_tokens(1, 8), f"blocks.1.attn.{name}"
-    ways_out = "run outside slashpatch.fused.*slashpatch.scan or SlashMonitor"
-    with pytest.raises(FusedError, match=f"{name}.*{ways_out}"), sp.fused(tiny):
+    alternatives = "run outside slashpatch.fused.*slashpatch.scan or SlashMonitor"
+    with pytest.raises(FusedError, match=f"{name}.*{alternatives}"), sp.fused(tiny):
         tiny.run_with_hooks(tokens, fwd_hooks=[(name, lambda tensor, hook: None)])
-    with pytest.raises(FusedError, match=ways_out), sp.fused(tiny):
+    with pytest.raises(FusedError, match=alternatives), sp.fused(tiny):
         tiny.run_with_cache(tokens)
     with sp.fused(tiny):
         tiny.run_with_cache(tokens, names_filter="blocks.0.attn.hook_z")
     tiny.add_hook(name, lambda tensor, hook: None)
     try:
-        with pytest.raises(FusedError, match=ways_out), sp.fused(tiny):
+        with pytest.raises(FusedError, match=alternatives), sp.fused(tiny):
             pytest.fail("entered")
-        with pytest.raises(FusedError, match=ways_out):
+        with pytest.raises(FusedError, match=alternatives):
             sp.scan(tiny, tokens, 1, "fused")
         assert sp.scan(tiny, tokens, 1).provenance["engine"] == "bridge"
         assert name in why_not(tiny)
@@ -260,11 +260,11 @@ def test_other_hooks_on_the_matrix_are_refused(tiny, name):
 
 
 @pytest.mark.parametrize(
-    "site", ["hook_rot_q", "hook_rot_k", "v.hook_out", "q.hook_out", "hook_in"]
+    "point", ["hook_rot_q", "hook_rot_k", "v.hook_out", "q.hook_out", "hook_in"]
 )
-def test_edits_of_others_act_as_ever(tiny, site):
+def test_hooks_of_others_have_the_same_effect(tiny, point):
     tokens = random_tokens(1, 12)
-    hooks = [(f"blocks.0.attn.{site}", lambda tensor, hook: 0.5 * tensor)]
+    hooks = [(f"blocks.0.attn.{point}", lambda tensor, hook: 0.5 * tensor)]
     with torch.no_grad():
         expected = tiny.run_with_hooks(tokens, fwd_hooks=hooks)
         assert not torch.allclose(expected, tiny(tokens))
@@ -273,7 +273,7 @@ def test_edits_of_others_act_as_ever(tiny, site):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_scan_by_the_bridge_inside_fused(tiny):
+def test_a_scan_with_the_bridge_engine_inside_fused(tiny):
     tokens = random_tokens(1, 12)
     expected = sp.scan(tiny, tokens, [0, 1], "bridge")
     with sp.fused(tiny):
@@ -284,39 +284,39 @@ def test_a_scan_by_the_bridge_inside_fused(tiny):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Flatten(sp.Edit):
-    """An edit of somebody's own, on the whole matrix."""
+    """A user's own edit, which needs the whole matrix."""
 
-    def on_scores(self, site, scores):
+    def on_scores(self, context, scores):
         return scores / 2
 
-    def on_pattern(self, site, pattern):
+    def on_pattern(self, context, pattern):
         return pattern**2
 
 
-def test_an_edit_of_ones_own_gets_the_matrix(tiny):
+def test_a_users_own_edit_gets_the_matrix(tiny):
     tokens = random_tokens(2, 12)
     edits = [sp.KnockOut(["L0H1", "L1H0"], 1), Flatten(["L1H0", "L1H2"])]
     theirs, expected, _ = run(tiny, tokens, "bridge", *edits)
-    ours, found, way = run(tiny, tokens, "fused", *edits)
-    assert way == ["flash", "bridge"]
+    ours, found, engines = run(tiny, tokens, "fused", *edits)
+    assert engines == ["flash", "bridge"]
     assert_same(found, expected)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class HalfAndOut(sp.KnockOut):
-    """A built-in edit that somebody has changed."""
+    """A built-in edit that a user has changed."""
 
-    def on_scores(self, site, scores):
-        return super().on_scores(site, scores / 2)
+    def on_scores(self, context, scores):
+        return super().on_scores(context, scores / 2)
 
 
-def test_what_a_subclass_overrides_is_not_passed_over(tiny):
+def test_a_method_that_a_subclass_overrides_is_called(tiny):
     tokens = random_tokens(2, 12)
     edit = HalfAndOut("L0H1", 1)
     theirs, _, _ = run(tiny, tokens, "bridge", edit)
-    ours, _, way = run(tiny, tokens, "fused", edit)
-    assert way == ["bridge", "flash"]
+    ours, _, engines = run(tiny, tokens, "fused", edit)
+    assert engines == ["bridge", "flash"]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -361,7 +361,7 @@ def test_models_that_share_a_configuration():
     assert config._attn_implementation == "eager"
 
 
-def test_autocast_leaves_no_refusal_behind():
+def test_a_run_under_autocast_does_not_make_later_runs_refuse():
     model = tiny_model(seed=7)
     tokens = random_tokens(1, 12)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -394,7 +394,7 @@ def test_profiles_under_edits_of_scores_are_the_same(tiny, edits):
 
 @pytest.mark.parametrize("name", ["GPT-OSS", "Gemma 2", "GPT-NeoX, Pythia"])
 def test_scans_of_edited_families(name):
-    """With sums for profiles, which read the scores before a sink takes part."""
+    """Includes sums for profiles, which read the scores before the sinks are added."""
     model = zoo(name)
     tokens = random_tokens(2, 20)
     edits = [sp.KnockOut(["L0H1", "L1H2"], 1), sp.KeepOnly("L1H0", [0, 3])]
@@ -441,14 +441,14 @@ def test_gradients_reach_queries_keys_and_values(edits):
 
 
 @pytest.mark.parametrize("edits", [[], [sp.KnockOut("L0H1", 1)], [sp.FreezeBand("L0H1", "high")]])
-def test_bfloat16_is_as_near_to_float32_as_the_bridge(edits):
+def test_bfloat16_is_as_close_to_float32_as_the_bridge_engine(edits):
     exact, low = bridge(llama(seed=2)), bridge(llama(seed=2).bfloat16())
     tokens = random_tokens(4, 30)
     right, _, _ = run(exact, tokens, "bridge", *edits)
     theirs, _, _ = run(low, tokens, "bridge", *edits)
-    ours, _, way = run(low, tokens, "fused", *edits)
+    ours, _, engines = run(low, tokens, "fused", *edits)
     off = [float((one.float() - right).square().mean().sqrt()) for one in (theirs, ours)]
-    assert way == ["flash", "flash"]
+    assert engines == ["flash", "flash"]
     assert off[1] <= 1.25 * off[0]
     scans = [sp.scan(model, tokens, [0, 1], engine) for model, engine in
              ((exact, "bridge"), (low, "bridge"), (low, "fused"))]  # fmt: skip
@@ -456,8 +456,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_bridge(edits):
     assert off[1] <= 1.25 * off[0]
 
 
-def test_more_than_one_mask_a_pass_is_kept_apart():
-    """Gemma 3 has a window in one layer and none in the other."""
+def test_layers_with_different_masks():
+    """Gemma 3 has a sliding window in one layer and none in the other."""
     model = zoo("Gemma 3")
     scores = sp.scan(model, random_tokens(1, 20), "all", "fused").scores
     assert float(scores[0, :, 7:].max()) == 0  # nothing beyond the window
@@ -475,7 +475,7 @@ def test_explain_is_the_same(tiny, monkeypatch):
         assert ours[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
 
 
-def test_models_that_do_not_take_part_are_refused():
+def test_compatibility_mode_is_refused():
     model = tiny_model(seed=4)
     model.enable_compatibility_mode(no_processing=True)
     with pytest.raises(ModelError, match="compatibility mode"), sp.fused(model):
@@ -483,8 +483,8 @@ def test_models_that_do_not_take_part_are_refused():
     assert sp.scan(model, random_tokens(1, 9), 1).provenance["engine"] == "bridge"
 
 
-def test_attention_that_does_something_else_is_refused_by_name(monkeypatch):
-    """A layer that adds a bias to its scores before the softmax."""
+def test_attention_with_an_unknown_operation_is_refused_by_name(monkeypatch):
+    """A layer adds a bias to its scores before the softmax."""
     model = tiny_model(seed=4)
     attn = model.blocks[1].attn
     inner = type(attn)._apply_reconstruct_attention_mask
@@ -502,48 +502,48 @@ def test_attention_that_does_something_else_is_refused_by_name(monkeypatch):
     assert sp.scan(model, random_tokens(1, 9), 1).provenance["engine"] == "bridge"
 
 
-def test_attention_that_differs_is_refused_by_name(monkeypatch):
-    """A layer whose keys are changed where slashpatch does not look."""
+def test_attention_with_a_different_result_is_refused_by_name(monkeypatch):
+    """The stand-in for the scores applies a wrong scale."""
     model = tiny_model(seed=4)
     monkeypatch.setattr(
         Scores, "__truediv__", lambda self, by: self * (2 / by)
-    )  # no use: Llama has no cap
+    )  # without effect: Llama has no soft cap
     original = Scores.__mul__
     monkeypatch.setattr(Scores, "__mul__", lambda self, by: original(self, 1.5 * by))
     with pytest.raises(ModelError, match="z of layer 0 differs by"), sp.fused(model):
         pytest.fail("entered")
 
 
-def test_masks_of_ones_own_making_are_refused(tiny):
+def test_a_users_own_mask_is_refused(tiny):
     tokens = random_tokens(1, 6)
     mask = torch.zeros(1, 1, 6, 6)
     with pytest.raises(FusedError, match="an attention mask of your own making"), sp.fused(tiny):
         tiny(tokens, attention_mask=mask)
 
 
-def test_a_mask_with_gaps_goes_by_blocks(tiny):
+def test_a_mask_with_gaps_is_computed_in_blocks(tiny):
     tokens, mask = random_tokens(1, 8), torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])
     theirs, _, _ = run(tiny, tokens, "bridge", attention_mask=mask)
-    ours, _, way = run(tiny, tokens, "fused", attention_mask=mask)
-    assert way == ["blocks", "blocks"]
+    ours, _, engines = run(tiny, tokens, "fused", attention_mask=mask)
+    assert engines == ["blocks", "blocks"]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_prompts_go_by_blocks(tiny):
-    """Position ids that start anew: Transformers keeps the two prompts apart."""
+def test_packed_prompts_are_computed_in_blocks(tiny):
+    """Position ids restart at 0: Transformers masks the two prompts from each other."""
     tokens = random_tokens(1, 12)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
     kwargs = {"position_ids": positions, "use_cache": False}
     theirs, _, _ = run(tiny, tokens, "bridge", **kwargs)
-    ours, _, way = run(tiny, tokens, "fused", **kwargs)
-    assert way == ["blocks", "blocks"]
+    ours, _, engines = run(tiny, tokens, "fused", **kwargs)
+    assert engines == ["blocks", "blocks"]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_the_mask_that_a_layer_on_matrices_gets_is_the_eager_one(tiny):
+def test_the_mask_as_a_matrix_is_the_eager_one(tiny):
     from transformers.masking_utils import eager_mask
 
-    from slashpatch.patching.engine import _mask_of_pass
+    from slashpatch.patching.engine import make_mask_argument
 
     common = {"batch_size": 2, "q_length": 3, "kv_length": 7, "q_offset": 4, "kv_offset": 0}
     from transformers.masking_utils import sliding_window_causal_mask_function
@@ -552,7 +552,7 @@ def test_the_mask_that_a_layer_on_matrices_gets_is_the_eager_one(tiny):
     padding = torch.ones(2, 7, dtype=torch.bool)
     padding[0, :5] = False
     expected = eager_mask(**common, mask_function=rule, attention_mask=padding)
-    ours = _mask_of_pass(**common, mask_function=rule, attention_mask=padding, local_size=3)
+    ours = make_mask_argument(**common, mask_function=rule, attention_mask=padding, local_size=3)
     assert isinstance(ours, MaskArgument)
     assert torch.equal(ours.matrix(torch.float32), expected)
     assert (ours.shape, ours.ndim) == (expected.shape, expected.ndim)
@@ -566,7 +566,7 @@ def test_static_caches_are_refused(tiny):
         tiny.original_model(random_tokens(1, 5), past_key_values=cache)
 
 
-def test_what_stands_for_a_matrix_refuses_all_else(tiny):
+def test_a_stand_in_refuses_other_operations(tiny):
     seen = []
 
     def look(pattern, hook):
@@ -578,15 +578,15 @@ def test_what_stands_for_a_matrix_refuses_all_else(tiny):
         tiny.run_with_hooks(random_tokens(1, 6), fwd_hooks=[(name, look)])
     pattern = seen[0]
     assert pattern.shape == (1, 4, 6, 6)
-    for act in (
+    for operation in (
         lambda: pattern.sum(),
         lambda: pattern[0],
         lambda: pattern * 2,
         lambda: 1 - pattern,
         lambda: torch.exp(pattern),
         lambda: torch.stack([pattern, pattern]),
-        lambda: pattern.slash_rows(torch.tensor([1])),  # the pass is over
+        lambda: pattern.slash_rows(torch.tensor([1])),  # after the forward pass
     ):
         with pytest.raises(FusedError, match="does not form the pattern of layer 0"):
-            act()
+            operation()
     assert math.prod(pattern.shape) == 144

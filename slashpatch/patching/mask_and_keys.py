@@ -1,4 +1,8 @@
-"""The mask and the keys that TransformerLens' attention code meets in the fused engine."""
+"""The attention mask and the keys that the fused engine gives to TransformerLens' attention code.
+
+Both look like tensors to that code. They let the engine see the operations that would form a
+query × key matrix: adding the mask to the scores, and multiplying queries with keys.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,18 @@ from torch import Tensor
 from ..errors import FusedError
 from ..maths.attention.mask import Mask
 
-#: How to get at what the fused engine does not form.
-WAYS_OUT = (
+#: Part of error messages: what to do where the fused engine does not form a matrix.
+ALTERNATIVES = (
     "run outside slashpatch.fused, where TransformerLens forms the matrix; or read diagonals with "
     "slashpatch.scan or SlashMonitor, which work in both engines"
 )
 
 
 class MaskArgument:
-    """What Transformers hands to each layer as its attention mask, under our own name for masks.
+    """The attention mask that Transformers passes to each layer while the fused engine runs.
 
-    A layer that runs on real matrices gets the mask that the "eager" attention would have had.
+    It stands for the mask's rule. A layer that must form its attention matrix adds it to the
+    scores, and then gets the matrix that Transformers' "eager" attention would use.
     """
 
     ndim = 4
@@ -35,15 +40,15 @@ class MaskArgument:
         self._matrix: Tensor | None = None
 
     def is_floating_point(self) -> bool:
-        """As a mask of zeros and lowest numbers is."""
+        """Return True: the mask that this stands for has zeros and the dtype's lowest number."""
         return True
 
     def to(self, *args: Any, **kwargs: Any) -> MaskArgument:
-        """Itself: layers ask for their scores' dtype or device."""
+        """Return the mask itself; `matrix` takes the dtype of the scores."""
         return self
 
     def matrix(self, dtype: torch.dtype) -> Float[Tensor, "batch 1 query key"]:
-        """0 where a key may be read, else the dtype's lowest number."""
+        """Return the mask's matrix: 0 where a key may be read, else the dtype's lowest number."""
         if self._matrix is None or self._matrix.dtype != dtype:
             rows = torch.arange(self.mask.n_queries, device=self.device)
             columns = torch.arange(self.mask.n_keys, device=self.device)
@@ -56,46 +61,51 @@ class MaskArgument:
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Tensor:
-        if _is(func, "add") and len(args) == 2 and isinstance(args[0], Tensor):
+        if is_function(func, "add") and len(args) == 2 and isinstance(args[0], Tensor):
             return args[0] + args[1].matrix(args[0].dtype)
-        raise FusedError(f"the fused engine does not know {_named(func)} on an attention mask")
+        raise FusedError(
+            f"the fused engine cannot apply {function_name(func)} to an attention mask; "
+            f"{ALTERNATIVES}"
+        )
 
 
 class Keys(Tensor):
-    """Keys whose product with queries is noted and not formed; anything else is done as usual.
+    """Keys whose matrix product with queries is not computed.
 
-    What is made of them are such keys too. `scores` says what becomes of the product.
+    The product calls `scores(queries, keys)` instead and returns its result, a stand-in for the
+    scores. All other operations work as usual, and tensors made from these keys are `Keys` too.
     """
 
     scores: Callable[[Tensor, Tensor], Any] | None = None
 
     @classmethod
     def mark(cls, k: Tensor, scores: Callable[[Tensor, Tensor], Any]) -> Keys:
-        """The same keys, marked."""
+        """Return the same keys as `Keys`, with `scores` called in place of their product."""
         marked = k.as_subclass(cls)
         marked.scores = scores
         return marked
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is(func, "matmul") and len(args) == 2 and isinstance(args[1], Keys):
+        if is_function(func, "matmul") and len(args) == 2 and isinstance(args[1], Keys):
             if args[1].scores is None:
                 raise FusedError(
-                    f"the fused engine lost track of keys that went through another operation; "
-                    f"{WAYS_OUT}"
+                    "an operation between the KV cache and the scores returned keys that the fused "
+                    f"engine cannot follow; {ALTERNATIVES}"
                 )
             return args[1].scores(args[0], args[1].as_subclass(Tensor).mT)
-        made = super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})
         source = next((arg for arg in args if isinstance(arg, Keys)), None)
-        if isinstance(made, Keys) and source is not None:
-            made.scores = source.scores
-        return made
+        if isinstance(result, Keys) and source is not None:
+            result.scores = source.scores
+        return result
 
 
-def _named(func: Any) -> str:
+def function_name(func: Any) -> str:
+    """Return the name of a torch function."""
     return str(getattr(func, "__name__", func))
 
 
-def _is(func: Any, name: str) -> bool:
-    """Whether a torch function is `name` in one of its spellings."""
-    return _named(func) in (name, f"__{name}__", f"__r{name}__")
+def is_function(func: Any, name: str) -> bool:
+    """Return whether a torch function has a name, also as an operator such as `__add__`."""
+    return function_name(func) in (name, f"__{name}__", f"__r{name}__")
