@@ -1,0 +1,1 @@
+"""Effects of edits: measure, flow, copying, paths and sweep, with controls and statistics."""
