@@ -175,7 +175,7 @@ def test_explain(call, model, tmp_path):
         (("scan", "MODEL", "--offsets", "-1"), "offsets such as"),
         (("scan", "MODEL", "--offsets", ""), "offsets such as"),
         (("scan", "MODEL", "--offsets", "30", "--max-tokens", "20"), "needs a prompt of at least"),
-        (("scan", "MODEL", "--kappa", "1.5"), "kappa is a score from 0 to 1"),
+        (("scan", "MODEL", "--kappa", "1.5"), "kappa must be a score from 0 to 1"),
         (("scan", "MODEL", "--text", "absent.txt"), "no file 'absent.txt'"),
         (("scan", "MODEL", "--text", "absent.txt", "--random-tokens"), "not both"),
         (("scan", "MODEL", "--out", "/absent/scan.csv"), "there is no directory"),
