@@ -89,13 +89,13 @@ def flow(model, sp):
 def sweep_cost(model, sp):
     """Seconds of a sweep of a sample of heads, and of patching and running the whole model."""
     from slashpatch.effects.conditions import conditions
-    from slashpatch.effects.evaluation import Meter, evaluate
+    from slashpatch.effects.evaluation import MetricRunner, evaluate
     from slashpatch.effects.inputs import prompts_for
     from slashpatch.effects.metrics import as_metric
 
     heads = [sp.Head(*at) for at in SAMPLE]
-    meter = Meter(model, [as_metric("copying")])
-    prompts = prompts_for(model, meter.metrics, None, **SIZE, seed=0)
+    runner = MetricRunner(model, [as_metric("copying")])
+    prompts = prompts_for(model, runner.metrics, None, **SIZE, seed=0)
     edits = conditions([sp.KnockOut(head, 1) for head in heads])
     found = {}
 
@@ -103,7 +103,7 @@ def sweep_cost(model, sp):
         found["swept"] = sp.sweep(model, heads=heads, **SIZE).frame.set_index("name")["effect"]
 
     def naive():
-        clean, *values = evaluate(model, meter, prompts, edits)
+        clean, *values = evaluate(model, runner, prompts, edits)
         found["naive"] = [float((one[0] - clean[0]).mean()) for one in values]
 
     times = ratio(

@@ -197,7 +197,7 @@ FIVE = "(L16H0, L11H1, L1H2, L19H3, L2H1)"
 @pytest.mark.exhaustive
 def test_a_sweep_is_the_naive_loop_bit_for_bit(real):
     from slashpatch.effects.conditions import conditions
-    from slashpatch.effects.evaluation import Meter, evaluate
+    from slashpatch.effects.evaluation import MetricRunner, evaluate
     from slashpatch.effects.inputs import prompts_for
     from slashpatch.effects.metrics import as_metric
 
@@ -205,10 +205,10 @@ def test_a_sweep_is_the_naive_loop_bit_for_bit(real):
     names = ["L2H1", "L11H1", "L16H0", "L19H8", "L26H4"]
     swept = sp.sweep(real, heads=names, **size).frame.set_index("name")["effect"]
     assert swept.index[0] == "L16H0"
-    meter = Meter(real, [as_metric("copying")])
-    prompts = prompts_for(real, meter.metrics, None, **size, seed=0)
+    runner = MetricRunner(real, [as_metric("copying")])
+    prompts = prompts_for(real, runner.metrics, None, **size, seed=0)
     edits = conditions([sp.KnockOut(name, 1) for name in names])
-    clean, *values = evaluate(real, meter, prompts, edits)
+    clean, *values = evaluate(real, runner, prompts, edits)
     assert swept[names].tolist() == [float((one[0] - clean[0]).mean()) for one in values]
 
 

@@ -1,4 +1,4 @@
-"""Metrics of attention."""
+"""Metrics that read attention patterns: slash scores and prefix matching."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from .logit_metrics import _is_integer, copy_length
 
 @dataclass(frozen=True)
 class SlashScores:
-    """Slash score of heads at one offset (arXiv 2601.08297, definition), per prompt.
+    """Slash scores of heads at one offset, per prompt (arXiv 2601.08297).
 
     Attributes:
-        heads: Whose scores; None for all. Heads downstream of an edit show what it does to them.
-        offset: Δ.
+        heads: Heads to score; None for all. Heads in later layers than an edit show what it does
+            to them.
+        offset: Δ ≥ 0, in tokens.
     """
 
     heads: HeadsLike | None = None
@@ -31,10 +32,12 @@ class SlashScores:
     def __post_init__(self) -> None:
         _fix_heads(self)
         if not _is_integer(self.offset) or self.offset < 0:
-            raise MetricError(f"SlashScores: offset is an integer from 0; got {self.offset!r}")
+            raise MetricError(
+                f"SlashScores: offset must be an integer of at least 0; got {self.offset!r}"
+            )
 
     def read(self, pattern: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
-        """Mean attention i → i−Δ of each head of a layer."""
+        """Return the mean attention from token i to token i−Δ, for each head of a layer."""
         if self.offset >= tokens.shape[1]:
             raise PromptError(
                 f"offset {self.offset} needs prompts of at least {self.offset + 1} tokens; "
@@ -46,14 +49,15 @@ class SlashScores:
 
 @dataclass(frozen=True)
 class PrefixMatching:
-    """Induction score of heads, per prompt (Olsson et al., arXiv 2209.11895).
+    """Prefix-matching (induction) scores of heads, per prompt (Olsson et al., arXiv 2209.11895).
 
-    On repeated tokens: the mean attention from a token of the second copy to the one `lag` places
-    after its first occurrence.
+    On repeated tokens: the mean attention from each token of the second copy to the token `lag`
+    positions after its first occurrence.
 
     Attributes:
-        heads: Whose scores; None for all.
-        lag: 1 is what an induction head matches; 0 the token itself.
+        heads: Heads to score; None for all.
+        lag: 1 for induction heads, which attend to the next token of the first copy; 0 for heads
+            that attend to the first occurrence itself.
     """
 
     heads: HeadsLike | None = None
@@ -63,28 +67,32 @@ class PrefixMatching:
     def __post_init__(self) -> None:
         _fix_heads(self)
         if not _is_integer(self.lag) or self.lag < 0:
-            raise MetricError(f"PrefixMatching: lag is an integer from 0; got {self.lag!r}")
+            raise MetricError(
+                f"PrefixMatching: lag must be an integer of at least 0; got {self.lag!r}"
+            )
 
     def read(self, pattern: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
-        """Mean attention of each head of a layer. Raises PromptError for prompts without copies."""
-        return matched(pattern, tokens, (self.lag,))[..., 0]
+        """Return each head's score in a layer. Raises PromptError for prompts without copies."""
+        return prefix_matching(pattern, tokens, (self.lag,))[..., 0]
 
 
 def _fix_heads(metric: Any) -> None:
-    """Heads as a tuple, so that equal metrics are equal."""
+    """Store a metric's heads as a tuple, so that metrics of the same heads are equal."""
     if metric.heads is not None:
-        found = heads(metric.heads)
-        if not found:
+        chosen = heads(metric.heads)
+        if not chosen:
             raise MetricError(f"{type(metric).__name__} needs at least one head, or None for all")
-        object.__setattr__(metric, "heads", found)
+        object.__setattr__(metric, "heads", chosen)
 
 
-def matched(
+def prefix_matching(
     pattern: Any, tokens: Int[Tensor, "batch pos"], lags: Sequence[int]
 ) -> Float[Tensor, "batch head lag"]:
-    """Mean attention from the second copy to `lag` places after each token's first occurrence."""
+    """Return the mean attention from the second copy to `lag` after each first occurrence."""
     n = copy_length(tokens)
     if not all(0 <= lag < n for lag in lags):
-        raise PromptError(f"lags of copies of {n} tokens are 0 to {n - 1}; got {list(lags)}")
+        raise PromptError(
+            f"lags in copies of {n} tokens must be from 0 to {n - 1}; got {list(lags)}"
+        )
     offsets = torch.tensor([n - lag for lag in lags], device=tokens.device)
     return slash_rows(pattern, offsets)[:, :, -n:].double().mean(2)

@@ -1,30 +1,31 @@
-"""Controls: the same edit where it should do nothing in particular, drawn by seed.
+"""Controls by name: the same edit at random other heads, offsets or rotary pairs.
 
-An effect says little by itself: removing anything from a model hurts. Each control answers one
-objection. Which pools are drawn from is *ours*.
+An effect alone says little, because removing anything from a model hurts. Each control answers one
+objection: that any heads, any offsets or any rotary pairs would have had the same effect. The pools
+that the controls draw from are *ours*.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ControlError
-from .control import Control
+from .base_control import Control
 from .head_controls import MatchedHeads, RandomHeads
-from .place_controls import OtherOffsets, RandomPairs
+from .offset_and_pair_controls import OtherOffsets, RandomPairs
 
-if TYPE_CHECKING:
-    pass
-
-
+#: The controls that `as_control` and the command line know, by name.
 CONTROLS: dict[str, type[Control]] = {
-    kind.name: kind for kind in (RandomHeads, MatchedHeads, OtherOffsets, RandomPairs)
+    control.name: control for control in (RandomHeads, MatchedHeads, OtherOffsets, RandomPairs)
 }
 
 
 def as_control(spec: Any) -> Control:
-    """A control from its text, such as `random-heads:20`, or itself. Raises ControlError."""
+    """Return a Control, parsed first if it is a text such as `random-heads:20`.
+
+    Raises ControlError for anything else.
+    """
     if isinstance(spec, Control):
         return spec
     match = (
@@ -34,7 +35,7 @@ def as_control(spec: Any) -> Control:
     )
     if match is None or match[1] not in CONTROLS:
         raise ControlError(
-            f"no control {spec!r}; expected one of {', '.join(CONTROLS)}, with how many draws, "
-            "such as random-heads:20"
+            f"there is no control {spec!r}; expected one of {', '.join(CONTROLS)}, with the number "
+            "of draws, such as random-heads:20"
         )
     return CONTROLS[match[1]](*([int(match[2])] if match[2] else []))

@@ -1,6 +1,6 @@
-"""Copying: how well the model predicts the second run through tokens that it has seen once.
+"""Copying: how well a model predicts the second copy of repeated random tokens.
 
-Uniform random tokens repeat; only a model that finds the earlier copy can predict the second one.
+Only a model that finds the first copy in its context, as induction heads do, can predict it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import OffsetError, PromptError
 from ..maths.offsets import as_offsets
 from .attention_metrics import PrefixMatching
 from .conditions import Condition, conditions, require_options
-from .evaluation import Meter, evaluate
+from .evaluation import MetricRunner, evaluate
 from .inputs import repeated
 from .logit_metrics import copy_length, copying_loss
 from .result import Result
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
-#: Below this rate, and this score of a head, nothing is said to be copied or matched. *Ours*.
+#: Least rate at which a lag counts as copied, and least score at which a head matches it. *Ours*.
 _LEAST = 0.1
 
 
 def copying_losses(
     model: TransformerBridge, n_prompts: int = 8, n_tokens: int = 100, seed: int = 0
 ) -> Float[Tensor, "prompt"]:
-    """Mean next-token loss on the second copy of `n_tokens` random tokens, per prompt, in nats.
+    """Return the mean next-token loss on the second copy of random tokens, per prompt, in nats.
 
-    The model as it is, patches included. Chance is the log of the vocabulary size. The first token
-    of the second copy is left out: nothing announces it. *Ours*, after the usual induction test
-    (Olsson et al., arXiv 2209.11895). Raises PromptError for fewer than 2 tokens, or more than the
-    context holds twice.
+    The model is run as it is, active patches included. Chance is log d_vocab. The first token of
+    the second copy is left out, because nothing tells that the copy begins. *Ours*, after the usual
+    induction test (Olsson et al., arXiv 2209.11895). Raises PromptError for fewer than 2 tokens, or
+    if two copies exceed the context.
     """
     tokens = torch.stack(repeated(model, n_prompts, n_tokens, seed).tokens).to(model.cfg.device)
     with torch.no_grad():
@@ -54,11 +54,11 @@ def copied_lags(
     n_tokens: int = 100,
     seed: int = 0,
 ) -> Float[Tensor, "prompt lag"]:
-    """How often the likeliest token is the one `lag` places on in the first copy, per prompt.
+    """Return how often the likeliest next token is the token `lag` positions on, per prompt.
 
-    Over positions of the second copy whose continuation lies in it. A model that copies says the
-    next token: lag 1. Chance is one over the vocabulary. Raises PromptError as `copying_losses`
-    does, or for a lag that is not from 1 to n_tokens − 1. *Ours*.
+    Over the positions of the second copy that have such a token in the copy. A model that copies
+    predicts the next token, lag 1. Chance is 1 / d_vocab. *Ours*. Raises PromptError as
+    `copying_losses` does, and for lags outside 1 to n_tokens − 1.
     """
     chosen = _lags(lags, n_tokens)
     tokens = torch.stack(repeated(model, n_prompts, n_tokens, seed).tokens).to(model.cfg.device)
@@ -68,19 +68,19 @@ def copied_lags(
 
 
 def _lags(lags: Any, n_tokens: int) -> tuple[int, ...]:
-    """Distinct lags, ascending."""
+    """Return distinct lags, ascending. Raises PromptError for lags outside 1 to n_tokens − 1."""
     try:
-        found = as_offsets(lags)
+        chosen = as_offsets(lags)
     except OffsetError:
-        found = ()
-    if not found or not (found[0] >= 1 and found[-1] < n_tokens):
-        raise PromptError(f"lags are integers from 1 to {n_tokens - 1}; got {lags!r}")
-    return found
+        chosen = ()
+    if not chosen or not (chosen[0] >= 1 and chosen[-1] < n_tokens):
+        raise PromptError(f"lags must be integers from 1 to {n_tokens - 1}; got {lags!r}")
+    return chosen
 
 
 @dataclass(frozen=True)
 class LagTop1:
-    """How often the likeliest token is the one `lag` places on, in the copy; for each of `lags`."""
+    """How often the likeliest next token is the token `lag` positions on, for several lags."""
 
     lags: tuple[int, ...]
     keeps: ClassVar[Any] = staticmethod(copy_length)
@@ -88,7 +88,7 @@ class LagTop1:
     def __call__(
         self, logits: Float[Tensor, "batch kept d_vocab"], tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch lag"]:
-        """Over positions of the second copy whose continuation lies in it."""
+        """Return one number per lag, over the positions whose token `lag` on is in the copy."""
         n = copy_length(tokens)
         guesses, second = logits[:, -n:].argmax(-1), tokens[:, -n:]
         rates = [(guesses[:, :-lag] == second[:, lag:]).double().mean(1) for lag in self.lags]
@@ -97,7 +97,7 @@ class LagTop1:
 
 @dataclass(frozen=True)
 class LagLoss:
-    """Mean loss if the token `lag` places on were the next one, in nats; for each of `lags`."""
+    """Mean loss if the token `lag` positions on were the next token, in nats, for several lags."""
 
     lags: tuple[int, ...]
     keeps: ClassVar[Any] = staticmethod(copy_length)
@@ -105,12 +105,12 @@ class LagLoss:
     def __call__(
         self, logits: Float[Tensor, "batch kept d_vocab"], tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch lag"]:
-        """Over positions of the second copy whose continuation lies in it."""
+        """Return one number per lag, over the positions whose token `lag` on is in the copy."""
         n = copy_length(tokens)
-        here, second = logits[:, -n:].float(), tokens[:, -n:]
-        chances = here - here.logsumexp(-1, keepdim=True)
+        second_logits, second = logits[:, -n:].float(), tokens[:, -n:]
+        log_probs = second_logits - second_logits.logsumexp(-1, keepdim=True)
         losses = [
-            -chances[:, :-lag].gather(-1, second[:, lag:, None])[..., 0].double().mean(1)
+            -log_probs[:, :-lag].gather(-1, second[:, lag:, None])[..., 0].double().mean(1)
             for lag in self.lags
         ]
         return torch.stack(losses, dim=1)
@@ -128,24 +128,25 @@ def copying(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
-    """Which lag the model copies on repeated random tokens, clean and under edits.
+    """Measure which lag the model copies on repeated random tokens, clean and under edits.
 
     Args:
-        model: A TransformerBridge; active patches are part of "clean".
-        edits: An edit or several, each by itself; those of a nested list act together.
-        lags: 1: the token that came next in the first copy; 2: the one after it.
-        n_prompts: How many; the unit of intervals.
-        n_tokens: Length of one copy.
-        batch_size: Prompts per pass; picked by memory when None.
-        confidence: Of the intervals.
-        seed: Of tokens, resamples and sign flips.
-        progress: Whether to show a bar; when None, on a terminal only.
+        model: A TransformerBridge; active patches are part of the clean run.
+        edits: One or several edits, each measured alone; edits of a nested list act together.
+        lags: 1 for the token that came next in the first copy, 2 for the token after it, ...
+        n_prompts: Number of prompts, which are the unit of the intervals.
+        n_tokens: Length of one copy, in tokens.
+        batch_size: Prompts per forward pass; None: by memory.
+        confidence: Level of the intervals.
+        seed: Random seed of tokens, bootstrap resamples and sign flips.
+        progress: Whether to show a progress bar; None: on a terminal only.
 
     Returns:
-        A Result. `frame`: a row per condition and lag, with `top1` (how often the likeliest token
-        is the one at that lag) and `loss` (nats, if it were the right one), each with an interval,
-        and the effect on the loss. `tables["heads"]`: heads whose prefix-matching score reaches 0.1
-        at some lag in some condition, and the lag that they match.
+        A Result. `frame` has a row per condition and lag, with `top1` (how often the likeliest next
+        token is the token at that lag) and `loss` (in nats, if that token were the right answer),
+        each with an interval, and an edit's paired effect on the loss. `tables["heads"]` has the
+        heads whose prefix-matching score reaches 0.1 (*ours*) at some lag in some condition, and
+        the lag that they match best.
 
     Raises:
         EditError, PromptError, and what `patch` raises.
@@ -153,40 +154,41 @@ def copying(
     require_options(seed, confidence, n_prompts=n_prompts, n_tokens=n_tokens)
     wanted = () if isinstance(edits, (list, tuple)) and not edits else conditions(edits)
     chosen = _lags(lags, n_tokens)
-    found = repeated(model, n_prompts, n_tokens, seed)
-    tried = sorted({0, 1, *chosen})
-    matching = [PrefixMatching(lag=lag) for lag in tried]
-    meter = Meter(model, [LagTop1(chosen), LagLoss(chosen), *matching])
-    values = evaluate(model, meter, found, wanted, batch_size, progress)
-    every = [Condition(), *wanted]
-    tops, losses = [one[0] for one in values], [one[1] for one in values]
-    matches = [torch.stack(one[2:], dim=-1) for one in values]  # [prompt, head, lag]
-    frame = _frame(every, chosen, tops, losses, seed, confidence)
+    prompts = repeated(model, n_prompts, n_tokens, seed)
+    matched_lags = sorted({0, 1, *chosen})
+    matching = [PrefixMatching(lag=lag) for lag in matched_lags]
+    runner = MetricRunner(model, [LagTop1(chosen), LagLoss(chosen), *matching])
+    values = evaluate(model, runner, prompts, wanted, batch_size, progress)
+    runs = [Condition(), *wanted]
+    tops, losses = [of_run[0] for of_run in values], [of_run[1] for of_run in values]
+    matches = [torch.stack(of_run[2:], dim=-1) for of_run in values]  # [prompt, head, lag]
+    frame = _frame(runs, chosen, tops, losses, seed, confidence)
     details = {
         "measured": [str(condition) for condition in wanted],
-        "prompts": found.record,
+        "prompts": prompts.record,
         "confidence": confidence,
         "seed": seed,
     }
     return Result(
         "copying",
         frame,
-        {"heads": _heads(every, tried, matches, meter.labels(2, 0), seed, confidence)},
-        tuple(_remark(condition, chosen, top) for condition, top in zip(every, tops, strict=True)),
+        {"heads": _heads(runs, matched_lags, matches, runner.labels(2, 0), seed, confidence)},
+        tuple(_remark(condition, chosen, top) for condition, top in zip(runs, tops, strict=True)),
         provenance(model, **details),
     )
 
 
 def _frame(
-    every: list[Condition],
+    runs: list[Condition],
     lags: tuple[int, ...],
     tops: list[Tensor],
     losses: list[Tensor],
     seed: int,
     confidence: float,
 ) -> pd.DataFrame:
+    """Return a row per condition and lag."""
     rows = []
-    for condition, top, loss in zip(every, tops, losses, strict=True):
+    for condition, top, loss in zip(runs, tops, losses, strict=True):
         top_low, top_high = interval(top, seed, confidence)
         loss_low, loss_high = interval(loss, seed, confidence)
         effect = compared(losses[0], loss, seed, confidence)
@@ -209,21 +211,22 @@ def _frame(
 
 
 def _heads(
-    every: list[Condition],
+    runs: list[Condition],
     lags: list[int],
     matches: list[Tensor],
     names: list[str],
     seed: int,
     confidence: float,
 ) -> pd.DataFrame:
+    """Return a row per condition and head that matches some lag in some condition."""
     import pandas as pd
 
-    means = torch.stack([one.mean(0) for one in matches])  # [condition, head, lag]
+    means = torch.stack([scores.mean(0) for scores in matches])  # [condition, head, lag]
     shown = (means[..., 1:].amax(-1) >= _LEAST).any(0).nonzero()[:, 0]
     order = shown[means[0, shown, 1].argsort(descending=True, stable=True)]
     rows = []
-    for condition, one, mean in zip(every, matches, means, strict=True):
-        low, high = interval(one, seed, confidence)
+    for condition, scores, mean in zip(runs, matches, means, strict=True):
+        low, high = interval(scores, seed, confidence)
         for head in order.tolist():
             best = int(mean[head].argmax())
             rows.append(
@@ -243,6 +246,7 @@ def _heads(
 
 
 def _remark(condition: Condition, lags: tuple[int, ...], top: Tensor) -> str:
+    """Say which lag is copied most often."""
     rates = top.mean(0)
     best = int(rates.argmax())
     rate = float(rates[best])

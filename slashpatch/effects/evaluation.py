@@ -1,4 +1,4 @@
-"""Runs a model with and without edits on the same prompts, and keeps each prompt's numbers."""
+"""Run a model with and without edits on the same prompts, and collect metrics per prompt."""
 
 from __future__ import annotations
 
@@ -22,34 +22,43 @@ from ..heads import Head
 from ..patching.patch import patch
 from .conditions import Condition
 from .inputs import Batch, batches
-from .metrics import Metric, kept_positions, metric_name, wanted
+from .metrics import Metric, kept_positions, metric_name, required_arguments
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+#: Bytes that the clean logits may take while they wait to be compared with edited ones.
 _KEPT_BYTES = 1024 * 2**20
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What a run leaves for others to compare with, or to take where layers are not run again.
+class RunOutputs:
+    """Outputs of a run that later runs on the same prompts use.
 
     Attributes:
-        logits: Where a metric compares with them.
-        read: What attention metrics read, by (metric, layer).
+        logits: Its logits, if a metric compares later runs with them.
+        attention: Values of attention metrics by (metric index, layer), for later runs that skip
+            that layer.
     """
 
     logits: Float[Tensor, "batch kept d_vocab"] | None
-    read: dict[tuple[int, int], Float[Tensor, "batch head"]]
+    attention: dict[tuple[int, int], Float[Tensor, "batch head"]]
 
-    def repeated(self, n: int) -> Taken:
-        """For the same prompts n times over."""
+    def repeated(self, n: int) -> RunOutputs:
+        """Return the outputs for the same prompts n times over."""
         logits = None if self.logits is None else self.logits.repeat(n, 1, 1)
-        return Taken(logits, {at: values.repeat(n, 1) for at, values in self.read.items()})
+        attention = {key: values.repeat(n, 1) for key, values in self.attention.items()}
+        return RunOutputs(logits, attention)
 
 
-class Meter:
-    """Reads metrics off passes of one model, and checks what they give."""
+class MetricRunner:
+    """Runs one model and computes metrics of each run, per prompt.
+
+    Attributes:
+        names: Names of the metrics, in their order.
+        compares: Whether a metric compares with the clean run's logits.
+        heads: Heads of each attention metric, by its index.
+    """
 
     def __init__(self, model: TransformerBridge, metrics: Sequence[Metric]) -> None:
         self.model = model
@@ -60,24 +69,19 @@ class Meter:
         self.names = [metric_name(metric) for metric in self.metrics]
         twice = next((name for name in self.names if self.names.count(name) > 1), None)
         if twice is not None:
-            raise MetricError(f"two metrics are called {twice!r}; name functions apart")
+            raise MetricError(f"two metrics are called {twice!r}; give functions different names")
         of_logits = [metric for metric in self.metrics if not hasattr(metric, "read")]
-        self.compares = any("clean_logits" in wanted(metric) for metric in of_logits)
-        every = [
-            Head(layer, head)
-            for layer in range(self.info.n_layers)
-            for head in range(self.info.n_heads)
-        ]
+        self.compares = any("clean_logits" in required_arguments(metric) for metric in of_logits)
         self.heads: dict[int, list[Head]] = {
-            place: every if metric.heads is None else list(self.info.require(metric.heads))
-            for place, metric in enumerate(self.metrics)
+            index: self.info.heads if metric.heads is None else [*self.info.require(metric.heads)]
+            for index, metric in enumerate(self.metrics)
             if hasattr(metric, "read")
         }
 
     def logits(
         self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[tuple[str, Any]] = ()
     ) -> Float[Tensor, "batch kept d_vocab"]:
-        """One forward pass, without what no metric needs: a KV cache, or all positions' logits."""
+        """Run one forward pass, and return the logits of the last positions that metrics need."""
         saving = {"use_cache": False, "logits_to_keep": kept_positions(self.metrics, tokens)}
         kwargs: dict[str, Any] = {name: saving[name] for name in self.info.saving}
         with leaving_no_trace(self.model):
@@ -86,20 +90,29 @@ class Meter:
     def run(
         self,
         batch: Batch,
-        clean: Taken | None,
-        what: Any,
+        clean: RunOutputs | None,
+        label: Any,
         hooks: Sequence[tuple[str, Any]] = (),
         from_layer: int = 0,
-    ) -> tuple[list[Float[Tensor, "batch _"]], Taken]:
-        """Each metric's values on a batch; `clean_logits` None: this is the clean run.
+    ) -> tuple[list[Float[Tensor, "batch _"]], RunOutputs]:
+        """Run the model on a batch; return each metric's values and the run's outputs.
 
-        `what` names the run in messages; `hooks` act before attention is read; layers before
-        `from_layer` are not run again, and their attention is the clean one. Raises MetricError.
+        Args:
+            batch: The prompts.
+            clean: Outputs of the clean run on these prompts; None if this is the clean run.
+            label: Name of the run in error messages.
+            hooks: Further hooks, which act before the attention metrics read.
+            from_layer: First layer that the model runs; attention metrics of the layers before
+                are those of the clean run.
+
+        Raises:
+            MetricError for a metric that returns something else than numbers per prompt.
         """
-        known = {} if clean is None else clean.read
-        read = {at: values for at, values in known.items() if at[1] < from_layer}
-        logits = self.logits(batch.tokens, [*hooks, *self._attention_hooks(batch.tokens, read)])
-        given = {
+        known = {} if clean is None else clean.attention
+        attention = {key: values for key, values in known.items() if key[1] < from_layer}
+        hooks = [*hooks, *self._attention_hooks(batch.tokens, attention)]
+        logits = self.logits(batch.tokens, hooks)
+        arguments = {
             "logits": logits,
             "tokens": batch.tokens,
             "clean_logits": logits if clean is None else clean.logits,
@@ -107,112 +120,117 @@ class Meter:
             "n_prompts": batch.n_prompts,
         }
         values = []
-        for place, (metric, name) in enumerate(zip(self.metrics, self.names, strict=True)):
-            if place in self.heads:
-                found: Any = self._of_heads(place, read)
+        for index, (metric, name) in enumerate(zip(self.metrics, self.names, strict=True)):
+            if index in self.heads:
+                value: Any = self._of_heads(index, attention)
             else:
                 before = logits._version
-                found = metric(**{key: given[key] for key in wanted(metric)})
+                value = metric(**{key: arguments[key] for key in required_arguments(metric)})
                 if logits._version != before:
                     raise MetricError(f"the metric {name} changes the logits in place; copy them")
-            values.append(_checked(found, batch, name, what))
-        return values, Taken(logits if self.compares else None, read)
+            values.append(_checked(value, batch, name, label))
+        return values, RunOutputs(logits if self.compares else None, attention)
 
     def _attention_hooks(
-        self, tokens: Tensor, read: dict[tuple[int, int], Tensor]
+        self, tokens: Tensor, attention: dict[tuple[int, int], Tensor]
     ) -> Iterator[tuple[str, Any]]:
-        for place, heads in self.heads.items():
-            metric = self.metrics[place]
+        """Yield the hooks by which attention metrics read patterns into `attention`."""
+        for index, heads in self.heads.items():
+            metric = self.metrics[index]
             for layer in sorted({head.layer for head in heads}):
 
                 @reads_diagonals
-                def take(
-                    pattern: Any, hook: Any, at: tuple[int, int] = (place, layer), m: Any = metric
+                def read(
+                    pattern: Any, hook: Any, key: tuple[int, int] = (index, layer), m: Any = metric
                 ) -> None:
-                    read[at] = m.read(pattern, tokens)
+                    attention[key] = m.read(pattern, tokens)
 
-                yield self.info.hook(layer, "pattern"), take
+                yield self.info.hook(layer, "pattern"), read
 
     def _of_heads(
-        self, place: int, read: dict[tuple[int, int], Tensor]
+        self, index: int, attention: dict[tuple[int, int], Tensor]
     ) -> Float[Tensor, "batch head"]:
-        """What a metric of attention read of its heads, in their order."""
-        layers, heads = torch.tensor([(head.layer, head.head) for head in self.heads[place]]).T
-        own, at = layers.unique(return_inverse=True)
-        missing = [layer for layer in own.tolist() if (place, layer) not in read]
+        """Return the values that an attention metric read of its heads, in the heads' order."""
+        layers, heads = torch.tensor([(head.layer, head.head) for head in self.heads[index]]).T
+        distinct, at = layers.unique(return_inverse=True)
+        missing = [layer for layer in distinct.tolist() if (index, layer) not in attention]
         if missing:
             raise MetricError(
-                f"{self.names[place]}: the pattern hook of layer {missing[0]} never fired"
+                f"{self.names[index]}: the pattern hook of layer {missing[0]} never fired"
             )
-        every = torch.stack([read[place, layer].cpu() for layer in own.tolist()], dim=1)
-        return every[:, at, heads]
+        by_layer = torch.stack([attention[index, la].cpu() for la in distinct.tolist()], dim=1)
+        return by_layer[:, at, heads]
 
-    def labels(self, place: int, n: int) -> list[str]:
-        """What each of a metric's numbers is of: a head, a position, or nothing."""
-        if place in self.heads:
-            return [str(head) for head in self.heads[place]]
-        return [""] if n == 1 else [str(index) for index in range(n)]
+    def labels(self, index: int, n: int) -> list[str]:
+        """Return labels of a metric's n numbers: its heads, else positions, "" for one number."""
+        if index in self.heads:
+            return [str(head) for head in self.heads[index]]
+        return [""] if n == 1 else [str(position) for position in range(n)]
 
 
-def _checked(found: Any, batch: Batch, name: str, what: Any) -> Float[Tensor, "batch _"]:
+def _checked(value: Any, batch: Batch, name: str, label: Any) -> Float[Tensor, "batch _"]:
+    """Return a metric's value as [batch, n] in float64. Raises MetricError if it is not that."""
     n = len(batch.index)
-    fits = isinstance(found, Tensor) and found.ndim in (1, 2) and found.shape[0] == n
-    if not fits or found.numel() == 0:
-        came = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    valid = isinstance(value, Tensor) and value.ndim in (1, 2) and value.shape[0] == n
+    if not valid or value.numel() == 0:
+        came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise MetricError(
-            f"the metric {name} must give one number per prompt, [{n}], or [{n}, several]; "
-            f"got {came}. Do not average over prompts: intervals need them"
+            f"the metric {name} must return one number per prompt, [{n}], or several, [{n}, any]; "
+            f"got {came}. Do not average over prompts: the intervals are over prompts"
         )
-    values = found.detach().double().cpu().view(n, -1)
+    values = value.detach().double().cpu().view(n, -1)
     if not bool(values.isfinite().all()):
         prompt, of = (~values.isfinite()).nonzero()[0].tolist()
         raise MetricError(
             f"the metric {name} gave {float(values[prompt, of])} for prompt "
-            f"{int(batch.index[prompt])} under {what}; expected finite numbers"
+            f"{int(batch.index[prompt])} under {label}; expected finite numbers"
         )
     return values
 
 
 def evaluate(
     model: TransformerBridge,
-    meter: Meter,
+    runner: MetricRunner,
     prompts: PromptSet,
-    wanted_conditions: Sequence[Condition],
+    edited: Sequence[Condition],
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> list[list[Float[Tensor, "prompt _"]]]:
-    """Values of each metric under the clean run and then each condition, on the same prompts."""
-    todo = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device)
-    runs = [Condition(), *wanted_conditions]
+    """Return the values of each metric in the clean run and under each condition, in this order.
+
+    All runs are on the same prompts, so values are paired by prompt.
+    """
+    all_batches = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device)
+    runs = [Condition(), *edited]
     steps = [
-        (chunk, condition)
-        for chunk in _chunks(todo, meter.compares, model.cfg.d_vocab)
-        for condition in range(len(runs))
+        (chunk, run)
+        for chunk in _chunks(all_batches, runner.compares, model.cfg.d_vocab)
+        for run in range(len(runs))
     ]
-    found: list[list[list[Tensor]]] = [[[] for _ in meter.metrics] for _ in runs]
-    kept: list[Taken] = []
-    for chunk, which in progress_over(steps, "measuring", show=progress):
-        with patch(model, *runs[which].edits) if which else nullcontext():
-            if which == 0:
-                kept = []
+    parts: list[list[list[Tensor]]] = [[[] for _ in runner.metrics] for _ in runs]
+    clean: list[RunOutputs] = []
+    for chunk, run in progress_over(steps, "measuring", show=progress):
+        with patch(model, *runs[run].edits) if run else nullcontext():
+            if run == 0:
+                clean = []
             for place, batch in enumerate(chunk):
-                values, taken = meter.run(batch, kept[place] if which else None, runs[which])
-                if which == 0:
-                    kept.append(taken)
-                for metric, rows in enumerate(values):
-                    found[which][metric].append(rows)
-    order = torch.cat([batch.index for batch in todo]).argsort()
+                values, outputs = runner.run(batch, clean[place] if run else None, runs[run])
+                if run == 0:
+                    clean.append(outputs)
+                for metric, value in enumerate(values):
+                    parts[run][metric].append(value)
+    order = torch.cat([batch.index for batch in all_batches]).argsort()
     return [
-        [_joined(parts, name)[order] for parts, name in zip(values, meter.names, strict=True)]
-        for values in found
+        [_joined(values, name)[order] for values, name in zip(of_run, runner.names, strict=True)]
+        for of_run in parts
     ]
 
 
-def _chunks(todo: list[Batch], compares: bool, d_vocab: int) -> Iterator[list[Batch]]:
-    """Batches whose clean logits fit memory together; all of them where none are kept."""
+def _chunks(all_batches: list[Batch], compares: bool, d_vocab: int) -> Iterator[list[Batch]]:
+    """Yield batches whose clean logits fit memory together; all at once if no metric compares."""
     chunk: list[Batch] = []
     size = 0
-    for batch in todo:
+    for batch in all_batches:
         size += 4 * d_vocab * batch.tokens.numel() if compares else 0
         if chunk and size > _KEPT_BYTES:
             yield chunk
@@ -222,10 +240,11 @@ def _chunks(todo: list[Batch], compares: bool, d_vocab: int) -> Iterator[list[Ba
 
 
 def _joined(parts: list[Tensor], name: str) -> Float[Tensor, "prompt _"]:
+    """Return a metric's values of all batches. Raises MetricError if their numbers differ."""
     widths = {part.shape[1] for part in parts}
     if len(widths) > 1:
         raise MetricError(
             f"the metric {name} gave {min(widths)} numbers for one prompt and {max(widths)} for "
-            "another; use prompts of one length, such as by max_tokens"
+            "another; use prompts of one length, for example with max_tokens"
         )
     return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Flow: how much the token Δ back moves a prediction, by replacing it."""
+"""Flow: how much replacing the token i−Δ changes the prediction at token i."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import PromptError
 from ..maths.offsets import as_offsets
 from ..patching.patch import patch
 from .conditions import Condition, conditions, require_options
-from .evaluation import Meter
+from .evaluation import MetricRunner
 from .inputs import batches, prompts_for
 from .logit_metrics import kl_divergence, next_token_loss
 from .result import Result
@@ -27,14 +27,19 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
-#: A change is spoken of where its adjusted p-value is below the one, and its size at least the
-#: other's share of the largest clean flow. *Ours*.
+#: Remarks name an effect if its adjusted p-value is below the level, and its size at least this
+#: share of the largest clean flow. *Ours*.
 _LEVEL, _SHARE = 0.05, 0.01
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """One prompt, and after it variants, in each of which one token is another."""
+class ReplacedTokens:
+    """A prompt and its variants, in each of which one token is replaced by another.
+
+    Attributes:
+        positions: Position of the replaced token in each variant.
+        tokens: The prompt, and below it the variants.
+    """
 
     positions: Int[Tensor, "variant"]
     tokens: Int[Tensor, "variant+1 pos"]
@@ -55,30 +60,31 @@ def flow(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
-    """How much token i−Δ moves the prediction at i, by offset, clean and under edits.
+    """Measure how much the token i−Δ moves the prediction at token i, clean and under edits.
 
-    In each prompt some tokens are replaced, one at a time, by others of the same prompts; flow(Δ)
-    is the mean over them of KL(as it was ‖ with the other token) of the next-token distribution Δ
-    later, in nats. A definition of ours: total causal effect through all heads, not one head's.
+    In each prompt some tokens are replaced, one at a time, by random other tokens of the same set
+    of prompts. flow(Δ) is the mean over the replaced tokens of KL(original ‖ replaced) between the
+    next-token distributions Δ tokens later, in nats. *Ours*: the total causal effect through all
+    heads and layers, not the effect through one head.
 
     Args:
-        model: A TransformerBridge; active patches are part of "clean".
+        model: A TransformerBridge; active patches are part of the clean run.
         prompts: As for `scan`; None: natural text.
-        edits: An edit or several, each by itself; those of a nested list act together.
+        edits: One or several edits, each measured alone; edits of a nested list act together.
         offsets: Δ ≥ 0; 0 is the prediction at the replaced token itself.
-        random_tokens: Uniform random tokens instead of natural text.
-        n_replaced: Tokens replaced in each prompt; fewer where a prompt has fewer.
-        n_prompts: How many; the unit of intervals.
-        max_tokens: Length of prompts that are made here.
-        batch_size: Variants per pass; picked by memory when None.
-        confidence: Of the intervals.
-        seed: Of prompts, which tokens are replaced and by what, resamples and sign flips.
-        progress: Whether to show a bar; when None, on a terminal only.
+        random_tokens: Use uniform random tokens instead of natural text.
+        n_replaced: Number of tokens replaced in each prompt; fewer in short prompts.
+        n_prompts: Number of prompts, which are the unit of the intervals.
+        max_tokens: Length of generated prompts.
+        batch_size: Variants per forward pass; None: by memory.
+        confidence: Level of the intervals.
+        seed: Random seed of prompts, replaced tokens, bootstrap resamples and sign flips.
+        progress: Whether to show a progress bar; None: on a terminal only.
 
     Returns:
-        A Result. `frame`: a row per condition and offset: `flow` with its interval, and for edits
-        the paired effect on it, with interval, p and q. `remarks` say which offsets an edit
-        lowered or raised, and whether they are those whose diagonals it changed.
+        A Result. `frame` has a row per condition and offset: `flow` with its interval, and an
+        edit's paired effect on the flow with interval, p and q. `remarks` name the offsets at which
+        an edit lowers or raises the flow, compared with the offsets that it edits.
 
     Raises:
         EditError, OffsetError, and PromptError for prompts too short for the largest offset.
@@ -87,9 +93,10 @@ def flow(
         seed, confidence, n_prompts=n_prompts, n_replaced=n_replaced, batch_size=batch_size
     )
     wanted = () if isinstance(edits, (list, tuple)) and not edits else conditions(edits)
-    steps = as_offsets(offsets)
-    meter = Meter(model, [next_token_loss])
-    found = prompts_for(
+    deltas = as_offsets(offsets)
+    # Only the runner's logits are used; any metric that needs all positions would do.
+    runner = MetricRunner(model, [next_token_loss])
+    chosen = prompts_for(
         model,
         (),
         prompts,
@@ -98,19 +105,21 @@ def flow(
         max_tokens=max_tokens,
         seed=seed,
     )
-    variants = [_replaced(found, i, steps[-1], n_replaced, seed) for i in range(len(found.tokens))]
-    every = [Condition(), *wanted]
-    todo = [(which, row) for which in range(len(every)) for row in range(len(variants))]
-    curves = torch.zeros(len(every), len(variants), len(steps), dtype=torch.float64)
-    lasting = torch.tensor(steps)
-    for which, row in progress_over(todo, "replacing tokens", show=progress):
-        with patch(model, *every[which].edits) if which else nullcontext():
-            curves[which, row] = _curve(meter, variants[row], lasting, batch_size)
-    frame = _frame(every, steps, curves, seed, confidence)
+    replaced = [
+        _replace_tokens(chosen, index, deltas[-1], n_replaced, seed)
+        for index in range(len(chosen.tokens))
+    ]
+    runs = [Condition(), *wanted]
+    jobs = [(run, prompt) for run in range(len(runs)) for prompt in range(len(replaced))]
+    curves = torch.zeros(len(runs), len(replaced), len(deltas), dtype=torch.float64)
+    for run, prompt in progress_over(jobs, "replacing tokens", show=progress):
+        with patch(model, *runs[run].edits) if run else nullcontext():
+            curves[run, prompt] = _curve(runner, replaced[prompt], torch.tensor(deltas), batch_size)
+    frame = _frame(runs, deltas, curves, seed, confidence)
     details = {
         "measured": [str(condition) for condition in wanted],
-        "prompts": found.record,
-        "n_replaced": [len(one.positions) for one in variants],
+        "prompts": chosen.record,
+        "n_replaced": [len(variants.positions) for variants in replaced],
         "confidence": confidence,
         "seed": seed,
     }
@@ -118,10 +127,13 @@ def flow(
     return Result("flow", frame, {}, remarks, provenance(model, **details))
 
 
-def _replaced(prompts: PromptSet, index: int, longest: int, n: int, seed: int) -> Replaced:
-    """A prompt, and variants with one token drawn from all prompts' tokens in place of its own.
+def _replace_tokens(
+    prompts: PromptSet, index: int, longest: int, n: int, seed: int
+) -> ReplacedTokens:
+    """Return a prompt and up to n variants, with one token replaced by one of all prompts' tokens.
 
-    The first token is never replaced: models use it as a place to attend to.
+    The first token is never replaced, because many heads attend to it as a sink. Raises PromptError
+    for prompts that are too short for the `longest` offset.
     """
     from transformer_lens.utilities.statistics import derive_generator
 
@@ -139,41 +151,45 @@ def _replaced(prompts: PromptSet, index: int, longest: int, n: int, seed: int) -
     for position in positions.tolist():
         others = pool[pool != tokens[position]]
         if len(others) == 0:
-            raise PromptError("all prompts are of one and the same token; none can be replaced")
+            raise PromptError("all prompts repeat one and the same token, so none can be replaced")
         row = tokens.clone()
         row[position] = others[int(torch.randint(len(others), (), generator=generator))]
         rows.append(row)
-    return Replaced(positions, torch.stack(rows))
+    return ReplacedTokens(positions, torch.stack(rows))
 
 
 def _curve(
-    meter: Meter, replaced: Replaced, offsets: Int[Tensor, "offset"], batch_size: int | None
+    runner: MetricRunner,
+    replaced: ReplacedTokens,
+    offsets: Int[Tensor, "offset"],
+    batch_size: int | None,
 ) -> Float[Tensor, "offset"]:
-    """Mean over the variants of the KL divergence at each offset after the replaced token."""
-    device = meter.model.cfg.device
+    """Return the mean KL divergence over the variants, at each offset after the replaced token."""
+    cfg = runner.model.cfg
     rows = PromptSet(tuple(replaced.tokens), "")
-    base, sums = None, torch.zeros(len(offsets), dtype=torch.float64)
-    for batch in batches(rows, meter.model.cfg.d_vocab, batch_size, device):
-        logits = meter.logits(batch.tokens)
-        if base is None:
-            base, logits, variants = logits[0], logits[1:], batch.index[1:] - 1
+    original, sums = None, torch.zeros(len(offsets), dtype=torch.float64)
+    for batch in batches(rows, cfg.d_vocab, batch_size, cfg.device):
+        logits = runner.logits(batch.tokens)
+        if original is None:
+            original, logits, variants = logits[0], logits[1:], batch.index[1:] - 1
         else:
             variants = batch.index - 1
-        places = (replaced.positions[variants][:, None] + offsets).to(device)
-        rows_of = torch.arange(len(logits), device=device)[:, None]
-        sums += kl_divergence(base[places], logits[rows_of, places]).double().sum(0).cpu()
+        positions = (replaced.positions[variants][:, None] + offsets).to(cfg.device)
+        row = torch.arange(len(logits), device=cfg.device)[:, None]
+        sums += kl_divergence(original[positions], logits[row, positions]).double().sum(0).cpu()
     return sums / len(replaced.positions)
 
 
 def _frame(
-    every: list[Condition],
+    runs: list[Condition],
     offsets: tuple[int, ...],
     curves: Float[Tensor, "condition prompt offset"],
     seed: int,
     confidence: float,
 ) -> pd.DataFrame:
+    """Return a row per condition and offset."""
     rows = []
-    for condition, curve in zip(every, curves, strict=True):
+    for condition, curve in zip(runs, curves, strict=True):
         low, high = interval(curve, seed, confidence)
         effect = compared(curves[0], curve, seed, confidence)
         for at, offset in enumerate(offsets):
@@ -192,7 +208,7 @@ def _frame(
 
 
 def _remark(condition: Condition, frame: pd.DataFrame) -> str:
-    """Which offsets changed, and whether they are those that the edit is about."""
+    """Say at which offsets an edit changes the flow, and whether it edits these offsets."""
     rows = frame[frame["edit"] == str(condition)]
     n, n_tests = int(rows["n"].iloc[0]), int(frame["edit"].ne(str(Condition())).sum())
     if n < 2 or least_p(n) * n_tests >= _LEVEL:
@@ -201,35 +217,35 @@ def _remark(condition: Condition, frame: pd.DataFrame) -> str:
             "use more"
         )
     least = _SHARE * frame[frame["edit"] == str(Condition())]["flow"].max()
-    sure = rows[(rows["q"] < _LEVEL) & (rows["effect"].abs() >= least)]
-    lowered = sorted(int(o) for o in sure[sure["effect"] < 0]["offset"])
-    raised = sorted(int(o) for o in sure[sure["effect"] > 0]["offset"])
-    said = [
+    clear = rows[(rows["q"] < _LEVEL) & (rows["effect"].abs() >= least)]
+    lowered = sorted(int(o) for o in clear[clear["effect"] < 0]["offset"])
+    raised = sorted(int(o) for o in clear[clear["effect"] > 0]["offset"])
+    clauses = [
         f"{word} the flow at Δ = {', '.join(map(str, offsets))}"
         for word, offsets in (("lowers", lowered), ("raises", raised))
         if offsets
     ]
-    text = f"{condition}: {' and '.join(said) or 'changes the flow at no offset'}"
-    aimed = _aimed(condition, {int(offset) for offset in rows["offset"]})
-    if aimed is not None:
-        missed = sorted(aimed - {*lowered, *raised})
-        beside = sorted({*lowered, *raised} - aimed)
-        if missed:
-            text += f"; not at Δ = {', '.join(map(str, missed))}, which it edits"
-        if beside:
-            text += f"; Δ = {', '.join(map(str, beside))} is beside what it edits"
+    text = f"{condition}: {' and '.join(clauses) or 'changes the flow at no offset'}"
+    edited = _edited_offsets(condition, {int(offset) for offset in rows["offset"]})
+    if edited is not None:
+        unchanged = sorted(edited - {*lowered, *raised})
+        unedited = sorted({*lowered, *raised} - edited)
+        if unchanged:
+            text += f"; not at Δ = {', '.join(map(str, unchanged))}, which it edits"
+        if unedited:
+            text += f"; it does not edit Δ = {', '.join(map(str, unedited))}"
     return text + f" (adjusted p < {_LEVEL:g}, and over {_SHARE:.0%} of the largest clean flow)"
 
 
-def _aimed(condition: Condition, offsets: set[int]) -> set[int] | None:
-    """Of some offsets, those whose diagonals the edits change; None where edits do more."""
-    aimed: set[int] = set()
+def _edited_offsets(condition: Condition, offsets: set[int]) -> set[int] | None:
+    """Return which of `offsets` the edits change; None if they do not act on single offsets."""
+    edited: set[int] = set()
     for edit in condition.edits:
         changes = edit.diagonal_changes()
         if not changes:
             return None
         for change in changes:
-            nothing = 0.0 if change.stage == "scores" else 1.0
-            aimed |= set(change.offsets) if change.amount != nothing else set()
-            aimed |= offsets - set(change.offsets) if change.elsewhere != nothing else set()
-    return aimed & offsets
+            neutral = 0.0 if change.stage == "scores" else 1.0
+            edited |= set(change.offsets) if change.amount != neutral else set()
+            edited |= offsets - set(change.offsets) if change.elsewhere != neutral else set()
+    return edited & offsets

@@ -1,4 +1,4 @@
-"""Prompts of a measurement, and the batches that they are run in."""
+"""The prompts of a measurement, and their batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-#: Bytes of logits that one pass may make, and that the clean run's may take while they wait.
+#: Bytes that the logits of one forward pass may take; bounds the batch size.
 _LOGIT_BYTES = 256 * 2**20
 
 
@@ -30,11 +30,12 @@ def prompts_for(
     max_tokens: int | None,
     **options: Any,
 ) -> PromptSet:
-    """The prompts given; else repeated random tokens where a metric needs them, or natural text.
+    """Return the prompts of a measurement.
 
-    `max_tokens`, at most the model's context, is the length of prompts that are made here or of
-    pieces of a file; texts and tokens of the user's are taken whole. `options` are those of
-    `prompt_set`. Raises PromptError; a prompt of one token has no next one.
+    Without `prompts`, they are repeated random tokens if a metric needs copies, and natural text
+    otherwise. `max_tokens` is the length of generated prompts and of the pieces of a file, at most
+    the model's context; the user's texts and token ids are never cut. `options` are passed on to
+    `prompt_set`. Raises PromptError, also for prompts of a single token.
     """
     if prompts is not None and as_path(prompts) is None:
         max_tokens = None
@@ -42,16 +43,19 @@ def prompts_for(
         max_tokens = min(max_tokens, model.cfg.n_ctx)
     if prompts is None and any(map(needs_copies, metrics)) and not options.get("random_tokens"):
         n_tokens = ((max_tokens or model.cfg.n_ctx) - 1) // 2
-        found = repeated(model, options["n_prompts"], n_tokens, options["seed"])
+        chosen = repeated(model, options["n_prompts"], n_tokens, options["seed"])
     else:
-        found = prompt_set(model, prompts, max_tokens=max_tokens, **options)
-    if min(len(tokens) for tokens in found.tokens) < 2:
-        raise PromptError("a prompt has one token only; nothing is predicted there")
-    return found
+        chosen = prompt_set(model, prompts, max_tokens=max_tokens, **options)
+    if min(len(tokens) for tokens in chosen.tokens) < 2:
+        raise PromptError("a prompt has one token only, so there is no next token to predict")
+    return chosen
 
 
 def repeated(model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int) -> PromptSet:
-    """`n_tokens` random tokens twice over. Raises PromptError where two copies do not fit."""
+    """Return prompts of `n_tokens` random tokens, twice over.
+
+    Raises PromptError if two copies exceed the context, or for fewer than 2 tokens or 1 prompt.
+    """
     if n_prompts < 1 or n_tokens < 2 or 2 * n_tokens >= model.cfg.n_ctx:
         raise PromptError(
             f"expected at least 1 prompt, and 2 to {(model.cfg.n_ctx - 1) // 2} tokens so that two "
@@ -63,26 +67,35 @@ def repeated(model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int)
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one length that go through the model together."""
+    """Prompts of equal length that are run in one forward pass.
+
+    Attributes:
+        index: Indices of the prompts in the measurement.
+        tokens: Their token ids.
+        n_prompts: Number of prompts in the whole measurement.
+    """
 
     index: Int[Tensor, "batch"]
     tokens: Int[Tensor, "batch pos"]
     n_prompts: int
 
     def repeated(self, n: int) -> Batch:
-        """The same prompts n times over."""
+        """Return a batch with the same prompts n times over."""
         return replace(self, index=self.index.repeat(n), tokens=self.tokens.repeat(n, 1))
 
 
 def batches(prompts: PromptSet, d_vocab: int, batch_size: int | None, device: Any) -> list[Batch]:
-    """Prompts by length, as many together as memory for their logits allows. Nothing is padded."""
+    """Return batches of prompts of equal length, so that nothing is padded.
+
+    Without `batch_size`, a batch is as large as memory for its logits allows.
+    """
     lengths: dict[int, list[int]] = {}
     for index, tokens in enumerate(prompts.tokens):
         lengths.setdefault(len(tokens), []).append(index)
-    found = []
+    made = []
     for length, indices in sorted(lengths.items()):
-        most = batch_size or max(1, _LOGIT_BYTES // (4 * d_vocab * length))
-        for chunk in torch.tensor(indices).split(most):
-            rows = torch.stack([prompts.tokens[index] for index in chunk.tolist()])
-            found.append(Batch(chunk, rows.to(device), len(prompts.tokens)))
-    return found
+        size = batch_size or max(1, _LOGIT_BYTES // (4 * d_vocab * length))
+        for chunk in torch.tensor(indices).split(size):
+            tokens = torch.stack([prompts.tokens[index] for index in chunk.tolist()])
+            made.append(Batch(chunk, tokens.to(device), len(prompts.tokens)))
+    return made

@@ -1,18 +1,18 @@
-"""What edits do, by several metrics, on paired prompts, beside controls."""
+"""Measure the effects of edits on metrics, on paired prompts, next to controls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..bridge.provenance import provenance
+from .base_control import Control
 from .conditions import Condition, conditions, require_options
-from .control import Control
 from .controls import as_control
-from .evaluation import Meter, evaluate
+from .evaluation import MetricRunner, evaluate
 from .inputs import batches, prompts_for
 from .metrics import as_metric
 from .result import Result
@@ -38,58 +38,60 @@ def measure(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
-    """Effects of edits on metrics, with intervals, p-values and controls.
+    """Measure the effects of edits on metrics, with intervals, p-values and controls.
 
     Args:
-        model: A TransformerBridge, as it is: active patches are part of "clean".
-        edits: An edit or several, each measured by itself; those of a nested list act together.
+        model: A TransformerBridge; active patches are part of the clean run.
+        edits: One or several edits, each measured alone; edits of a nested list act together.
         metrics: Names (`slashpatch.effects.metrics.METRICS`), functions of logits and tokens, or
             objects such as `SlashScores(heads, offset)` and `LogitDifference(right, wrong)`.
-        prompts: As for `scan`. None: natural text; where a metric is of copying, repeated tokens.
-        controls: Such as "random-heads:8", "matched-heads", "other-offsets", "random-pairs".
-        random_tokens: Uniform random tokens instead of natural text.
-        n_prompts: How many; they are the unit of every interval and test.
-        max_tokens: Length of prompts that are made here.
-        batch_size: Prompts per pass; picked by memory when None. Results differ by rounding only.
-        confidence: Of the intervals.
-        seed: Of prompts, controls, resamples and sign flips.
-        progress: Whether to show a bar; when None, on a terminal only.
+        prompts: As for `scan`. None: natural text, or repeated random tokens for copying metrics.
+        controls: Names such as "random-heads:8", "matched-heads", "other-offsets", "random-pairs".
+        random_tokens: Use uniform random tokens instead of natural text.
+        n_prompts: Number of prompts, which are the unit of all intervals and tests.
+        max_tokens: Length of generated prompts.
+        batch_size: Prompts per forward pass; None: by memory. Changes results by rounding only.
+        confidence: Level of the intervals.
+        seed: Random seed of prompts, controls, bootstrap resamples and sign flips.
+        progress: Whether to show a progress bar; None: on a terminal only.
 
     Returns:
-        A Result. `frame` has a row per edit, metric and number of it (`of`: a head or position):
-        against "clean", the paired effect edited − baseline; against each control, the effect
-        beyond the control's mean effect, and `as_large`, the share of its draws whose mean effect
-        is at least as large. `q` is p adjusted over all rows (Benjamini-Hochberg). `tables` has the
-        `draws` and every prompt's `values`.
+        A Result. `frame` has a row per edit, metric and number of the metric (`of`: a head or a
+        position). Rows against "clean" hold the paired effect, edited − clean. Rows against a
+        control hold the effect beyond the control's mean effect, and `as_large`, the share of the
+        control's draws whose mean effect is at least as large. `q` is p adjusted over all rows
+        (Benjamini-Hochberg). `tables` has the control's `draws` and each prompt's `values`.
 
     Raises:
         EditError, MetricError, ControlError, PromptError, and what `patch` raises.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size)
     wanted = conditions(edits)
-    # A tuple of names is several metrics; a metric that is a tuple itself does not exist.
     several = metrics if isinstance(metrics, (list, tuple)) else [metrics]
-    meter = Meter(model, [as_metric(metric) for metric in several])
-    drawn_by = [as_control(one) for one in _listed(controls)]
-    found = prompts_for(
+    runner = MetricRunner(model, [as_metric(metric) for metric in several])
+    drawn_by = [
+        as_control(control)
+        for control in (controls if isinstance(controls, (list, tuple)) else [controls])
+    ]
+    chosen = prompts_for(
         model,
-        meter.metrics,
+        runner.metrics,
         prompts,
         random_tokens=random_tokens,
         n_prompts=n_prompts,
         max_tokens=max_tokens,
         seed=seed,
     )
-    todo = batches(found, model.cfg.d_vocab, batch_size, model.cfg.device)
+    all_batches = batches(chosen, model.cfg.d_vocab, batch_size, model.cfg.device)
     draws = {
-        (condition, control): control.draw(model, condition, todo, seed)
+        (condition, control): control.draw(model, condition, all_batches, seed)
         for condition in wanted
         for control in drawn_by
     }
-    every = list(dict.fromkeys([*wanted, *(one for drawn in draws.values() for one in drawn)]))
-    clean, *others = evaluate(model, meter, found, every, batch_size, progress)
-    values = dict(zip(every, others, strict=True))
-    table = _Table(meter, seed, confidence)
+    edited = list(dict.fromkeys([*wanted, *itertools.chain.from_iterable(draws.values())]))
+    clean, *others = evaluate(model, runner, chosen, edited, batch_size, progress)
+    values = dict(zip(edited, others, strict=True))
+    table = _Table(runner, seed, confidence)
     for condition in wanted:
         table.add(condition, "clean", clean, values[condition])
         for control in drawn_by:
@@ -97,25 +99,21 @@ def measure(
             table.add_control(condition, control, drawn, clean, values)
     details = {
         "measured": [str(condition) for condition in wanted],
-        "metrics": meter.names,
+        "metrics": runner.names,
         "controls": [str(control) for control in drawn_by],
-        "prompts": found.record,
+        "prompts": chosen.record,
         "confidence": confidence,
         "seed": seed,
     }
-    each = _values(meter, {Condition(): clean, **values})
-    return table.result(each, provenance(model, **details))
-
-
-def _listed(spec: Any) -> Sequence[Any]:
-    return list(spec) if isinstance(spec, (list, tuple)) else [spec]
+    per_prompt = _values(runner, {Condition(): clean, **values})
+    return table.result(per_prompt, provenance(model, **details))
 
 
 class _Table:
-    """Gathers rows, and adjusts their p-values together at the end."""
+    """Collects the rows of a result, and adjusts their p-values together at the end."""
 
-    def __init__(self, meter: Meter, seed: int, confidence: float) -> None:
-        self.meter, self.seed, self.confidence = meter, seed, confidence
+    def __init__(self, runner: MetricRunner, seed: int, confidence: float) -> None:
+        self.runner, self.seed, self.confidence = runner, seed, confidence
         self.rows: list[dict[str, Any]] = []
         self.draws: list[dict[str, Any]] = []
 
@@ -127,14 +125,14 @@ class _Table:
         after: list[Tensor],
         **more: list[Tensor],
     ) -> None:
-        """Rows of one comparison; `more` adds columns, one tensor [of] a metric."""
-        for place, name in enumerate(self.meter.names):
-            said = compared(before[place], after[place], self.seed, self.confidence)
-            said.update({column: tensors[place] for column, tensors in more.items()})
-            n, width = before[place].shape
-            for at, of in enumerate(self.meter.labels(place, width)):
+        """Add the rows of one comparison; `more` adds columns, one tensor [of] per metric."""
+        for index, name in enumerate(self.runner.names):
+            columns = compared(before[index], after[index], self.seed, self.confidence)
+            columns.update({column: tensors[index] for column, tensors in more.items()})
+            n, width = before[index].shape
+            for at, of in enumerate(self.runner.labels(index, width)):
                 row = {"edit": str(condition), "metric": name, "of": of, "against": against, "n": n}
-                self.rows.append({**row, **{key: float(each[at]) for key, each in said.items()}})
+                self.rows.append({**row, **{key: float(x[at]) for key, x in columns.items()}})
 
     def add_control(
         self,
@@ -144,22 +142,22 @@ class _Table:
         clean: list[Tensor],
         values: dict[Condition, list[Tensor]],
     ) -> None:
-        """The edit against the mean of the draws, and how many draws do as much."""
+        """Add the rows of an edit against the mean over a control's draws, and the draws."""
         means, as_large = [], []
-        for place, before in enumerate(clean):
-            each = torch.stack([values[one][place] for one in drawn])
-            effects = each.mean(1) - before.mean(0)
-            own = (values[condition][place] - before).mean(0)
-            means.append(each.mean(0))
-            as_large.append((effects.abs() >= own.abs()).double().mean(0))
-            for one, effect in zip(drawn, effects, strict=True):
-                for at, of in enumerate(self.meter.labels(place, effect.numel())):
+        for index, before in enumerate(clean):
+            of_draws = torch.stack([values[draw][index] for draw in drawn])  # [draw, prompt, of]
+            effects = of_draws.mean(1) - before.mean(0)
+            effect_of_edit = (values[condition][index] - before).mean(0)
+            means.append(of_draws.mean(0))
+            as_large.append((effects.abs() >= effect_of_edit.abs()).double().mean(0))
+            for draw, effect in zip(drawn, effects, strict=True):
+                for at, of in enumerate(self.runner.labels(index, effect.numel())):
                     self.draws.append(
                         {
                             "edit": str(condition),
                             "control": control.name,
-                            "drawn": str(one),
-                            "metric": self.meter.names[place],
+                            "drawn": str(draw),
+                            "metric": self.runner.names[index],
                             "of": of,
                             "effect": float(effect[at]),
                         }
@@ -167,7 +165,7 @@ class _Table:
         self.add(condition, str(control), means, values[condition], as_large=as_large)
 
     def result(self, values: pd.DataFrame, origin: dict[str, Any]) -> Result:
-        """All rows, p-values adjusted."""
+        """Return the Result, with p-values adjusted over all rows."""
         import pandas as pd
 
         tables = {"values": values}
@@ -176,17 +174,17 @@ class _Table:
         return Result("measure", adjusted(self.rows), tables, provenance=origin)
 
 
-def _values(meter: Meter, values: dict[Condition, list[Tensor]]) -> pd.DataFrame:
-    """Every prompt's value, one row each."""
+def _values(runner: MetricRunner, values: dict[Condition, list[Tensor]]) -> pd.DataFrame:
+    """Return a table of all values: one row per condition, metric, number and prompt."""
     import pandas as pd
 
     rows = []
-    for condition, found in values.items():
-        for place, table in enumerate(found):
-            labels = meter.labels(place, table.shape[1])
+    for condition, by_metric in values.items():
+        for index, table in enumerate(by_metric):
+            labels = runner.labels(index, table.shape[1])
             for prompt, numbers in enumerate(table.tolist()):
                 rows += [
-                    (str(condition), meter.names[place], of, prompt, number)
+                    (str(condition), runner.names[index], of, prompt, number)
                     for of, number in zip(labels, numbers, strict=True)
                 ]
     return pd.DataFrame(rows, columns=["edit", "metric", "of", "prompt", "value"])

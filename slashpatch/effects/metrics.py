@@ -1,9 +1,11 @@
-"""What is measured of one pass: numbers per prompt, never averaged over prompts.
+"""The metrics of a forward pass: one or several numbers per prompt, not averaged over prompts.
 
-A metric is a function of any of `logits` [batch, pos, d_vocab], `tokens` [batch, pos],
-`clean_logits` (the unedited model's logits), `index` (which prompts these are, [batch]) and `n_prompts`, by those
-names; it returns [batch], or [batch, n] for several numbers. Metrics of attention are objects with
-a `read`. A function is known by its name: two that differ must not share one.
+A metric of logits is a function whose arguments are any of `logits` [batch, pos, d_vocab], `tokens`
+[batch, pos], `clean_logits` (the clean run's logits), `index` (the prompts' indices, [batch]) and
+`n_prompts` (of the whole measurement). It returns a tensor [batch], or [batch, n] for n numbers per
+prompt. A metric of attention is an object with `heads` and a method `read(pattern, tokens)`, which
+returns [batch, head]. Results name a function by its `__name__`, so two functions must not share
+one.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ for _function in (copying_loss, copying_top1):
     _function.repeated = True  # type: ignore[attr-defined]
     _function.keeps = copy_length  # type: ignore[attr-defined]
 
-#: What a metric function can ask for.
-_GIVEN = {"logits", "tokens", "clean_logits", "index", "n_prompts"}
+#: The argument names that a metric function may have.
+_ARGUMENTS = {"logits", "tokens", "clean_logits", "index", "n_prompts"}
 
-#: What the command line calls them.
+#: The built-in metrics, by the names that `as_metric` and the command line take.
 METRICS: dict[str, Metric] = {
     "loss": next_token_loss,
     "kl": kl_to_clean,
@@ -51,40 +53,41 @@ METRICS: dict[str, Metric] = {
 
 
 def as_metric(spec: Any) -> Metric:
-    """A metric from its name, or the function or object itself. Raises MetricError."""
+    """Return the metric of this name, or the function or object itself. Raises MetricError."""
     if isinstance(spec, str):
         if spec not in METRICS:
-            raise MetricError(f"no metric {spec!r}; expected one of {', '.join(METRICS)}")
+            raise MetricError(f"there is no metric {spec!r}; expected one of {', '.join(METRICS)}")
         return METRICS[spec]
     if inspect.isclass(spec) or not (callable(spec) or hasattr(spec, "read")):
         raise MetricError(
-            "a metric is a name, a function of logits and tokens, or an object with `read` such as "
-            f"SlashScores(); got {spec!r}"
+            "a metric must be a name, a function of logits and tokens, or an object with `read` "
+            f"such as SlashScores(); got {spec!r}"
         )
     if not hasattr(spec, "read"):
         try:
-            asked = wanted(spec)
+            arguments = required_arguments(spec)
         except (TypeError, ValueError):
-            asked = []
-        unknown = sorted(set(asked) - _GIVEN)
-        if unknown or not asked:
+            arguments = []
+        unknown = sorted(set(arguments) - _ARGUMENTS)
+        if unknown or not arguments:
             raise MetricError(
-                f"the metric {metric_name(spec)} asks for {', '.join(unknown) or 'nothing'}; it "
-                f"can have {', '.join(sorted(_GIVEN))}, by these names"
+                f"the metric {metric_name(spec)} has "
+                f"{'the unknown arguments ' + ', '.join(unknown) if unknown else 'no arguments'}; "
+                f"expected some of {', '.join(sorted(_ARGUMENTS))}"
             )
     return spec
 
 
 def metric_name(metric: Metric) -> str:
-    """How results call it: its short name, the function's own, or the object as it is written."""
+    """Return the metric's name in results: its name in `METRICS`, its `__name__` or its repr."""
     for name, known in METRICS.items():
         if known is metric or (hasattr(known, "read") and known == metric):
             return name
     return str(getattr(metric, "__name__", None) or repr(metric))
 
 
-def wanted(metric: Callable[..., Tensor]) -> list[str]:
-    """The arguments that a metric function must be given."""
+def required_arguments(metric: Callable[..., Tensor]) -> list[str]:
+    """Return the names of a metric function's arguments that have no default."""
     return [
         name
         for name, parameter in inspect.signature(metric).parameters.items()
@@ -94,7 +97,7 @@ def wanted(metric: Callable[..., Tensor]) -> list[str]:
 
 
 def kept_positions(metrics: Sequence[Metric], tokens: Int[Tensor, "batch pos"]) -> int:
-    """How many of the last positions' logits all the metrics can do with."""
+    """Return the number of last positions whose logits these metrics need."""
     n_pos = tokens.shape[1]
     keeps = [
         0 if hasattr(metric, "read") else getattr(metric, "keeps", lambda _: n_pos)(tokens)
@@ -104,5 +107,5 @@ def kept_positions(metrics: Sequence[Metric], tokens: Int[Tensor, "batch pos"]) 
 
 
 def needs_copies(metric: Metric) -> bool:
-    """Whether a metric is of repeated tokens only."""
+    """Return whether a metric needs prompts that hold the same tokens twice."""
     return bool(getattr(metric, "repeated", False))

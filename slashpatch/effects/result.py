@@ -1,4 +1,4 @@
-"""What the functions of this package return: a table, the tables behind it, where it comes from."""
+"""The result of measure, flow, copying, paths and sweep: tables, remarks and provenance."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..errors import OutputError
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Formats that carry provenance.
+#: File formats that store the provenance as well.
 SUFFIXES = (".parquet", ".json")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Measured effects.
+    """Measured effects, with their provenance.
 
     Attributes:
         kind: "measure", "flow", "copying", "paths" or "sweep".
         frame: The main table.
         tables: Further tables by name.
-        remarks: What stands out, in words.
+        remarks: Findings in words.
         provenance: Model, edits, prompts, seed, versions.
     """
 
@@ -37,13 +37,13 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The main table, with the provenance in `attrs`, which .parquet files keep."""
+        """Return the main table, with the provenance in `attrs`, which .parquet files keep."""
         frame = self.frame.copy()
         frame.attrs = {"slashpatch": self.kind, "provenance": self.provenance}
         return frame
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """Return all tables, remarks and the provenance as plain JSON values."""
         tables = {"effects": self.frame, **self.tables}
         return {
             "kind": self.kind,
@@ -53,9 +53,9 @@ class Result:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write .json (everything) or .parquet (the main table, provenance in its attributes).
+        """Write a .json file (everything) or a .parquet file (the main table and the provenance).
 
-        Raises OutputError.
+        Raises OutputError for another suffix, or if the file cannot be written.
         """
         from ..data.files import without_nan
 
@@ -68,19 +68,22 @@ class Result:
         else:
             raise OutputError(
                 f"cannot write {str(path)!r}: expected one of {', '.join(SUFFIXES)}, which keep "
-                "where figures come from; for others use to_dataframe()"
+                "the provenance; for other formats use to_dataframe()"
             )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Result:
-        """What `save` wrote; of a .parquet file, the main table alone. Raises OutputError."""
+        """Load what `save` wrote; a .parquet file holds no further tables and no remarks.
+
+        Raises OutputError.
+        """
         import pandas as pd
 
         try:
             if Path(path).suffix == ".parquet":
                 frame = pd.read_parquet(path)
-                said = frame.attrs
-                kind, origin, frame.attrs = said["slashpatch"], said["provenance"], {}
+                attrs = frame.attrs
+                kind, origin, frame.attrs = attrs["slashpatch"], attrs["provenance"], {}
                 return cls(kind, frame, provenance=origin)
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             remarks, origin = tuple(record.pop("remarks")), record.pop("provenance")
@@ -91,7 +94,7 @@ class Result:
             raise OutputError(f"no file {str(path)!r}") from None
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise OutputError(
-                f"{str(path)!r} holds no effects that slashpatch saved: {type(error).__name__}"
+                f"{str(path)!r} is not a result that slashpatch saved: {type(error).__name__}"
             ) from None
 
     def _repr_html_(self) -> str:
@@ -99,7 +102,7 @@ class Result:
 
 
 def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
-    """NaN where JSON has null in columns of numbers."""
+    """Return the table with NaN for the nulls of JSON in columns of numbers."""
     import pandas as pd
 
     for name in frame.columns:

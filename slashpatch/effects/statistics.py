@@ -1,6 +1,6 @@
-"""Intervals and p-values of paired effects.
+"""Confidence intervals and p-values of paired effects.
 
-The unit is the prompt: tokens of one prompt are not independent.
+The unit is the prompt, because the tokens of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 
 _RESAMPLES = 5_000
 _PERMUTATIONS = 10_000
+#: Largest number of prompts for which all sign patterns are tried.
 _EXACT = 12
 
 
 def interval(
     sample: Float[Tensor, "prompt *of"], seed: int = 0, confidence: float = 0.95
 ) -> tuple[Float[Tensor, "*of"], Float[Tensor, "*of"]]:
-    """Bootstrap interval of the mean over prompts; NaN for a single prompt.
+    """Return the bootstrap confidence interval of the mean over prompts; NaN for one prompt.
 
-    TransformerLens' percentile bootstrap at a level that is widened for few prompts, so that with
-    normal data it agrees with Student's interval (Hesterberg, "What teachers should know about the
-    bootstrap", 2015, arXiv 1411.5279, "expanded percentile"). It cannot go beyond the most extreme
-    prompts: with fewer than about five it covers less than it says.
+    TransformerLens' percentile bootstrap, at a level that is widened for few prompts so that on
+    normal data it agrees with Student's t interval (Hesterberg, "What teachers should know about
+    the bootstrap", 2015, arXiv 1411.5279, "expanded percentile"). It cannot go beyond the most
+    extreme prompts, so with fewer than about five prompts it covers less than `confidence`.
     """
     from scipy.stats import norm, t
     from transformer_lens.utilities.statistics import bootstrap_ci, derive_generator
@@ -49,10 +50,10 @@ def interval(
 
 
 def p_value(effects: Float[Tensor, "prompt *of"], seed: int = 0) -> Float[Tensor, "*of"]:
-    """Two-sided sign-flip p-value that the mean effect is zero; NaN for a single prompt.
+    """Return the two-sided sign-flip p-value of a zero mean effect; NaN for one prompt.
 
-    TransformerLens' test: exact for up to 12 prompts (n prompts can say no less than 2^(1−n)),
-    else from 10,000 seeded sign patterns.
+    TransformerLens' test: exact for up to 12 prompts (its smallest p-value is 2^(1−n)), else from
+    10,000 seeded sign patterns.
     """
     from transformer_lens.utilities.statistics import derive_generator, sign_flip_permutation_pvalue
 
@@ -68,12 +69,12 @@ def p_value(effects: Float[Tensor, "prompt *of"], seed: int = 0) -> Float[Tensor
 
 
 def least_p(n: int) -> float:
-    """The smallest p-value that n prompts can give."""
+    """Return the smallest p-value that n prompts can give."""
     return 2.0 ** (1 - n) if n <= _EXACT else 1 / (_PERMUTATIONS + 1)
 
 
 def false_discovery(p: Float[Tensor, "*of"]) -> Float[Tensor, "*of"]:
-    """Benjamini-Hochberg adjusted p-values over all that are not NaN (scipy's)."""
+    """Return Benjamini-Hochberg adjusted p-values (scipy's), over all that are not NaN."""
     from scipy.stats import false_discovery_control
 
     adjusted = torch.full_like(p, torch.nan)
@@ -84,7 +85,7 @@ def false_discovery(p: Float[Tensor, "*of"]) -> Float[Tensor, "*of"]:
 
 
 def adjusted(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows as a table, with q beside p: adjusted over all rows that have a p-value."""
+    """Return rows as a table; where there is a column p, add q, adjusted over all rows with p."""
     import pandas as pd
 
     frame = pd.DataFrame(rows)
@@ -99,7 +100,7 @@ def compared(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """Means of both, the paired effect (after − before) with its interval and p-value."""
+    """Return both means, and the paired effect (after − before) with interval and p-value."""
     before, after = before.double(), after.double()
     effects = after - before
     low, high = interval(effects, seed, confidence)

@@ -1,4 +1,4 @@
-"""One edit at every head in turn: exact, resumable, without computing what stays the same."""
+"""Sweep: one edit at every head in turn, exact and resumable."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..data.files import require_output
 from ..data.journal import Journal, require_same
 from ..errors import SweepError
 from .conditions import require_options
-from .evaluation import Meter
+from .evaluation import MetricRunner
 from .inputs import prompts_for
 from .metrics import as_metric
 from .result import SUFFIXES, Result
 from .statistics import compared, false_discovery
-from .sweep_run import _Run
-from .sweep_variants import Variant, _digest, _variants
+from .sweep_run import SweepRun
+from .sweep_variants import Variant, digest, sweep_variants
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -45,47 +45,51 @@ def sweep(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
-    """The effect of an edit at every head, one at a time, on one metric.
+    """Measure the effect of an edit on one metric, at every head, one head at a time.
 
-    Layers before the edited one are not computed again: their output is kept. The result is that
-    of patching and running the whole model, bit for bit, where variants do not share a pass.
+    The residual stream before the edited layer is cached, so earlier layers are not computed again.
+    Results equal those of patching and running the whole model, bit for bit if `per_pass` is 1.
 
     Args:
-        model: A TransformerBridge; active patches are part of "clean".
-        make_edit: A text with {head} (and {offset}), or a function of a head (and an offset).
-        heads: Which; None for all.
+        model: A TransformerBridge; active patches are part of the clean run.
+        make_edit: The edit at a head: a text with {head} (and {offset}), or a function of a head
+            (and an offset).
+        heads: Heads to sweep; None for all.
         metric: A name, function or object that gives one number per prompt.
-        prompts: As for `measure`; None: repeated random tokens for metrics of copying.
-        offsets: Δ to sweep beside the heads, if `make_edit` takes one.
-        path: .parquet or .json to write. Until it is finished, rows stand in a file beside it, its
-            name and ".unfinished"; a run that was killed goes on with `resume`.
-        resume: Go on with an unfinished sweep, or give back a finished one. A sweep of another
-            model, data, seed or version is refused.
-        random_tokens: As for `measure`, and so are the following.
-        n_prompts: How many. With few, p-values cannot be small enough to be told among many heads.
-        max_tokens: Their length.
-        batch_size: Prompts per pass.
-        per_pass: How many variants of one layer share a pass. None: one on the CPU, where it saves
-            nothing; elsewhere as many as memory allows. More than one changes results by rounding.
-        confidence: Of the intervals.
-        seed: Of prompts, resamples and sign flips.
-        progress: Whether to show a bar with the time left; when None, on a terminal only.
+        prompts: As for `measure`; None: natural text, or repeated random tokens for copying
+            metrics.
+        offsets: Offsets Δ to sweep as well, if `make_edit` takes an offset.
+        path: A .parquet or .json file to write. While the sweep runs, finished rows are written to
+            a file next to it, with ".unfinished" after its name; `resume` continues from there.
+        resume: Continue an unfinished sweep, or load a finished one. A sweep of another model,
+            prompts, seed or version is refused.
+        random_tokens: Use uniform random tokens instead of natural text.
+        n_prompts: Number of prompts, which are the unit of the intervals. With few prompts, no
+            p-value is small enough to stand out among many heads.
+        max_tokens: Length of generated prompts.
+        batch_size: Prompts per forward pass; None: by memory.
+        per_pass: Number of variants (edits of one layer) that share a forward pass. None: 1 on the
+            CPU, where more saves nothing; elsewhere as many as memory allows. More than 1 changes
+            results by rounding.
+        confidence: Level of the intervals.
+        seed: Random seed of prompts, bootstrap resamples and sign flips.
+        progress: Whether to show a progress bar with the time left; None: on a terminal only.
 
     Returns:
         A Result; `frame` has a row per head (and offset), the largest effect first.
 
     Raises:
-        EditError, HeadError, OffsetError, MetricError, PromptError, OutputError, or SweepError for
-        a file of another sweep.
+        EditError, HeadError, OffsetError, MetricError, PromptError, OutputError, or SweepError if
+        the file at `path` holds another sweep.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size, per_pass=per_pass)
-    variants = _variants(model, make_edit, heads, offsets)
-    meter = Meter(model, [as_metric(metric)])
+    variants = sweep_variants(model, make_edit, heads, offsets)
+    runner = MetricRunner(model, [as_metric(metric)])
     target = None if path is None else Path(path)
     require_output(target, SUFFIXES)
-    found = prompts_for(
+    chosen = prompts_for(
         model,
-        meter.metrics,
+        runner.metrics,
         prompts,
         random_tokens=random_tokens,
         n_prompts=n_prompts,
@@ -94,25 +98,26 @@ def sweep(
     )
     origin = provenance(
         model,
-        metric=meter.names[0],
-        prompts=found.record,
-        swept=_digest(variants),
+        metric=runner.names[0],
+        prompts=chosen.record,
+        swept=digest(variants),
         confidence=confidence,
         seed=seed,
     )
     if target is None:
-        rows = _Run(model, meter, found, batch_size, per_pass, progress).all(variants, None)
+        rows = SweepRun(model, runner, chosen, batch_size, per_pass, progress).all(variants, None)
         return _result(variants, rows, origin)
     unfinished = target.with_name(target.name + ".unfinished")
     if resume and target.exists() and not unfinished.exists():
         done = Result.load(target)
         require_same(origin, done.provenance, target)
         if done.kind != "sweep" or len(done.frame) != len(variants):
-            raise SweepError(f"{str(target)!r} is no finished sweep; choose another file")
+            raise SweepError(f"{str(target)!r} is not a finished sweep; choose another file")
         return done
     indexes = range(-1, len(variants))
-    with Journal(unfinished, origin, resume, indexes, len(found.tokens)) as journal:
-        rows = _Run(model, meter, found, batch_size, per_pass, progress).all(variants, journal)
+    with Journal(unfinished, origin, resume, indexes, len(chosen.tokens)) as journal:
+        run = SweepRun(model, runner, chosen, batch_size, per_pass, progress)
+        rows = run.all(variants, journal)
         result = _result(variants, rows, origin)
         result.save(target)
         journal.remove()
@@ -122,23 +127,24 @@ def sweep(
 def _result(
     variants: list[Variant], rows: dict[int, list[float]], origin: dict[str, Any]
 ) -> Result:
+    """Return the table of all variants, from values [prompt] by index; −1 is the clean run."""
     import pandas as pd
 
-    ordered = sorted(variants, key=lambda one: one.index)
-    after = torch.tensor([rows[one.index] for one in ordered], dtype=torch.float64).T
+    ordered = sorted(variants, key=lambda variant: variant.index)
+    after = torch.tensor([rows[v.index] for v in ordered], dtype=torch.float64).T
     before = torch.tensor(rows[-1], dtype=torch.float64)[:, None].expand_as(after)
-    said = compared(before, after, origin["seed"], origin["confidence"])
+    columns = compared(before, after, origin["seed"], origin["confidence"])
     frame = pd.DataFrame(
         {
-            "name": [str(one.head) for one in ordered],
-            "layer": [one.head.layer for one in ordered],
-            "head": [one.head.head for one in ordered],
-            "offset": [one.offset for one in ordered],
-            "edit": [str(one.edit) for one in ordered],
+            "name": [str(v.head) for v in ordered],
+            "layer": [v.head.layer for v in ordered],
+            "head": [v.head.head for v in ordered],
+            "offset": [v.offset for v in ordered],
+            "edit": [str(v.edit) for v in ordered],
             "metric": origin["metric"],
             "n": len(before),
-            **{name: values.numpy() for name, values in said.items()},
-            "q": false_discovery(said["p"]).numpy(),
+            **{name: values.numpy() for name, values in columns.items()},
+            "q": false_discovery(columns["p"]).numpy(),
         }
     )
     if ordered[0].offset is None:

@@ -1,4 +1,4 @@
-"""The edits of a sweep: one a head (and offset)."""
+"""The edits of a sweep: one per head (and offset)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a sweep."""
+    """One row of a sweep.
+
+    Attributes:
+        index: Place of the row, counted over heads and then offsets.
+        head: The head for which the edit was made.
+        offset: The offset for which it was made, if offsets are swept.
+        edit: The edit.
+    """
 
     index: int
     head: Head
@@ -28,32 +35,38 @@ class Variant:
     edit: Edit
 
 
-def _variants(model: TransformerBridge, make_edit: Any, heads: Any, offsets: Any) -> list[Variant]:
+def sweep_variants(
+    model: TransformerBridge, make_edit: Any, heads: Any, offsets: Any
+) -> list[Variant]:
+    """Return the variants of a sweep by edited layer; arguments as for `sweep`.
+
+    Raises EditError, HeadError, OffsetError, and ModelError if a layer does not support its edit.
+    """
     info = bridge.read(model)
     if heads is None:
-        every = itertools.product(range(info.n_layers), range(info.n_heads))
-        wanted: Sequence[Head] = [Head(*at) for at in every]
+        wanted: Sequence[Head] = info.heads
     else:
         wanted = sorted(info.require(heads))
         if not wanted:
             raise HeadError("no heads were given; expected at least one, or None for all")
-    steps: Sequence[int | None] = [None] if offsets is None else info.require_offsets(offsets)
+    deltas: Sequence[int | None] = [None] if offsets is None else info.require_offsets(offsets)
     make = _maker(make_edit, offsets is not None)
-    found = []
-    for index, (head, offset) in enumerate(itertools.product(wanted, steps)):
+    variants = []
+    for index, (head, offset) in enumerate(itertools.product(wanted, deltas)):
         edit = make(head, offset)
         edit.validate(info)
-        found.append(Variant(index, head, offset, edit))
-    tried = set()
-    for one in found:
-        # Layers may differ in what they take: find out before hours of work.
-        if one.edit.layers not in tried and {"query", "key"} & set(one.edit.stages()):
-            one.edit.prepare(model, info)
-        tried.add(one.edit.layers)
-    return sorted(found, key=lambda one: (one.edit.layers[0], one.index))
+        variants.append(Variant(index, head, offset, edit))
+    prepared = set()
+    for variant in variants:
+        # Layers may differ, for example in RoPE: refuse before hours of work, not after.
+        if variant.edit.layers not in prepared and {"query", "key"} & set(variant.edit.stages()):
+            variant.edit.prepare(model, info)
+        prepared.add(variant.edit.layers)
+    return sorted(variants, key=lambda variant: (variant.edit.layers[0], variant.index))
 
 
 def _maker(make_edit: Any, with_offset: bool) -> Callable[[Head, int | None], Edit]:
+    """Return a function of a head and an offset that makes the edit. Raises EditError."""
     if isinstance(make_edit, str):
         for field, needed in (("{head}", True), ("{offset}", with_offset)):
             if (field in make_edit) != needed:
@@ -80,24 +93,24 @@ def _maker(make_edit: Any, with_offset: bool) -> Callable[[Head, int | None], Ed
         inspect.signature(make_edit).bind(*arguments)
     except TypeError:
         raise EditError(
-            f"make_edit is called with a head{' and an offset' if with_offset else ''}, which "
-            f"{make_edit!r} does not take"
+            f"make_edit is called with a head{' and an offset' if with_offset else ''}, but "
+            f"{make_edit!r} does not take these arguments"
         ) from None
     except ValueError:
-        pass  # some builtins do not tell
+        pass  # some builtins have no signature
 
     def from_function(head: Head, offset: int | None) -> Edit:
         made = make_edit(head, offset) if with_offset else make_edit(head)
         made = parse_edit(made) if isinstance(made, str) else made
         if not isinstance(made, Edit):
-            raise EditError(f"make_edit gave {made!r} for {head}; expected an edit")
+            raise EditError(f"make_edit returned {made!r} for {head}; expected an edit")
         return made
 
     return from_function
 
 
-def _digest(variants: Sequence[Variant]) -> str:
-    """Of the rows in order: which edit stands at which index."""
-    listed = sorted(f"{one.index:09d} {one.head} {one.offset} {one.edit}" for one in variants)
+def digest(variants: Sequence[Variant]) -> str:
+    """Return a text that identifies the variants of a sweep: their number and a SHA-256 prefix."""
+    listed = sorted(f"{v.index:09d} {v.head} {v.offset} {v.edit}" for v in variants)
     sha = hashlib.sha256("\n".join(listed).encode()).hexdigest()[:16]
     return f"{len(variants)} edits, {sha}"

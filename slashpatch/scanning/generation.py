@@ -1,4 +1,4 @@
-"""Greedy or seeded continuations, plain and watched step by step."""
+"""Generate text, and yield step by step which heads attend where."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def continuation(
     sample: bool = False,
     seed: int = 0,
 ) -> str:
-    """What the model writes after `prompt`, without special tokens; the model as it is.
+    """Return the text that the model generates after `prompt`, without special tokens.
 
-    The likeliest token at each step, or a sample by `seed`. Raises PromptError.
+    Greedy, or sampled by `seed`; active patches act. Raises PromptError if prompt and new tokens
+    exceed the context.
     """
     tokens = _prompt_tokens(model, prompt, max_new_tokens)
     with torch.random.fork_rng(enabled=sample), fused_where_exact(model):
@@ -48,11 +49,12 @@ def watched(
     max_new_tokens: int,
     top: int,
 ) -> Iterator[dict[str, Any]]:
-    """Take the likeliest token at each step, and say which heads attended where to write it.
+    """Generate greedily under edits, and yield at each step which heads attend where.
 
-    Yields `token` (the new one), `at` (the token that attended), `position` (its position) and
-    `heads`: up to `top` records of head, offset, `reads` (the token at position − offset), `weight`
-    (attention of this one token) and `score` (mean over all tokens so far), for weights ≥ κ.
+    Yields dicts with `token` (the new token), `at` (the newest token before it, whose attention is
+    read), `position` (the position of `at`) and `heads`: up to `top` dicts of `head`, `offset`,
+    `reads` (the token at position − offset), `weight` (attention from `at` to it) and `score` (the
+    mean over all tokens so far), for weights of at least κ, the largest first.
     """
     tokens = _prompt_tokens(model, prompt, max_new_tokens)
     written = tokens[0].tolist()
@@ -75,7 +77,9 @@ def watched(
             new = chunk[0].tolist()[-1]
             heads = []
             newest, scores = monitor.newest, monitor.scores
-            newest[..., [offset > position for offset in monitor.offsets]] = -1  # no such token
+            newest[
+                ..., [offset > position for offset in monitor.offsets]
+            ] = -1  # before the first token
             flat = newest.flatten().topk(min(top, newest.numel()))
             for weight, index in zip(flat.values.tolist(), flat.indices.tolist(), strict=True):
                 layer, rest = divmod(index, newest.shape[1] * newest.shape[2])

@@ -1,4 +1,4 @@
-"""Running sums over tokens behind rank, cone and mean logits."""
+"""Accumulate the sums over tokens from which rank, cone and mean logits are computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from .. import bridge
 from ..bridge import ModelInfo
 from ..bridge.attached import reads_diagonals
 from ..bridge.qk import HookLayout, LayerQK
@@ -17,23 +16,27 @@ from ..errors import ModelError, ScanError
 from ..maths.precision import MASKED
 from ..maths.rotary import Rotary
 from ..maths.slash_scores import real_rows, slash_rows
-from .moments import _WEIGHED, Moments
+from .moments import WEIGHED, Moments
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-#: Tokens at a time: what fits the processor's cache.
-_SOME_TOKENS = 1024
+#: Tokens that are added at a time, so that they fit the processor's cache.
+_CHUNK_TOKENS = 1024
 
 
 class MomentSums:
-    """Running sums of one scan. Raises ModelError where q and k cannot be read."""
+    """Running sums of one scan. Raises ModelError if queries or keys cannot be read.
+
+    Attributes:
+        sums: The sums by their names in `Moments`, one row per layer.
+        rotaries: By layer, the rotation at these prompts' length, where RoPE follows the length.
+    """
 
     def __init__(self, model: TransformerBridge, info: ModelInfo, n_offsets: int) -> None:
         self.info = info
-        self.layers = bridge.read(model).qk
-        #: Of layers whose frequencies follow the prompt's length: those of these prompts.
+        self.layers = info.qk
         self.rotaries: dict[int, Rotary] = {}
         n_pairs = max((qk.rotary.n_pairs for qk in self.layers if qk.rotary), default=0)
         n_layers, n_heads, n_kv = info.n_layers, info.n_heads, info.n_kv_heads
@@ -59,13 +62,13 @@ class MomentSums:
         self.logit_rows = torch.zeros(n_layers, n_heads, n_offsets, dtype=torch.int64)
 
     def hooks(self, real: Bool[Tensor, "batch pos"]) -> list[tuple[str, Callable[..., None]]]:
-        """Hooks that add one batch to the sums; padding is left out."""
+        """Return hooks that add one batch to the sums; padding is left out."""
         offsets = torch.arange(self.logit_rows.shape[-1])
         rows = real_rows(real, real.shape[1], offsets)
         self.n_tokens = self.n_tokens + real.sum()
-        found = []
+        hooks = []
         for qk in self.layers:
-            found += [
+            hooks += [
                 (qk.q.name, self._adder(qk, "q", qk.q, real)),
                 (qk.k.name, self._adder(qk, "k", qk.k, real)),
                 (self.info.hook(qk.layer, "input"), self._adder(qk, "x", None, real)),
@@ -74,53 +77,56 @@ class MomentSums:
                     self._logit_adder(qk.layer, real, offsets, rows),
                 ),
             ]
-        return found
+        return hooks
 
     def _adder(
         self, qk: LayerQK, part: str, layout: HookLayout | None, real: Tensor
     ) -> Callable[[Tensor, Any], None]:
-        every = bool(real.all())
+        """Return a hook that adds queries ("q"), keys ("k") or the attention's input ("x")."""
+        unpadded = bool(real.all())
 
         def add(tensor: Tensor, hook: Any) -> None:
             read = tensor
             if layout is not None:
-                self._same_rotation(qk)
+                self._require_same_rotation(qk)
                 read = layout.read(tensor)
                 read = qk.unrotate(layout, read, torch.arange(read.shape[1])[None])
-            tokens = read.flatten(0, 1) if every else read[real.to(read.device)]
-            for some in tokens.detach().split(_SOME_TOKENS):
-                self._add(qk, part, some)
+            tokens = read.flatten(0, 1) if unpadded else read[real.to(read.device)]
+            for chunk in tokens.detach().split(_CHUNK_TOKENS):
+                self._add(qk, part, chunk)
 
         return add
 
-    def _same_rotation(self, qk: LayerQK) -> None:
-        """Raise ScanError where RoPE follows the prompt's length and prompts rotate differently."""
+    def _require_same_rotation(self, qk: LayerQK) -> None:
+        """Raise ScanError if RoPE follows the prompt's length and its frequencies have changed."""
         if qk.live is None:
             return
         now = qk.current()
         before = self.rotaries.setdefault(qk.layer, now)
         if not torch.equal(before.inv_freq, now.inv_freq):
             raise ScanError(
-                "the model's RoPE follows the prompt's length (dynamic or LongRoPE), and these "
-                "prompts are rotated at different frequencies, of which no profile can be made; "
-                "scan prompts of one length, or give moments=False"
+                "the model's RoPE frequencies follow the prompt's length (dynamic NTK or LongRoPE) "
+                "and differ between these prompts, so there is no common profile; scan prompts of "
+                "one length, or pass moments=False"
             )
 
     def _add(self, qk: LayerQK, part: str, tokens: Tensor) -> None:
-        """Add some tokens, [token, head, d_head] or [token, d_model]: products and sums in their
-        own precision (float32 at least), float64 beyond.
+        """Add tokens [token, head, d_head], or [token, d_model] for part "x".
+
+        Products and sums over these tokens are in their own dtype, float32 at least; the running
+        sums are in float64.
         """
         x = tokens.unsqueeze(0) if part == "x" else tokens.transpose(0, 1)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         x = x.contiguous()  # [head, token, width]
         lengths = torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-12)
         both = torch.stack([torch.ones_like(lengths), 1 / lengths], dim=1) @ x
-        found = {"sum": both[:, 0], "unit": both[:, 1]}
+        totals = {"sum": both[:, 0], "unit": both[:, 1]}
         if part != "x":
-            found["gram"] = x.mT @ x
+            totals["gram"] = x.mT @ x
             if qk.rotary is not None:
-                found["abs"] = torch.hypot(*qk.rotary.split(x)[:2]).sum(1)
-        for name, total in found.items():
+                totals["abs"] = torch.hypot(*qk.rotary.split(x)[:2]).sum(1)
+        for name, total in totals.items():
             sums = self.sums[f"{name}_{part}"][qk.layer]
             sums = sums[:, : total.shape[-1]] if name == "abs" else sums
             sums += total.cpu().double().view(sums.shape)
@@ -128,7 +134,8 @@ class MomentSums:
     def _logit_adder(
         self, layer: int, real: Tensor, offsets: Tensor, rows: Bool[Tensor, "batch query offset"]
     ) -> Callable[[Tensor, Any], None]:
-        everywhere = rows.sum((0, 1))
+        """Return a hook that adds the unmasked logits of real (unpadded) tokens, by offset."""
+        n_rows = rows.sum((0, 1))
 
         @reads_diagonals
         def add(scores: Any, hook: Any) -> None:
@@ -136,25 +143,27 @@ class MomentSums:
                 sums = scores.logit_sums(len(offsets), real)
                 if sums is not None:
                     self.sums["logits"][layer] += sums.double().sum(0).cpu()
-                    self.logit_rows[layer] += everywhere
+                    self.logit_rows[layer] += n_rows
                     return
-            taken = slash_rows(scores, offsets.to(scores.device))
-            # Keys outside a sliding window are masked, not measured.
-            seen = rows.to(scores.device)[:, None] & (taken > MASKED)
-            kept = taken.masked_fill(~seen, 0)
-            self.sums["logits"][layer] += kept.sum((0, 2), dtype=_widest(kept)).cpu()
-            self.logit_rows[layer] += seen.sum((0, 2)).cpu()
+            logits = slash_rows(scores, offsets.to(scores.device))
+            # Keys outside a sliding window are masked, and have no logit.
+            unmasked = rows.to(scores.device)[:, None] & (logits > MASKED)
+            logits = logits.masked_fill(~unmasked, 0)
+            self.sums["logits"][layer] += logits.sum((0, 2), dtype=widest_float(logits)).cpu()
+            self.logit_rows[layer] += unmasked.sum((0, 2)).cpu()
 
         return add
 
     def finish(self) -> Moments:
-        """The sums as they stand."""
+        """Return the sums so far, with each layer's rotation."""
         n_pairs = self.sums["abs_q"].shape[-1]
         inv_freq = torch.full((len(self.layers), n_pairs), torch.nan, dtype=torch.float64)
         for qk in self.layers:
             if qk.rotary is not None:
                 if qk.rotary.n_pairs != n_pairs:
-                    raise ModelError("layers rotate different numbers of pairs; not supported")
+                    raise ModelError(
+                        "layers differ in their number of rotary pairs, which is not supported"
+                    )
                 inv_freq[qk.layer] = self.rotaries.get(qk.layer, qk.rotary).inv_freq
         rotaries = [qk.rotary for qk in self.layers]
         return Moments(
@@ -169,11 +178,12 @@ class MomentSums:
 
 
 def _pairing(qk: LayerQK) -> str:
+    """Return `Moments.pairing` of a layer."""
     if qk.rotary is None:
         return ""
-    return qk.rotary.pairing if qk.relative else _WEIGHED
+    return qk.rotary.pairing if qk.relative else WEIGHED
 
 
-def _widest(x: Tensor) -> torch.dtype:
-    """float64, or float32 on MPS, which has none."""
+def widest_float(x: Tensor) -> torch.dtype:
+    """Return float64, or float32 on MPS devices, which have no float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64

@@ -1,8 +1,8 @@
-"""Sums over tokens that tell rank, cone and mean logits of every head; they add up exactly.
+"""Sums over tokens from which rank, cone and mean logits of every head are computed.
 
-Of the tokens × d_head matrices of pre-RoPE queries and keys: Gram matrices (their eigenvalues are
-σ²), means, means of unit vectors and of moduli. Of the logits: means by offset. One pass, nothing
-kept that grows with the number of tokens.
+From the tokens × d_head matrices of pre-RoPE queries and keys: Gram matrices (whose eigenvalues are
+the σ²), sums of vectors, of unit vectors, and of the moduli of rotary pairs. From the logits: sums
+by offset. They need one forward pass per batch and constant memory, and sums of two scans add.
 """
 
 from __future__ import annotations
@@ -25,10 +25,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Profile(NamedTuple):
-    """Mean logit of a head by offset: measured, and predicted from its mean query and key.
+#: `Moments.pairing` of a layer whose logits depend on more than the offset.
+WEIGHED = "weighed"
 
-    `correlation` is Pearson's over the offsets that were measured.
+
+class Profile(NamedTuple):
+    """Mean logit of a head by offset, measured and predicted from its mean query and key.
+
+    Attributes:
+        offsets: Offsets Δ with a measured logit.
+        measured: Mean logit i → i−Δ over the tokens.
+        predicted: Logit of the mean query and the mean key at Δ.
+        correlation: Pearson correlation of the two over these offsets.
     """
 
     offsets: Int[Tensor, "offset"]
@@ -38,30 +46,32 @@ class Profile(NamedTuple):
 
     @property
     def measured_peak(self) -> int:
-        """The offset with the highest mean logit."""
+        """Offset with the highest mean logit."""
         return int(self.offsets[self.measured.argmax()])
 
     @property
     def predicted_peak(self) -> int:
-        """The offset with the highest predicted logit."""
+        """Offset with the highest predicted logit."""
         return int(self.offsets[self.predicted.argmax()])
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over `n_tokens` tokens, float64, and each layer's rotation.
+    """Sums over `n_tokens` tokens, in float64, and each layer's rotation.
 
     Attributes:
-        gram_q: XᵀX of each head's queries; `gram_k` of each KV head's keys.
-        sum_q: Sum of queries; `sum_k` of keys; `sum_x` of the attention's input.
-        unit_q: Sum of queries, each divided by its length; `unit_k`, `unit_x` likewise.
-        abs_q: Sum of the modulus of each rotary pair; `abs_k` likewise.
-        logits: Sum of unmasked logits i → i−Δ for Δ from 0; `logit_rows` says of how many.
-            (A logit that an edit removed counts as masked.)
-        inv_freq: θ of each layer, NaN for a layer without RoPE.
-        gain: Gain of each layer's rotation; `scale` of its logits.
-        pairing: Layout of each layer's pairs: "half", "adjacent", "" without RoPE, or "weighed"
-            where a norm after RoPE weighs the dimensions of a pair differently.
+        gram_q: Gram matrix XᵀX of each head's pre-RoPE queries; `gram_k` of each KV head's keys.
+        sum_q: Sum of the queries; `sum_k` of the keys; `sum_x` of the attention's input x.
+        unit_q: Sum of the queries divided by their norms; `unit_k` and `unit_x` likewise.
+        abs_q: Sum of the modulus of each rotary pair of the queries; `abs_k` of the keys.
+        logits: Sum of the unmasked logits i → i−Δ for Δ = 0, 1, ... (a logit that an edit removed
+            counts as masked).
+        logit_rows: Number of logits in each of these sums.
+        inv_freq: Frequencies θ of each layer; NaN for a layer without RoPE.
+        gain: Factor of each layer's cos and sin tables (`Rotary.gain`).
+        scale: Factor of each layer's dot products.
+        pairing: How each layer pairs dimensions: "half", "adjacent", "" without RoPE, or "weighed"
+            if a norm after RoPE weighs the two dimensions of a pair differently.
     """
 
     n_tokens: Int[Tensor, ""]
@@ -83,7 +93,7 @@ class Moments:
     pairing: tuple[str, ...]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every field that is a tensor, by name."""
+        """Return all fields that are tensors, by name."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -105,13 +115,16 @@ class Moments:
         return Moments(**{**mine, **sums}, pairing=self.pairing)
 
     def rotary(self, layer: int) -> Rotary:
-        """The layer's rotation. Raises ModelError for a layer without RoPE."""
+        """Return the layer's rotation.
+
+        Raises ModelError for a layer without RoPE, or whose logits depend on more than the offset.
+        """
         if not self.pairing[layer]:
-            raise ModelError(f"layer {layer} has no RoPE; profiles need a layer that rotates")
-        if self.pairing[layer] == _WEIGHED:
+            raise ModelError(f"layer {layer} has no RoPE; profiles need a layer with RoPE")
+        if self.pairing[layer] == WEIGHED:
             raise ModelError(
-                f"layer {layer} norms queries and keys after RoPE, each dimension with a weight of "
-                "its own, so its logits depend on where tokens stand: it has no profile by offset"
+                f"layer {layer} norms queries and keys after RoPE with a weight per dimension, "
+                "so its logits depend on the positions and there is no profile by offset"
             )
         return Rotary(
             self.inv_freq[layer],
@@ -124,32 +137,35 @@ class Moments:
         return head.head // (self.gram_q.shape[1] // self.gram_k.shape[1])
 
     def profile(self, head: Head) -> Profile:
-        """Mean logit by offset, measured and predicted. Raises ModelError without RoPE."""
+        """Return the mean logit by offset, measured and predicted. Raises as `rotary` does."""
         rotary = self.rotary(head.layer)
         rows = self.logit_rows[head.layer, head.head]
         measured = self.logits[head.layer, head.head] / rows
-        seen = rows > 0
-        offsets = torch.arange(len(measured))[seen]
+        known = rows > 0
+        offsets = torch.arange(len(measured))[known]
         q, k = self.mean(head)
         predicted = predicted_profile(q, k, offsets, rotary)
-        pair = torch.stack([measured[seen], predicted])
-        return Profile(offsets, measured[seen], predicted, float(torch.corrcoef(pair)[0, 1]))
+        both = torch.stack([measured[known], predicted])
+        return Profile(offsets, measured[known], predicted, float(torch.corrcoef(both)[0, 1]))
 
     def mean(self, head: Head) -> tuple[Float[Tensor, "d_head"], Float[Tensor, "d_head"]]:
-        """Mean pre-RoPE query and key of a head."""
+        """Return the mean pre-RoPE query and key of a head."""
         q = self.sum_q[head.layer, head.head]
         return q / self.n_tokens, self.sum_k[head.layer, self._kv_head(head)] / self.n_tokens
 
     def pair_peaks(self, head: Head, offset: int) -> Float[Tensor, "pair"]:
-        """What each pair adds to the predicted logit at an offset beyond its mean over offsets."""
+        """Return each pair's term of the predicted logit at an offset, minus its mean over offsets.
+
+        Large terms are the frequencies that make a peak at that offset.
+        """
         q, k = self.mean(head)
         n = max(self.logits.shape[-1], offset + 1)
-        every = torch.arange(n)
-        terms, _ = logit_terms(q.expand(n, -1), k.expand(n, -1), every, self.rotary(head.layer))
+        deltas = torch.arange(n)
+        terms, _ = logit_terms(q.expand(n, -1), k.expand(n, -1), deltas, self.rotary(head.layer))
         return terms[offset] - terms.mean(0)
 
     def pair_concentration(self, head: Head) -> Float[Tensor, "part pair"]:
-        """|E x_l| / E|x_l| of each pair, for the query and for the key."""
+        """Return the concentration |E x_l| / E|x_l| of each rotary pair, for query and key."""
         rotary, kv_head = self.rotary(head.layer), self._kv_head(head)
         return torch.stack(
             [
@@ -163,19 +179,19 @@ class Moments:
         )
 
     def cones(self) -> dict[str, Float[Tensor, "layer ..."]]:
-        """Mean cosine of tokens to their mean direction, for q, k [layer, head] and x [layer]."""
-        found = {}
+        """Return the mean cosine of tokens to their mean vector: q, k [layer, head], x [layer]."""
+        cones = {}
         for part, total, unit in (
             ("q", self.sum_q, self.unit_q),
             ("k", self.sum_k, self.unit_k),
             ("x", self.sum_x, self.unit_x),
         ):
             direction = total / total.norm(dim=-1, keepdim=True)
-            found[part] = (direction * unit).sum(-1) / self.n_tokens
-        return found
+            cones[part] = (direction * unit).sum(-1) / self.n_tokens
+        return cones
 
     def rank_table(self) -> pd.DataFrame:
-        """r1, R95 and cone of Q and K, a row per query head; keys are those of its KV group."""
+        """Return r1, R95 and cones of Q and K, a row per query head with its KV head's keys."""
         import pandas as pd
 
         n_layers, n_heads = self.gram_q.shape[:2]
@@ -196,7 +212,3 @@ class Moments:
         frame.insert(0, "head", [head.head for head in heads])
         frame.insert(0, "layer", [head.layer for head in heads])
         return frame
-
-
-#: Instead of a layout of pairs where logits depend on more than the offset.
-_WEIGHED = "weighed"

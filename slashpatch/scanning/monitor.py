@@ -1,4 +1,4 @@
-"""SlashMonitor: slash scores gathered while the model runs or generates."""
+"""SlashMonitor: measure slash scores while the model runs or generates."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from ..bridge.watch import ForwardWatch, watch
 from ..errors import PatchError
 from ..heads import Head
 from ..maths.slash_scores import real_rows, slash_rows
+from .moment_sums import widest_float
 from .result import require_kappa
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+#: A head is detected from this many rows on, and this many standard errors above κ. *Ours*.
 _MIN_ROWS = 16
 _STANDARD_ERRORS = 3.0
 
 
 class Detection(NamedTuple):
-    """A head that passed κ at an offset, with its score over `n_rows` rows so far."""
+    """A head whose score at an offset reaches κ, with the score over the `n_rows` rows so far."""
 
     head: Head
     offset: int
@@ -36,30 +38,34 @@ class Detection(NamedTuple):
 
 
 class SlashMonitor:
-    """Gather slash scores during any forward pass inside the `with` block.
+    """Measure slash scores in every forward pass inside the `with` block.
 
-    Rows are pooled over passes and prompts: every row of a prefill, one row per generated token.
-    The monitor reads the pattern after all edits, whatever the order of nesting, and keeps sums
-    only. It returns nothing to the model, so outputs stay what they were, bit for bit.
+    Scores are means over rows of the pattern (query positions), pooled over passes and prompts: a
+    prefill adds all its rows, a generation step one row per prompt. The monitor reads the pattern
+    after all edits, whatever the order of nesting, and does not change the model's outputs. It
+    stores sums only.
 
-    A head is *detected*, once, when at some offset it has at least 16 rows and its score minus
-    three standard errors over rows reaches κ (*ours*; rows of one prompt are not independent, so
-    this is a rule of thumb and no test). Then `on_detect(head, offset, score, n_rows)` is called
-    after the pass, with the offset of the highest score that qualifies.
+    A head is detected, once, when at some offset it has at least 16 rows and its score minus three
+    standard errors over rows reaches κ (*ours*; a rule of thumb and not a test, because the rows of
+    one prompt are not independent). After that pass `on_detect(head, offset, score, n_rows)` is
+    called, with the offset of the head's highest score among those that qualify.
+
+    Padding is left out. TransformerLens pads batches of texts on the right without an attention
+    mask, so in a batch without a mask, trailing pad tokens count as padding (pass `attention_mask`
+    if they are not). In batched generation, the filler after a prompt's EOS is left out.
 
     Args:
+        model: A TransformerBridge in evaluation mode.
         offsets: Δ ≥ 0: an int, ints, a range, or text such as "0-15".
-        kappa: Threshold from 0 to 1.
+        kappa: Threshold of the scores, from 0 to 1.
         on_detect: Called for each detection; an exception in it ends the run.
 
     Attributes:
-        detections: What was detected so far, in order.
+        detections: The detections so far, in order.
 
     Raises:
-        ModelError, OffsetError, ScanError for a κ outside [0, 1]; PromptError during a pass with a
-        mask that has gaps. Batches of texts that TransformerLens pads on the right carry no mask:
-        in a batch without one, trailing pad tokens are taken for padding (pass `attention_mask` to
-        say otherwise). In batched generation, the filler after a prompt's EOS is left out.
+        ModelError, OffsetError, ScanError for κ outside [0, 1]; PromptError in a forward pass whose
+        attention mask has a gap inside a prompt.
     """
 
     def __init__(
@@ -77,7 +83,7 @@ class SlashMonitor:
         self.on_detect = on_detect
         self.detections: list[Detection] = []
         self._detected = torch.zeros(self.info.n_layers, self.info.n_heads, dtype=torch.bool)
-        # Per layer: sums and squares [head, offset], rows [offset], newest row [head, offset]
+        # By layer: sums and sums of squares [head, offset], rows [offset], newest [head, offset]
         self._layers: dict[int, list[Tensor]] = {}
         self._watch: ForwardWatch | None = None
         self._handles: list[tuple[Any, Any]] = []
@@ -87,7 +93,7 @@ class SlashMonitor:
 
     def __enter__(self) -> SlashMonitor:
         if self._watch is not None:
-            raise PatchError("this monitor is already running; make another one to nest them")
+            raise PatchError("this monitor is already running; make a second monitor to nest them")
         self._watch = watch(self.model)
         self._watch.follow(self)
         return self
@@ -100,32 +106,32 @@ class SlashMonitor:
 
     def on_pass_start(self, call: ForwardCall) -> None:
         """Attach the hooks that read the pattern."""
-        # Attached at the start of each pass: hooks fire in the order in which they were added, and
-        # the monitor has to come after every edit, also one that is patched in later.
+        # Hooks fire in the order in which they were added, and the monitor must run after all
+        # edits, also after edits that are patched in later; so it attaches anew in each pass.
         self._remove_hooks()
         self._rows = None
         if call.own:
             return
-        self._note_finished(call)
+        self._find_finished(call)
         points = self.model.hook_dict
         for layer in range(self.info.n_layers):
             point = points[self.info.hook(layer, "pattern")]
             self._handles.append((point, point.add_hook(self._accumulate, is_permanent=True)))
 
     def on_pass_end(self, call: ForwardCall, output: Any) -> None:
-        """Take the hooks off, and report new detections."""
+        """Remove the hooks, and report new detections."""
         self._remove_hooks()
         if not call.own:
             self._detect()
 
-    def _note_finished(self, call: ForwardCall) -> None:
-        """Which prompts of a batch generate no more: those that go on repeating EOS as filler."""
+    def _find_finished(self, call: ForwardCall) -> None:
+        """Find the prompts of a batch whose generation has ended: they repeat EOS as filler."""
         eos = getattr(self.model.tokenizer, "eos_token_id", None)
         if call.tokens.ndim != 2 or eos is None:
             return
         if call.past and call.n_queries == 1 and len(self._last) == call.batch:
-            fills = (self._last == eos) & (call.tokens[:, 0] == eos)
-            self._finished = (self._finished | fills) if call.batch > 1 else self._finished
+            filler = (self._last == eos) & (call.tokens[:, 0] == eos)
+            self._finished = (self._finished | filler) if call.batch > 1 else self._finished
         else:
             self._finished = torch.zeros(call.batch, dtype=torch.bool, device=call.device)
         self._last = call.tokens[:, -1]
@@ -138,30 +144,31 @@ class SlashMonitor:
 
     @reads_diagonals
     def _accumulate(self, pattern: Any, hook: Any) -> None:
+        """Add the rows of real (unpadded) tokens of one layer's pattern to the sums."""
         if self._watch is None:
             return
         call = self._watch.require()
         if hook.layer() < first_layer(self.model):
             return
-        call.cached_columns(pattern.shape[-1])  # refuses caches whose columns mean something else
+        call.cached_columns(pattern.shape[-1])  # refuses static KV caches
         offsets = torch.tensor(self.offsets, device=pattern.device)
         if self._rows is None:
-            # Rows i ≥ Δ count also where a sliding-window cache has dropped key i−Δ: it is unread.
+            # Rows i ≥ Δ also count if a sliding-window cache has dropped key i−Δ: attention is 0.
             self._rows = real_rows(self._real(call), call.n_queries, offsets.to(call.device))
             if len(self._finished) == call.batch:
                 self._rows = self._rows & ~self._finished[:, None, None]
         rows = self._rows.to(pattern.device)
-        taken = slash_rows(pattern.detach(), offsets)
-        wide = torch.float32 if pattern.device.type == "mps" else torch.float64
-        taken = taken.to(wide).masked_fill(~rows[:, None], 0)
-        newest = taken[:, :, -1].sum(0) / rows[:, -1].sum(0).clamp(min=1)
-        parts = [taken.sum((0, 2)), taken.square().sum((0, 2)), rows.sum((0, 1))]
+        weights = slash_rows(pattern.detach(), offsets)
+        weights = weights.to(widest_float(weights)).masked_fill(~rows[:, None], 0)
+        newest = weights[:, :, -1].sum(0) / rows[:, -1].sum(0).clamp(min=1)
+        parts = [weights.sum((0, 2)), weights.square().sum((0, 2)), rows.sum((0, 1))]
         layer = hook.layer()
         if layer in self._layers:
             parts = [old + new for old, new in zip(self._layers[layer], parts, strict=False)]
         self._layers[layer] = [*parts, newest]
 
     def _real(self, call: ForwardCall) -> Bool[Tensor, "batch key"]:
+        """Return which tokens are real, also in right-padded batches without a mask."""
         if call.real is not None:
             return call.real
         real = torch.ones(
@@ -176,7 +183,7 @@ class SlashMonitor:
         return real
 
     def _stacked(self, part: int) -> Tensor:
-        """One of the running sums for all layers, in float64; 0 where a layer never ran."""
+        """Return one running sum for all layers, in float64; 0 for layers that never ran."""
         n_offsets = len(self.offsets)
         shape = (n_offsets,) if part == 2 else (self.info.n_heads, n_offsets)
         empty = torch.zeros(shape, dtype=torch.float64)
@@ -189,12 +196,12 @@ class SlashMonitor:
 
     @property
     def n_rows(self) -> Int[Tensor, "layer offset"]:
-        """Rows gathered so far."""
+        """Number of rows so far."""
         return self._stacked(2).long()
 
     @property
     def scores(self) -> Float[Tensor, "layer head offset"]:
-        """Mean attention i → i−Δ over the rows gathered so far; NaN where there are none."""
+        """Mean attention i → i−Δ over the rows so far; NaN if there are none."""
         return self._stacked(0) / self.n_rows[:, None]
 
     @property
@@ -203,42 +210,47 @@ class SlashMonitor:
         return self._stacked(3)
 
     def standard_errors(self) -> Float[Tensor, "layer head offset"]:
-        """Standard error of each score over rows, as if rows were independent; NaN below 2 rows."""
+        """Return each score's standard error, as if rows were independent; NaN below 2 rows."""
         n = self.n_rows[:, None].double()
         variance = (self._stacked(1) - self._stacked(0) ** 2 / n).clamp(min=0) / (n - 1)
         return torch.where(n > 1, (variance / n).sqrt(), torch.nan)
 
     def slash_heads(self, kappa: float | None = None) -> list[Detection]:
-        """Every head and offset whose score reaches κ now, best first, sure or not."""
+        """Return the heads and offsets whose score now reaches κ, the highest first.
+
+        Unlike `detections`, without a minimum of rows or standard errors.
+        """
         kappa = self.kappa if kappa is None else kappa
         require_kappa(kappa)
-        return self._listed((self.scores >= kappa).nonzero().tolist())
+        return self._entries((self.scores >= kappa).nonzero().tolist())
 
-    def _listed(self, found: list[list[int]]) -> list[Detection]:
+    def _entries(self, indices: list[list[int]]) -> list[Detection]:
+        """Return detections for indices [layer, head, offset column], the highest score first."""
         scores, rows = self.scores, self.n_rows
-        listed = [
+        entries = [
             Detection(
                 Head(layer, head),
                 self.offsets[column],
                 float(scores[layer, head, column]),
                 int(rows[layer, column]),
             )
-            for layer, head, column in found
+            for layer, head, column in indices
         ]
-        return sorted(listed, key=lambda entry: (-entry.score, entry.head, entry.offset))
+        return sorted(entries, key=lambda entry: (-entry.score, entry.head, entry.offset))
 
     def _detect(self) -> None:
+        """Record and report the heads that qualify for the first time."""
         scores = self.scores
-        sure = (self.n_rows >= _MIN_ROWS)[:, None] & (
+        qualifies = (self.n_rows >= _MIN_ROWS)[:, None] & (
             scores - _STANDARD_ERRORS * self.standard_errors() >= self.kappa
         )
-        new = sure.any(-1) & ~self._detected
+        new = qualifies.any(-1) & ~self._detected
         if not bool(new.any()):
             return
         self._detected |= new
-        best = scores.masked_fill(~sure, -1).argmax(-1)
-        found = [[layer, head, int(best[layer, head])] for layer, head in new.nonzero().tolist()]
-        for detection in self._listed(found):
+        best = scores.masked_fill(~qualifies, -1).argmax(-1)
+        indices = [[layer, head, int(best[layer, head])] for layer, head in new.nonzero().tolist()]
+        for detection in self._entries(indices):
             self.detections.append(detection)
             if self.on_detect is not None:
                 self.on_detect(*detection)

@@ -1,4 +1,4 @@
-"""What a scan found: sums that can be saved, loaded and added, and what they tell."""
+"""The result of a scan: sums that can be saved, loaded and added, and scores from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FORMAT = "slashpatch-scan-3"
 
 
 class SlashHead(NamedTuple):
-    """A (κ, Δ)-slash-dominant head: its score at the offset, and an interval over prompts."""
+    """A (κ, Δ)-slash-dominant head: its score at offset Δ, with an interval over prompts."""
 
     head: Head
     offset: int
@@ -36,16 +36,16 @@ class SlashHead(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """Slash scores of all heads. Scans of the same model and offsets add up exactly.
+    """Slash scores of all heads. Scans of one model at the same offsets can be added, exactly.
 
     Attributes:
-        offsets: The offsets Δ, ascending.
-        sums: Σ over prompts of each prompt's score, float64.
-        squares: Σ over prompts of its square, float64.
-        counts: Prompts longer than each offset.
-        n_tokens: Tokens of all prompts.
+        offsets: Offsets Δ, ascending.
+        sums: Sum over prompts of each prompt's score, float64.
+        squares: Sum over prompts of the squared score, float64.
+        counts: Number of prompts that are longer than each offset.
+        n_tokens: Number of tokens of all prompts.
         provenance: Model, dtype, edits, prompts, versions.
-        moments: Sums that tell rank, cone and mean logits; None where q and k cannot be read.
+        moments: Sums for rank, cones and mean logits; None if they were not gathered.
     """
 
     offsets: tuple[int, ...]
@@ -57,46 +57,51 @@ class Scan:
     moments: Moments | None = None
 
     def require_moments(self) -> Moments:
-        """The sums behind `rank_one` and `profile`. Raises ScanError where there are none."""
+        """Return the sums behind `rank_one` and `profile`. Raises ScanError if there are none."""
         if self.moments is None:
             raise ScanError(
-                "this scan has no queries and keys: "
+                "this scan did not gather queries and keys: "
                 f"{self.provenance.get('moments', 'none were gathered')}"
             )
         return self.moments
 
     @property
     def rank_one(self) -> pd.DataFrame:
-        """r1, R95 and cone of pre-RoPE queries and keys, a row per head. Raises ScanError.
+        """Rank measures r1, R95 and cone of pre-RoPE queries and keys, a row per query head.
 
-        r1 = σ1²/Σσ² and R95 the fewest σ² that reach 95 %, of the tokens × d_head matrix, not
-        centred; a cone is the mean cosine of tokens to their mean direction, also of the
-        attention's input x. Keys are those of the KV group. *Ours*, the usual conventions.
+        Of the uncentred tokens × d_head matrix with singular values σ: r1 = σ1²/Σσ², and R95 is the
+        smallest number of σ² that sum to 95 % of Σσ². A cone is the mean cosine of the tokens
+        to their mean vector, also given for the attention's input x. Query heads of one KV group
+        have the same keys. *Ours*, by the usual conventions. Raises ScanError without `moments`.
         """
         return self.require_moments().rank_table()
 
     def profile(self, head: HeadsLike) -> Profile:
-        """A head's mean logit by offset, measured, and predicted from its mean query and key.
+        """Return a head's mean logit by offset, measured and predicted from its mean q and k.
 
-        Raises HeadError, ScanError, or ModelError for a layer without RoPE.
+        Raises HeadError, ScanError without `moments`, or ModelError for a layer without RoPE.
         """
-        found = heads(head)
-        if len(found) != 1:
+        chosen = heads(head)
+        if len(chosen) != 1:
             raise HeadError(f"a profile is of one head, got {head!r}")
-        require_heads(found, *self.sums.shape[:2])
-        return self.require_moments().profile(found[0])
+        require_heads(chosen, *self.sums.shape[:2])
+        return self.require_moments().profile(chosen[0])
 
     @property
     def scores(self) -> Float[Tensor, "layer head offset"]:
-        """Mean attention i → i−Δ: the mean over prompts of each prompt's mean, in [0, 1]."""
+        """Slash scores: mean attention i → i−Δ of each prompt, averaged over prompts; in [0, 1].
+
+        The definition of arXiv 2601.08297. NaN at offsets that no prompt is long enough for.
+        """
         return self.sums / self.counts
 
     def intervals(
         self, confidence: float = 0.95
     ) -> tuple[Float[Tensor, "layer head offset"], Float[Tensor, "layer head offset"]]:
-        """Student-t interval over prompts for each score; NaN where there is but one prompt.
+        """Return Student's t interval over prompts for each score; NaN for a single prompt.
 
-        Prompts are the unit: tokens of one prompt are not independent. Not cut to [0, 1]. *Ours*.
+        The unit is the prompt, because the tokens of one prompt are not independent. Not cut to
+        [0, 1]. *Ours*.
         """
         from scipy.stats import t
 
@@ -107,15 +112,15 @@ class Scan:
         return self.scores - half, self.scores + half
 
     def slash_heads(self, kappa: float = 0.1, min_offset: int = 0) -> list[SlashHead]:
-        """Every head and offset with a score of at least `kappa`, best first.
+        """Return the heads and offsets with a score of at least `kappa`, the highest first.
 
-        A head that passes at two offsets is listed twice. κ=0.1 is *ours*. Raises ScanError for a
-        κ outside [0, 1].
+        A head that reaches κ at two offsets is listed twice. κ = 0.1 is *ours*. Raises ScanError
+        for κ outside [0, 1].
         """
         require_kappa(kappa)
         scores = self.scores
         low, high = self.intervals()
-        found = [
+        reached = [
             SlashHead(
                 Head(layer, head),
                 self.offsets[column],
@@ -125,10 +130,10 @@ class Scan:
             for layer, head, column in (scores >= kappa).nonzero().tolist()
             if self.offsets[column] >= min_offset
         ]
-        return sorted(found, key=lambda entry: (-entry.score, entry.head, entry.offset))
+        return sorted(reached, key=lambda entry: (-entry.score, entry.head, entry.offset))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per head and offset: layer, head, name, offset, score, low, high, n_prompts."""
+        """Return a row per head and offset, with score, interval and number of prompts."""
         import pandas as pd
 
         n_layers, n_heads, n_offsets = self.sums.shape
@@ -151,7 +156,7 @@ class Scan:
         return frame
 
     def table(self, kappa: float = 0.1, top: int | None = 20) -> str:
-        """The slash heads as plain text, best first."""
+        """Return the slash heads as plain text, the highest score first."""
         return display.text(self, kappa=kappa, top=top)
 
     def __str__(self) -> str:
@@ -165,7 +170,7 @@ class Scan:
         )
 
     def __add__(self, other: Scan) -> Scan:
-        """The scan of both sets of prompts. Raises ScanError if they cannot be compared."""
+        """Return the scan over the prompts of both. Raises ScanError if anything else differs."""
         if not isinstance(other, Scan):
             return NotImplemented
         if self.offsets != other.offsets:
@@ -188,9 +193,12 @@ class Scan:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file, whole or not at all. Raises OutputError or ScanError."""
+        """Write a .safetensors file, atomically: a failed write leaves no partial file.
+
+        Raises ScanError for another suffix, OutputError if the file cannot be written.
+        """
         if Path(path).suffix != ".safetensors":
-            raise ScanError(f"a scan is saved as .safetensors; got {str(path)!r}")
+            raise ScanError(f"a scan is saved as a .safetensors file; got {str(path)!r}")
         header = {
             "format": _FORMAT,
             "offsets": list(self.offsets),
@@ -204,9 +212,9 @@ class Scan:
         save_tensors(path, header, tensors)
 
     def _validate(self, written: Any) -> None:
-        """Raise ScanError for parts that do not fit together."""
+        """Raise ScanError unless shapes, dtypes and offsets agree with each other."""
         shape = (*self.sums.shape[:2], len(self.offsets))
-        fits = (
+        valid = (
             list(self.offsets) == list(written)
             and self.sums.shape == self.squares.shape == shape
             and self.counts.shape == shape[-1:]
@@ -214,13 +222,14 @@ class Scan:
             and self.counts.dtype == torch.int64
             and bool(self.sums.isfinite().all() & self.squares.isfinite().all())
             and bool((self.counts >= 1).all())
-            and self._moments_fit()
+            and self._moments_agree()
             and {"model", "fingerprint", "dtype", "edits", "prompts"} <= set(self.provenance)
         )
-        if not fits:
-            raise ScanError("its parts do not fit together")
+        if not valid:
+            raise ScanError("its shapes, dtypes or offsets do not agree with each other")
 
-    def _moments_fit(self) -> bool:
+    def _moments_agree(self) -> bool:
+        """Return whether the shapes of the moments agree with the scores."""
         if self.moments is None:
             return True
         m = self.moments
@@ -238,7 +247,7 @@ class Scan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scan:
-        """Read what `save` wrote. Raises ScanError for anything else."""
+        """Load a scan from a file that `save` wrote. Raises ScanError for any other file."""
 
         def build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Scan:
             moments = {
@@ -258,11 +267,11 @@ class Scan:
             scan._validate(header["offsets"])
             return scan
 
-        found: Scan = load_tensors(path, _FORMAT, build, ScanError)
-        return found
+        scan: Scan = load_tensors(path, _FORMAT, build, ScanError)
+        return scan
 
 
 def require_kappa(kappa: float) -> None:
     """Raise ScanError unless κ lies in [0, 1]."""
     if not isinstance(kappa, (int, float)) or not 0 <= kappa <= 1:
-        raise ScanError(f"kappa is a score from 0 to 1; got {kappa!r}")
+        raise ScanError(f"kappa must be a score from 0 to 1; got {kappa!r}")

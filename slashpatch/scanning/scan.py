@@ -1,4 +1,4 @@
-"""Scan: one pass over prompts that gathers slash scores, rank and profiles of every head."""
+"""Scan: measure slash scores, rank and logit profiles of every head over prompts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _ENGINES = ("auto", "fused", "bridge")
-#: Bytes that one layer's attention of one batch may take; bounds the batch size.
+#: Bytes that one layer's pattern of one batch may take; bounds the batch size.
 _PATTERN_BYTES = 256 * 2**20
-#: Tokens of one batch where no attention matrix is formed.
+#: Tokens of one batch in the fused engine, which forms no attention matrix.
 _BATCH_TOKENS = 4096
 
 
@@ -48,38 +48,41 @@ def scan(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Scan:
-    """Slash scores of every head, averaged over prompts; the model as it is, patches included.
+    """Measure the slash scores of every head, averaged over prompts.
+
+    The model is run as it is, active patches included.
 
     Args:
         model: A TransformerBridge in evaluation mode.
         prompts: None for natural text, or a text, texts, a file, or token ids [batch, pos]; texts
             and rows of token ids may come from a generator.
         offsets: Δ ≥ 0: an int, ints, a range, or text such as "0-15"; or "all".
-        engine: "fused" runs flash attention and never forms a pattern; "bridge" reads the one that
-            TransformerLens forms; "auto" takes the first where it is exact. Scores are the same.
-        random_tokens: Uniform random tokens instead of natural text: out of distribution.
-        n_prompts: How many natural or random prompts; at most so many pieces of a file.
-        max_tokens: Their length, at most the model's context; 512 or the context when None, for
-            texts no limit.
-        batch_size: Prompts per forward pass; picked by memory when None. Does not change scores.
-        moments: Whether to gather what `Scan.rank_one` and `Scan.profile` tell, which costs about
-            as much again as the slash scores do.
-        profile_offsets: Offsets from 0 whose mean logits `Scan.profile` tells.
-        seed: Of the natural and random prompts.
-        progress: Whether to show a bar; when None, on a terminal only.
+        engine: "fused" computes scores without forming attention patterns; "bridge" reads the
+            patterns that TransformerLens forms; "auto" is "fused" where that is exact. Both give
+            the same scores.
+        random_tokens: Use uniform random tokens (out of distribution) instead of natural text.
+        n_prompts: Number of generated prompts; at most this many pieces of a file.
+        max_tokens: Length of the prompts, at most the model's context; None: 512 or the context,
+            and no limit for texts.
+        batch_size: Prompts per forward pass; None: by memory. Does not change scores.
+        moments: Whether to gather the sums behind `Scan.rank_one` and `Scan.profile`, which takes
+            about as long again as the slash scores.
+        profile_offsets: Number of offsets of `Scan.profile`, counted from 0.
+        seed: Random seed of natural and random prompts.
+        progress: Whether to show a progress bar; None: on a terminal only.
 
     Returns:
-        A Scan; offsets longer than a prompt leave that prompt out of their mean.
+        A Scan. A prompt that is too short for an offset does not count in that offset's mean.
 
     Raises:
         ModelError, PromptError, OffsetError, or ScanError for a pattern with NaN.
     """
     info = bridge.read(model)
-    every = isinstance(offsets, str) and offsets.strip() == "all"
-    wanted = (0,) if every else as_offsets(offsets)
+    all_offsets = isinstance(offsets, str) and offsets.strip() == "all"
+    deltas = (0,) if all_offsets else as_offsets(offsets)
     if engine not in _ENGINES:
-        raise ScanError(f"engine is one of {', '.join(_ENGINES)}; got {engine!r}")
-    found = prompt_set(
+        raise ScanError(f"engine must be one of {', '.join(_ENGINES)}; got {engine!r}")
+    chosen = prompt_set(
         model,
         prompts,
         random_tokens=random_tokens,
@@ -87,75 +90,77 @@ def scan(
         max_tokens=max_tokens,
         seed=seed,
     )
-    longest = max(len(tokens) for tokens in found.tokens)
-    if every:
-        wanted = tuple(range(longest))
-    if wanted[-1] >= longest:
+    longest = max(len(tokens) for tokens in chosen.tokens)
+    if all_offsets:
+        deltas = tuple(range(longest))
+    if deltas[-1] >= longest:
         raise OffsetError(
-            f"offset {wanted[-1]} needs a prompt of at least {wanted[-1] + 1} tokens; "
+            f"offset {deltas[-1]} needs a prompt of at least {deltas[-1] + 1} tokens; "
             f"the longest has {longest}"
         )
     if isinstance(profile_offsets, bool) or profile_offsets < 1:
-        raise ScanError(f"profile_offsets is an integer from 1; got {profile_offsets!r}")
-    gathered, refusal = None, None
+        raise ScanError(
+            f"profile_offsets must be an integer of at least 1; got {profile_offsets!r}"
+        )
+    moment_sums, refusal = None, None
     try:
         if not moments:
-            raise ModelError("the scan was told not to gather them")
+            raise ModelError("the scan ran with moments=False")
         if has_per_head_keys(model):
             raise ModelError(
-                "active edits give heads keys of their own, and rank and profiles would be of the "
-                "shared ones"
+                "active edits use per-head keys, but rank and profiles would describe the shared "
+                "keys"
             )
-        gathered = MomentSums(model, info, profile_offsets)
+        moment_sums = MomentSums(model, info, profile_offsets)
     except ModelError as error:
         refusal = str(error)
-    shape = (info.n_layers, info.n_heads, len(wanted))
+    shape = (info.n_layers, info.n_heads, len(deltas))
     sums, squares = torch.zeros(2, *shape, dtype=torch.float64)
-    counts = torch.zeros(len(wanted), dtype=torch.int64)
+    counts = torch.zeros(len(deltas), dtype=torch.int64)
     if engine == "auto":
         engine = "bridge" if why_not(model) else "fused"
-    # Where RoPE follows the length of a batch, prompts batched together would change one another.
-    together = 1 if bridge.read(model).rope_follows_length else batch_size
-    batches = list(_batches(found, together, info.n_heads, engine))
+    # Where RoPE follows a batch's length, a long prompt would change the others of its batch.
+    batch_size = 1 if info.rope_follows_length else batch_size
+    batches = list(_batches(chosen, batch_size, info.n_heads, engine))
     with fused(model) if engine == "fused" else forming_matrices():
         for indices in progress_over(
             batches, "scanning", show=progress, n=[len(b) for b in batches]
         ):
-            prompts_now = [found.tokens[i] for i in indices]
-            means, counted = _scan_batch(model, info, prompts_now, wanted, gathered)
+            batch = [chosen.tokens[index] for index in indices]
+            means, counted = _scan_batch(model, info, batch, deltas, moment_sums)
             sums += means.sum(0)
             squares += means.square().sum(0)
             counts += counted
-        went = engine_of_layers(model)
+        by_layer = engine_of_layers(model)
     details = {
         "engine": engine,
-        "engine_of_layers": went,
-        "prompts": [found.record],
+        "engine_of_layers": by_layer,
+        "prompts": [chosen.record],
         "seed": seed,
     }
     if refusal is not None:
         details["moments"] = refusal
     return Scan(
-        wanted,
+        deltas,
         sums,
         squares,
         counts,
-        found.n_tokens,
+        chosen.n_tokens,
         provenance(model, **details),
-        None if gathered is None else gathered.finish(),
+        None if moment_sums is None else moment_sums.finish(),
     )
 
 
 def _batches(
-    found: PromptSet, batch_size: int | None, n_heads: int, engine: str
+    prompts: PromptSet, batch_size: int | None, n_heads: int, engine: str
 ) -> Iterator[list[int]]:
-    """Prompt indices of each batch: neighbours in length, so that little is padded."""
+    """Yield the prompt indices of each batch, of similar lengths so that little is padded."""
     if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
-        raise ScanError(f"batch_size is an integer from 1; got {batch_size!r}")
-    order = sorted(range(len(found.tokens)), key=lambda index: len(found.tokens[index]))
+        raise ScanError(f"batch_size must be an integer of at least 1; got {batch_size!r}")
+    order = sorted(range(len(prompts.tokens)), key=lambda index: len(prompts.tokens[index]))
     batch: list[int] = []
     for index in order:
-        n_tokens = len(found.tokens[index])
+        n_tokens = len(prompts.tokens[index])
         most = _PATTERN_BYTES // (4 * n_heads * n_tokens**2)
         limit = batch_size or max(1, _BATCH_TOKENS // n_tokens if engine == "fused" else most)
         if len(batch) >= limit:
@@ -172,7 +177,7 @@ def _scan_batch(
     offsets: tuple[int, ...],
     moments: MomentSums | None,
 ) -> tuple[Float[Tensor, "batch layer head offset"], Int[Tensor, "offset"]]:
-    """Each prompt's scores (0 where it is too short), and how many prompts each offset counts."""
+    """Return each prompt's scores (0 if it is too short), and the prompts that count by offset."""
     device = torch.device(model.cfg.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     n_pos = int(lengths.max())
@@ -190,10 +195,10 @@ def _scan_batch(
     with torch.no_grad():
         mask = None if bool(real.all()) else real.long()
         bridge.run_for_hooks(model, tokens, hooks, mask)
-    missing = [layer for layer, taken in enumerate(per_layer) if taken is None]
+    missing = [layer for layer, layer_sums in enumerate(per_layer) if layer_sums is None]
     if missing:
         raise ModelError(f"the pattern hook of layer {missing[0]} did not fire")
-    totals = torch.stack([taken for taken in per_layer if taken is not None], dim=1)
+    totals = torch.stack([x for x in per_layer if x is not None], dim=1)
     if not bool(totals.isfinite().all()):
         _, layer, head, _ = (~totals.isfinite()).nonzero()[0].tolist()
         raise ScanError(

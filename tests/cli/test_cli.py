@@ -176,7 +176,7 @@ def test_explain(call, model, tmp_path):
         (("scan", "-m", "MODEL", "--offsets", "-1"), "offsets such as"),
         (("scan", "-m", "MODEL", "--offsets", ""), "offsets such as"),
         (("scan", "-m", "MODEL", "--offsets", "30", "--max-tokens", "20"), "needs a prompt of at"),
-        (("scan", "-m", "MODEL", "--kappa", "1.5"), "kappa is a score from 0 to 1"),
+        (("scan", "-m", "MODEL", "--kappa", "1.5"), "kappa must be a score from 0 to 1"),
         (("scan", "-m", "MODEL", "--text", "absent.txt"), "no file 'absent.txt'"),
         (("scan", "-m", "MODEL", "--text", "absent.txt", "--random-tokens"), "not both"),
         (("scan", "-m", "MODEL", "--out", "/absent/scan.csv"), "there is no directory"),

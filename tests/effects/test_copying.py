@@ -66,12 +66,12 @@ def test_lags_in_any_order_are_those_lags(planted):
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input(tiny):
     for wrong, said in (
-        ({"lags": [7], "n_tokens": 7}, "lags are integers from 1 to 6"),
-        ({"lags": [], "n_tokens": 7}, "lags are integers"),
-        ({"lags": [1.5], "n_tokens": 7}, "lags are integers"),
-        ({"lags": 7, "n_tokens": 7}, "lags are integers"),
+        ({"lags": [7], "n_tokens": 7}, "lags must be integers from 1 to 6"),
+        ({"lags": [], "n_tokens": 7}, "lags must be integers"),
+        ({"lags": [1.5], "n_tokens": 7}, "lags must be integers"),
+        ({"lags": 7, "n_tokens": 7}, "lags must be integers"),
         ({"n_tokens": 32}, "2 to 31 tokens"),
-        ({"n_tokens": 7, "n_prompts": 0}, "n_prompts is an integer from 1"),
+        ({"n_tokens": 7, "n_prompts": 0}, "n_prompts must be an integer of at least 1"),
     ):
         with pytest.raises(PromptError, match=said):
             sp.copying(tiny, **wrong)

@@ -33,18 +33,18 @@ def curve(found, edit="clean", column="flow"):
 
 
 def test_flow_by_definition(tiny):
-    """Against one pass a replaced token, on prompts where each of them is replaced."""
+    """Compared with one forward pass per replaced token, where all tokens are replaced."""
     tokens = random_tokens(2, 9)
     found = sp.flow(tiny, tokens, offsets=[0, 2, 5], n_replaced=99)
     assert found.provenance["n_replaced"] == [3, 3]
     by_batch = sp.flow(tiny, tokens, offsets=[0, 2, 5], n_replaced=99, batch_size=2)
     pd.testing.assert_frame_equal(found.frame, by_batch.frame, atol=1e-6, rtol=1e-4)
     from slashpatch.data.prompts import PromptSet
-    from slashpatch.effects.flow import _replaced
+    from slashpatch.effects.flow import _replace_tokens
 
     sums = torch.zeros(3, dtype=torch.float64)
     for prompt in range(2):
-        one = _replaced(PromptSet(tuple(tokens), ""), prompt, 5, 99, 0)
+        one = _replace_tokens(PromptSet(tuple(tokens), ""), prompt, 5, 99, 0)
         assert one.positions.tolist() == [1, 2, 3]
         for row, place in zip(one.tokens[1:], one.positions.tolist(), strict=True):
             assert (row != tokens[prompt]).nonzero()[:, 0].tolist() == [place]
@@ -74,24 +74,24 @@ def test_removing_a_slash_lowers_the_flow_there_alone(near):
 
 
 def test_the_report_says_where_else_it_changes(both):
-    """Two heads write to one softmax: without the far one, the near one decides more.
+    """Two heads share one softmax over tokens: without the far head, the near head decides more.
 
-    And a head whose row is renormalised reads the tokens beside.
+    A head whose row is renormalised attends to the neighbouring tokens instead.
     """
     (remark,) = sp.flow(both, edits="KnockOut(L0H2, 3)", **SMALL).remarks
     assert "lowers the flow at Δ = 3" in remark
     assert "raises the flow at Δ = 1" in remark
-    assert "1, 2 is beside what it edits" in remark
+    assert "it does not edit Δ = 1, 2" in remark
 
 
 def test_what_an_edit_keeps_is_not_what_it_edits(both):
     (keep,) = sp.flow(both, edits="KeepOnly(L0H2, 3)", **SMALL).remarks
     assert "Δ = 3, which it edits" not in keep
     from slashpatch.effects.conditions import conditions
-    from slashpatch.effects.flow import _aimed
+    from slashpatch.effects.flow import _edited_offsets
 
     def aimed(*edits):
-        return _aimed(conditions([list(edits)])[0], set(range(5)))
+        return _edited_offsets(conditions([list(edits)])[0], set(range(5)))
 
     assert aimed("KeepOnly(L0H2, 3)") == {0, 1, 2, 4}
     assert aimed("KnockOut(L0H2, 3)") == aimed("KnockOut(L0H2, 3, renormalize=False)") == {3}
@@ -127,8 +127,16 @@ def test_bad_input(tiny):
         ({"prompts": random_tokens(2, 9), "offsets": [8]}, PromptError, "need at least 10"),
         ({"prompts": torch.full((2, 9), 5), "offsets": [1]}, PromptError, "one and the same token"),
         ({"offsets": [-1]}, OffsetError, "an offset is an integer from 0"),
-        ({"offsets": [1], "n_replaced": 1.5}, PromptError, "n_replaced is an integer from 1"),
-        ({"offsets": [1], "n_replaced": 0}, PromptError, "n_replaced is an integer from 1"),
+        (
+            {"offsets": [1], "n_replaced": 1.5},
+            PromptError,
+            "n_replaced must be an integer of at least 1",
+        ),
+        (
+            {"offsets": [1], "n_replaced": 0},
+            PromptError,
+            "n_replaced must be an integer of at least 1",
+        ),
     ):
         with pytest.raises(error, match=said):
             sp.flow(tiny, **wrong)

@@ -28,7 +28,7 @@ def loss(model, tokens, *edits):
 
 
 def test_effects_are_those_of_patch(tiny):
-    """Against a plain loop, with prompts of several lengths, in any batches."""
+    """Compared with a plain loop, on prompts of several lengths, in batches of any size."""
     prompts = [row[:n] for row, n in zip(random_tokens(5, 14), (14, 9, 14, 6, 9), strict=True)]
     edits = ["KnockOut(L0H1, 1)", ["AblateHeads(L0H2)", "ShiftSlash(L1H0, 1)"]]
     found = sp.measure(tiny, edits, ["loss", "kl", "top1"], prompts)
@@ -152,7 +152,7 @@ def test_what_controls_draw(tiny):
 
 
 def test_output_norms_by_definition(tiny):
-    """Matched heads are matched on what z W_O adds to the residual stream."""
+    """Matched heads are matched by the norm of z W_O."""
     tokens = random_tokens(2, 9)
     norms = output_norms(tiny, [Batch(torch.arange(2), tokens, 2)])
     _, cache = tiny.run_with_cache(tokens)
@@ -167,13 +167,17 @@ def test_output_norms_by_definition(tiny):
 @pytest.mark.parametrize(
     ("control", "edit", "said"),
     [
-        ("random-heads:4", "KnockOut(L0H0, 1)", "only 3 other such sets.*at most random-heads:3"),
+        ("random-heads:4", "KnockOut(L0H0, 1)", "only 3 other sets of.*at most random-heads:3"),
         ("random-heads", "AblateHeads('L0H0, L0H1, L0H2')", "leaves 1; edit fewer"),
-        ("matched-heads:8", "KnockOut(L0H0, 1)", "only 7 heads beside"),
-        ("other-offsets", "AblateHeads(L0H0)", "names no offset"),
-        ("other-offsets:99", "KnockOut(L0H0, 1)", "offsets 1 to 16 leave 15 others for 1"),
-        ("random-pairs", "KnockOut(L0H0, 1)", "names no band"),
-        ("random-pairs:99", "DropBand(L0H0, 'pairs 0-0')", "found 3 different ones"),
+        ("matched-heads:8", "KnockOut(L0H0, 1)", "only 7 unedited heads"),
+        ("other-offsets", "AblateHeads(L0H0)", "have no offsets"),
+        (
+            "other-offsets:99",
+            "KnockOut(L0H0, 1)",
+            "only 15 of the offsets 1 to 16 are not edited, to replace 1",
+        ),
+        ("random-pairs", "KnockOut(L0H0, 1)", "have no band"),
+        ("random-pairs:99", "DropBand(L0H0, 'pairs 0-0')", "found 3 different variants"),
     ],
 )
 def test_controls_that_cannot_be_drawn(tiny, control, edit, said):
@@ -243,7 +247,7 @@ def test_bad_input(tiny):
     tokens = random_tokens(3, 8)
     for wrong, error, said in (
         ({"edits": []}, EditError, "expected an edit such as"),
-        ({"edits": [[]]}, EditError, "a condition is without edits"),
+        ({"edits": [[]]}, EditError, "a condition has no edits"),
         ({"edits": ["KnockOut(L0H1, 1)"] * 2}, EditError, "is given twice"),
         ({"edits": "KnockOut(L9H1, 1)"}, sp.SlashpatchError, "L9H1 does not exist"),
         ({"edits": 3}, EditError, "expected an edit"),
@@ -251,11 +255,11 @@ def test_bad_input(tiny):
         ({"metrics": ["loss", "loss"]}, MetricError, "two metrics are called 'loss'"),
         ({"prompts": [torch.tensor([4])]}, PromptError, "one token only"),
         ({"metrics": "copying"}, PromptError, "same tokens twice over"),
-        ({"confidence": 1}, MetricError, "confidence is between 0 and 1"),
-        ({"seed": "a"}, MetricError, "seed is an integer"),
-        ({"n_prompts": 0, "metrics": "copying", "prompts": None}, PromptError, "n_prompts is an"),
-        ({"batch_size": 1.5}, PromptError, "batch_size is an integer from 1"),
-        ({"batch_size": 0}, PromptError, "batch_size is an integer from 1"),
+        ({"confidence": 1}, MetricError, "confidence must be between 0 and 1"),
+        ({"seed": "a"}, MetricError, "seed must be an integer"),
+        ({"n_prompts": 0, "metrics": "copying", "prompts": None}, PromptError, "n_prompts must"),
+        ({"batch_size": 1.5}, PromptError, "batch_size must be an integer of at least 1"),
+        ({"batch_size": 0}, PromptError, "batch_size must be an integer of at least 1"),
         (
             {"metrics": "loss-by-position", "prompts": [tokens[0], tokens[1, :5]]},
             MetricError,
@@ -318,12 +322,12 @@ def test_saved_and_loaded(tiny, tmp_path):
     assert set(again.tables) == {"values", "draws"}
     assert json.loads((tmp_path / "effects.json").read_text())["kind"] == "measure"
     assert "KnockOut" in found._repr_html_()
-    with pytest.raises(OutputError, match="keep where figures come from"):
+    with pytest.raises(OutputError, match="which keep the provenance"):
         found.save(tmp_path / "effects.csv")
     (tmp_path / "other.json").write_text("[]")
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     for name in ("other.json", "other.parquet"):
-        with pytest.raises(OutputError, match="holds no effects"):
+        with pytest.raises(OutputError, match="is not a result that slashpatch saved"):
             sp.Result.load(tmp_path / name)
     with pytest.raises(OutputError, match="no file"):
         sp.Result.load(tmp_path / "none.json")

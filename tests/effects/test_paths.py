@@ -27,7 +27,7 @@ def planted_paths():
 
 
 def with_input(model, tokens, layer, head, of, change):
-    """TransformerLens' own way: one head's copy of the residual stream before ln1."""
+    """Effects by TransformerLens' split inputs: each head's copy of the residual stream."""
     name = f"blocks.{layer}.attn.hook_{of}_input"
 
     def put(x, hook):
@@ -44,7 +44,7 @@ def with_input(model, tokens, layer, head, of, change):
 
 
 def test_edges_are_those_of_split_inputs():
-    """With a key head for each query head, TransformerLens' split inputs can say the same."""
+    """Without grouped-query attention, TransformerLens' split inputs give the same effects."""
     model = tiny_model(seed=4, layers=3, kv_heads=4)
     tokens = random_tokens(3, 10)
     name = "blocks.0.hook_attn_out"
@@ -66,7 +66,7 @@ def test_edges_are_those_of_split_inputs():
 
 @pytest.mark.parametrize("name", ["Gemma 2", "GPT-NeoX, Pythia", "OLMo 2", "Cohere", "HunYuan"])
 def test_no_change_gives_no_effect_and_readers_take_part_elsewhere(name):
-    """An edit that changes nothing reaches nobody; one that does reaches somebody."""
+    """An edit that changes nothing has no effect on any reader; another edit has some."""
     model = zoo(name)
     tokens = random_tokens(2, 10)
     nothing = sp.paths(model, "ScaleOffsets(L0H1, 1, factor=1)", metric="loss", prompts=tokens)
@@ -80,7 +80,7 @@ def test_no_change_gives_no_effect_and_readers_take_part_elsewhere(name):
 
 
 def test_metrics_of_attention():
-    """Below the reader nothing changes; in it, the edge of its key moves its pattern."""
+    """Before the reader's layer nothing changes; in it, the path by its key moves its pattern."""
     model = tiny_model(seed=1, layers=3)
     tokens = random_tokens(2, 10)
     for head in ("L0H2", "L1H1", "L2H0"):
@@ -93,7 +93,7 @@ def test_metrics_of_attention():
 
 @pytest.mark.parametrize("of", ["k", "v"])
 def test_heads_of_a_group_are_left_alone(tiny, of):
-    """Of one query head the key or value changes; what others of its group write stays."""
+    """A path by key or value of one query head leaves the other heads of its group clean."""
     seen = []
     with tiny.hooks(fwd_hooks=[("blocks.1.hook_attn_out", lambda x, hook: seen.append(x))]):
         sp.paths(tiny, "L0H1", "L1H2", "loss", random_tokens(2, 10), inputs=of)
@@ -109,17 +109,17 @@ def test_heads_of_a_group_are_left_alone(tiny, of):
 def test_bad_input(tiny):
     tokens = random_tokens(2, 8)
     for wrong, error, said in (
-        ({"edit": "L1H0"}, EditError, "no head reads what layer 1 gives"),
+        ({"edit": "L1H0"}, EditError, "no head reads the output of layer 1"),
         ({"edit": "AblateHeads('L0H0, L1H0')"}, EditError, "a path starts in one layer"),
         ({"edit": "L0H0", "readers": "L0H1"}, HeadError, "L0H1 does not read layer 0"),
         ({"edit": "L0H0", "readers": "L1H9"}, HeadError, "L1H9 does not exist"),
         ({"edit": "L0H0", "readers": []}, HeadError, "no readers were given"),
-        ({"edit": "L0H0", "inputs": "qz"}, EditError, "inputs are some of q, k and v"),
+        ({"edit": "L0H0", "inputs": "qz"}, EditError, "inputs must be some of q, k and v"),
         ({"edit": "L0H0", "metric": "loss-by-position"}, EditError, "one number per prompt"),
     ):
         with pytest.raises(error, match=said):
             sp.paths(tiny, **{"metric": "loss", "prompts": tokens, **wrong})
     with sp.patch(tiny, "FreezeBand(L1H0, high)"):
         tiny(tokens)
-        with pytest.raises(EditError, match="keys of their own"):
+        with pytest.raises(EditError, match="use per-head keys"):
             sp.paths(tiny, "L0H0", metric="loss", prompts=tokens)

@@ -15,7 +15,7 @@ import slashpatch as sp
 from slashpatch.bridge.prefix_cache import PrefixCache
 from slashpatch.data.journal import Journal, row
 from slashpatch.effects.conditions import conditions
-from slashpatch.effects.evaluation import Meter, evaluate
+from slashpatch.effects.evaluation import MetricRunner, evaluate
 from slashpatch.effects.inputs import prompts_for
 from slashpatch.effects.metrics import as_metric
 from slashpatch.errors import (
@@ -36,17 +36,17 @@ SMALL = {"n_prompts": 3, "max_tokens": 13}
 
 
 def naive(model, edits, metric="copying", prompts=None):
-    """Every edit by patching, and running all of the model."""
-    meter = Meter(model, [as_metric(metric)])
-    found = prompts_for(model, meter.metrics, prompts, n_prompts=3, max_tokens=13, seed=0)
-    clean, *values = evaluate(model, meter, found, conditions(edits))
-    return [float((one[0] - clean[0]).mean()) for one in values]
+    """Mean effect of each edit, by patching and running the whole model."""
+    runner = MetricRunner(model, [as_metric(metric)])
+    chosen = prompts_for(model, runner.metrics, prompts, n_prompts=3, max_tokens=13, seed=0)
+    clean, *values = evaluate(model, runner, chosen, conditions(edits))
+    return [float((edited[0] - clean[0]).mean()) for edited in values]
 
 
 @pytest.mark.parametrize("edit", ["KnockOut({head}, 1)", "FreezeBand({head}, high)"])
 @pytest.mark.parametrize("ahead", [0, 2**30])
 def test_a_sweep_is_the_naive_loop_bit_for_bit(edit, ahead, monkeypatch):
-    """Whether layers' outputs are kept from the clean run or computed in their turn."""
+    """Also where the residual stream is not cached in the clean run but computed when needed."""
     monkeypatch.setattr("slashpatch.effects.sweep_run._AHEAD_BYTES", ahead)
     model = tiny_model(seed=1, layers=3)
     found = sp.sweep(model, edit, **SMALL).frame.sort_values(["layer", "head"])
@@ -58,8 +58,8 @@ def test_a_sweep_is_the_naive_loop_bit_for_bit(edit, ahead, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name, f in FAMILIES.items() if not f.refused])
-def test_stubbed_layers_change_nothing(name):
-    """In every family: passes that begin at a layer give the logits of whole ones, bit for bit."""
+def test_a_prefix_cache_changes_nothing(name):
+    """In every family, passes that skip earlier layers give the same logits, bit for bit."""
     model = zoo(name)
     tokens = random_tokens(2, 11)
     prefix = PrefixCache(model, tokens)
@@ -128,15 +128,15 @@ def test_resuming(tmp_path, monkeypatch):
     model = tiny_model(seed=1)
     path = tmp_path / "sweep.parquet"
     whole = sp.sweep(model, path=tmp_path / "whole.parquet", **SMALL)
-    run, done = Meter.run, []
+    run, done = MetricRunner.run, []
 
-    def dies(self, batch, clean, what, hooks=(), from_layer=0):
-        done.append(str(what))
+    def dies(self, batch, clean, label, hooks=(), from_layer=0):
+        done.append(str(label))
         if len(done) == 5:
             raise KeyboardInterrupt
-        return run(self, batch, clean, what, hooks, from_layer)
+        return run(self, batch, clean, label, hooks, from_layer)
 
-    monkeypatch.setattr(Meter, "run", dies)
+    monkeypatch.setattr(MetricRunner, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         sp.sweep(model, path=path, **SMALL)
     assert not any(point._forward_hooks for point in model.hook_points())
@@ -212,15 +212,15 @@ def test_bad_input(tiny):
         ({"make_edit": "KnockOut({head}, {offset})"}, EditError, r"without \{offset\}"),
         ({"offsets": [1]}, EditError, r"with \{offset\}"),
         ({"make_edit": 3}, EditError, "expected a text such as"),
-        ({"make_edit": lambda head: None}, EditError, "make_edit gave None for L0H0"),
+        ({"make_edit": lambda head: None}, EditError, "make_edit returned None for L0H0"),
         ({"heads": "L7H0"}, HeadError, "L7H0 does not exist"),
         ({"metric": "loss-by-position"}, MetricError, "a metric with one number per prompt"),
-        ({"per_pass": 0}, PromptError, "per_pass is an integer from 1"),
+        ({"per_pass": 0}, PromptError, "per_pass must be an integer of at least 1"),
         ({"heads": []}, HeadError, "no heads were given"),
-        ({"make_edit": lambda: None}, EditError, "called with a head, which"),
-        ({"confidence": 95}, MetricError, "confidence is between 0 and 1"),
-        ({"confidence": float("nan")}, MetricError, "confidence is between 0 and 1"),
-        ({"seed": 1.5}, MetricError, "seed is an integer"),
+        ({"make_edit": lambda: None}, EditError, "called with a head, but"),
+        ({"confidence": 95}, MetricError, "confidence must be between 0 and 1"),
+        ({"confidence": float("nan")}, MetricError, "confidence must be between 0 and 1"),
+        ({"seed": 1.5}, MetricError, "seed must be an integer"),
     ):
         with pytest.raises(error, match=said):
             sp.sweep(tiny, **{**SMALL, **wrong})
@@ -241,7 +241,7 @@ def test_bad_input(tiny):
     ],
 )
 def test_rows_that_are_none(tmp_path, line):
-    """After the header and the clean row: of another size, twice, or no number."""
+    """Rows after the header and the clean row: of another size, given twice, or no number."""
     path = tmp_path / "sweep.json"
     model = tiny_model(seed=1)
     sp.sweep(model, path=path, **SMALL)

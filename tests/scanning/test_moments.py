@@ -138,8 +138,8 @@ def test_scans_of_prompts_of_different_lengths_add(tiny):
     assert len(both.profile("L0H1").measured) == 20
 
 
-def test_under_edits_with_private_keys_there_is_no_rank(tiny):
+def test_under_edits_with_per_head_keys_there_is_no_rank(tiny):
     with sp.patch(tiny, "FreezeBand(L0H1, high)"):
         scan = sp.scan(tiny, random_tokens(1, 9), [0])
-    with pytest.raises(ScanError, match="keys of their own"):
+    with pytest.raises(ScanError, match="active edits use per-head keys"):
         scan.rank_one  # noqa: B018

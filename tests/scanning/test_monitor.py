@@ -143,7 +143,7 @@ def test_a_mask_with_a_gap_is_refused(tiny):
 
 
 def test_a_head_is_detected_once_when_it_is_sure(tiny):
-    """Row by row: at least 16 rows, and three standard errors above κ."""
+    """Compared with a loop over rows: at least 16 rows, and three standard errors above κ."""
     found = []
     tokens = random_tokens(1, 40)
     rows = all_rows(tiny, tokens, [0, 1])[:, 0]
@@ -206,7 +206,7 @@ def test_bad_offsets(tiny):
 
 
 def test_our_own_passes_are_not_watched(tiny):
-    """Reference prompts and the verification of a model are no rows of the user's."""
+    """The passes of reference prompts and of a model's verification are not counted."""
     tokens = random_tokens(1, 12)
     with sp.SlashMonitor(tiny, [1]) as monitor:
         with sp.patch(tiny, sp.AblateHeads("L0H1", mode="mean", reference="random")):
@@ -217,7 +217,7 @@ def test_our_own_passes_are_not_watched(tiny):
 
 
 def test_filler_after_eos_is_left_out(tiny):
-    """Two prompts, of which the first ends at once: it then generates EOS only."""
+    """Of two prompts the first ends at once, and then generates only EOS."""
 
     def force(logits, hook):
         logits = logits.clone()

@@ -16,7 +16,7 @@ from ..tiny import N_CTX, bridge, llama, random_tokens, tiny_model
 
 
 def direct(model, prompts, offsets):
-    """Scores by their definition, one prompt at a time, over `hook_pattern`."""
+    """Slash scores by their definition, one prompt at a time, from `hook_pattern`."""
     per_prompt = []
     for prompt in prompts:
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_slash_heads_best_first(tiny):
 @pytest.mark.parametrize("kappa", [-0.1, 1.1, math.nan])
 def test_kappa_outside_0_to_1(tiny, kappa):
     scan = sp.scan(tiny, random_tokens(1, 8), [1])
-    with pytest.raises(ScanError, match="kappa is a score from 0 to 1"):
+    with pytest.raises(ScanError, match="kappa must be a score from 0 to 1"):
         scan.slash_heads(kappa)
     with pytest.raises(ScanError, match="kappa"):
         sp.SlashMonitor(tiny, kappa=kappa)
@@ -303,7 +303,7 @@ def test_nan_in_a_pattern_is_named(value):
 
 
 def test_nan_in_padding_does_not_matter():
-    """What padding rows hold is nobody's attention."""
+    """Padding rows of the pattern are not read."""
     model = tiny_model(seed=2)
     prompts = [random_tokens(1, 4)[0], random_tokens(1, 9, 1)[0]]
     expected = sp.scan(model, prompts, [1], batch_size=1).scores
@@ -327,7 +327,7 @@ def test_nan_in_padding_does_not_matter():
         ({"offsets": [-1]}, OffsetError, "integer from 0"),
         ({"offsets": 1.5}, OffsetError, "integer from 0"),
         ({"offsets": 9}, OffsetError, "needs a prompt of at least 10 tokens; the longest has 9"),
-        ({"engine": "warp"}, ScanError, "engine is one of auto, fused, bridge; got 'warp'"),
+        ({"engine": "warp"}, ScanError, "engine must be one of auto, fused, bridge; got 'warp'"),
         ({"batch_size": 0}, ScanError, "batch_size"),
         ({"prompts": []}, PromptError, "empty"),
         ({"prompts": ""}, PromptError, "empty"),

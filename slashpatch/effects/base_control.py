@@ -1,4 +1,4 @@
-"""What a control is: draws variants of a condition."""
+"""The base class of controls: they draw random variants of a condition."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+#: Random draws tried for each variant asked for, before a control gives up.
 _ATTEMPTS = 200
 
 
 @dataclass(frozen=True)
 class Control:
-    """Draws `n` variants of a condition.
+    """Draws `n` random variants of a condition, all different.
 
     Attributes:
-        n: How many; they are all different.
+        n: Number of variants.
+        name: Name of the control, as in the text "random-heads:8".
     """
 
     n: int = 8
@@ -34,7 +36,7 @@ class Control:
     def __post_init__(self) -> None:
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
             raise ControlError(
-                f"{self.name}: the number of draws is an integer from 1; got {self.n!r}"
+                f"{self.name}: the number of draws must be an integer of at least 1; got {self.n!r}"
             )
 
     def __str__(self) -> str:
@@ -47,47 +49,47 @@ class Control:
         batches: Sequence[Batch],
         seed: int,
     ) -> list[Condition]:
-        """The variants. Raises ControlError where there are not as many."""
+        """Return `n` different variants. Raises ControlError if there are not enough."""
         from transformer_lens.utilities.statistics import derive_generator
 
-        one = self.sampler(model, condition, batches)
+        draw_one = self.sampler(model, condition, batches)
         generator = derive_generator(seed, self.name, str(condition))
-        own = str(self.canonical(model, condition))
-        found: dict[str, Condition] = {}
+        original = str(self.canonical(model, condition))
+        variants: dict[str, Condition] = {}
         for _ in range(_ATTEMPTS * self.n):
-            drawn = self.canonical(model, one(generator))
-            if str(drawn) != own:
-                found.setdefault(str(drawn), drawn)
-            if len(found) == self.n:
+            drawn = self.canonical(model, draw_one(generator))
+            if str(drawn) != original:
+                variants.setdefault(str(drawn), drawn)
+            if len(variants) == self.n:
                 break
-        if len(found) < self.n:
+        if len(variants) < self.n:
             raise ControlError(
-                f"{self} cannot be drawn for {condition}: found {len(found)} different ones; ask "
-                "for fewer, or use another control"
+                f"{self} cannot be drawn for {condition}: found {len(variants)} different variants;"
+                " ask for fewer, or use another control"
             )
-        for drawn in found.values():
+        for drawn in variants.values():
             try:
-                _require_taken(model, drawn)
+                require_applicable(model, drawn)
             except SlashpatchError as error:
                 raise ControlError(
                     f"{self} cannot be drawn for {condition}: {drawn} does not fit the model: "
                     f"{error}"
                 ) from error
-        return list(found.values())
+        return list(variants.values())
 
     def canonical(self, model: TransformerBridge, condition: Condition) -> Condition:
-        """The condition such that equal interventions are equal."""
+        """Return the condition in a form in which equal interventions have equal texts."""
         return condition
 
     def sampler(
         self, model: TransformerBridge, condition: Condition, batches: Sequence[Batch]
     ) -> Callable[[torch.Generator], Condition]:
-        """A function that draws one variant. Raises ControlError where there is none."""
-        raise AssertionError("each control says what it draws")
+        """Return a function that draws one variant. Raises ControlError if there are none."""
+        raise AssertionError("each control defines what it draws")
 
 
-def _require_taken(model: TransformerBridge, condition: Condition) -> None:
-    """Raise if the model cannot take the edits: layers differ in RoPE, and bases are of heads."""
+def require_applicable(model: TransformerBridge, condition: Condition) -> None:
+    """Raise if the edits cannot act on the model: layers differ in RoPE, bases in their heads."""
     info = bridge.read(model)
     for edit in condition.edits:
         edit.validate(info)
@@ -95,5 +97,6 @@ def _require_taken(model: TransformerBridge, condition: Condition) -> None:
             edit.prepare(model, info)
 
 
-def _sample(pool: Sequence[Any], n: int, generator: torch.Generator) -> list[Any]:
+def sample(pool: Sequence[Any], n: int, generator: torch.Generator) -> list[Any]:
+    """Return n random items of `pool`, without replacement."""
     return [pool[index] for index in torch.randperm(len(pool), generator=generator)[:n].tolist()]

@@ -1,4 +1,4 @@
-"""An edit that acts on some rows of a batch only, so that several edits share one pass."""
+"""Restrict an edit to some rows of a batch, so that several edits share one forward pass."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class OnRows(Edit):
-    """`edit` on rows `start` to `stop` of the batch; the others stay as they are.
+    """Apply `edit` to rows `start` to `stop` of the batch only.
 
-    For edits without keys of their own, whose frequencies are kept for all rows together.
+    Not for edits that use per-head keys, which are stored for all rows of the batch together.
     """
 
     edit: Edit
@@ -28,15 +28,15 @@ class OnRows(Edit):
     stop: int
 
     def validate(self, info: ModelInfo) -> None:
-        """As the edit's."""
+        """Check the wrapped edit against the model."""
         self.edit.validate(info)
 
     def prepare(self, model: TransformerBridge, info: ModelInfo) -> dict[int, Any]:
-        """As the edit's."""
+        """Return the wrapped edit's state by layer."""
         return self.edit.prepare(model, info)
 
     def stages(self) -> dict[str, Callable[[HookContext, Tensor], Tensor]]:
-        """Those of the edit, each for the rows alone."""
+        """Return the wrapped edit's hooks, restricted to these rows of the batch."""
         return {stage: partial(self._act, act) for stage, act in self.edit.stages().items()}
 
     def _act(
