@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from typing import Any
 
 from ..errors import EditError, SlashpatchError
@@ -36,14 +37,18 @@ EDITS: dict[str, type[Edit]] = {
     )
 }
 _LONGEST = 1_000_000
+#: A quoted text, or a range of heads outside quotes, which Python would read as a subtraction.
+_QUOTED_OR_RANGE = re.compile(
+    r"""('[^']*'|"[^"]*")|\bL\d+(?:-\d+H\d+(?:-\d+)?|H\d+-\d+)\b""", re.IGNORECASE | re.ASCII
+)
 
 
 def parse_edit(text: str) -> Edit:
     """Return the edit that a text such as `KnockOut(L16H0, 1)` describes.
 
-    The text is a call of one of `EDITS`, such as `AblateHeads([L16H0, L11H1], mode=mean)`. Heads
-    and words need no quotes; lists, tuples and range(a, b) are allowed. The inverse of `str(edit)`.
-    Raises EditError, HeadError, OffsetError or BandError.
+    The text is a call of one of `EDITS`, such as `AblateHeads([L16H0, L11H1], mode=mean)`. Heads,
+    ranges of heads (L16H0-3) and words need no quotes; lists, tuples and range(a, b) are allowed.
+    The inverse of `str(edit)`. Raises EditError, HeadError, OffsetError or BandError.
     """
     if not isinstance(text, str):
         raise EditError(f"expected the text of an edit, got {type(text).__name__}")
@@ -52,7 +57,8 @@ def parse_edit(text: str) -> Edit:
             f"expected the text of an edit, of at most {_LONGEST} characters; got {len(text)}"
         )
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        quoted = _QUOTED_OR_RANGE.sub(lambda m: m[0] if m[1] else repr(m[0]), text.strip())
+        node = ast.parse(quoted, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         node = None
     text = text if len(text) < 200 else f"{text[:200]}..."

@@ -140,3 +140,23 @@ def test_what_cannot_be_typed(typed, error, message):
 def test_an_edit_needs_a_head():
     with pytest.raises(EditError, match="at least one head"):
         sp.KnockOut([], 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "heads"),
+    [
+        ("KnockOut(L1H0-3, 1)", "L1H0-3"),
+        ("KnockOut(L0-1H2, 1)", "L0-1H2"),
+        ("KnockOut([L0-1H0-1, L2H3], 1)", "L0-1H0-1, L2H3"),
+        ("KnockOut('L1H0-3', 1)", "L1H0-3"),
+    ],
+)
+def test_ranges_of_heads_need_no_quotes(text, heads):
+    edit = sp.parse_edit(text)
+    assert edit == sp.KnockOut(heads, 1)
+    assert sp.parse_edit(str(edit)) == edit
+
+
+def test_ranges_inside_quoted_texts_stay_text():
+    edit = sp.parse_edit("AblateHeads(L0H0, mode=mean, reference='of L1H0-3, \"L1H0-3\"')")
+    assert edit.reference == 'of L1H0-3, "L1H0-3"'
