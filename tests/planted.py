@@ -9,7 +9,7 @@ def planted_model(offsets, layers=1, d_head=32, strength=40.0, n_ctx=256, seed=0
     """Head h of layer 0 is a slash head at offsets[h] (None: no slash; it reads content).
 
     Every embedding has the same large first component, so that after the norm it is the cone's
-    axis. W_k maps the axis to 1 in every pair's real part; W_q maps it to the same turned back by
+    axis. W_k maps the axis to 1 in every pair's real part; W_q maps it to the same rotated by minus
     the head's offset.
     """
     heads = len(offsets)

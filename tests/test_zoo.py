@@ -71,7 +71,7 @@ def test_the_page_of_families_has_the_table_of_these_checks():
 
 @each_family
 def test_the_bridge_computes_what_transformers_does(name):
-    """Before anything of ours is trusted: logits of the model that was wrapped."""
+    """The bridge's logits equal those of the Transformers model that it wraps."""
     tokens = random_tokens(2, 20)
     with torch.no_grad():
         expected = build(FAMILIES[name])(tokens).logits
@@ -135,7 +135,7 @@ def _long_frequencies(module):
 
 @each_rope
 def test_a_shifted_head_scores_as_from_other_positions(name):
-    """Logit i → j of a query turned back by 2 is the clean one of i + 2 → j for equal vectors."""
+    """With equal vectors, rotating the query by −2 tokens turns logit i → j into i + 2 → j."""
     model = zoo(name)
     qk = next(one for one in read(model).qk if one.rotary)
     tokens = torch.full((1, 10), 7)  # one token again and again: one query, one key
@@ -233,7 +233,7 @@ def test_values_that_only_other_prompts_clip_are_clipped():
 
 @pytest.mark.parametrize("name", ["HunYuan", "OLMo"])
 def test_heads_read_after_rope_leave_the_others_alone(name):
-    """Turned back, edited and turned on again: other heads keep their values bit for bit."""
+    """Un-rotating, editing and rotating again keeps other heads' values bit for bit."""
     model, tokens, found = zoo(name), random_tokens(2, 12), []
 
     def keep(z, hook):

@@ -1,1 +1,1 @@
-"""The contract that slashpatch keeps, tried on the user's own model."""
+"""Check slashpatch's promises on the user's own model."""

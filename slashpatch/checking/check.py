@@ -1,8 +1,8 @@
-"""`check`: the contract that slashpatch keeps, tried on the user's own model.
+"""`check`: test slashpatch's promises on the user's own model.
 
-What is compared is equal up to rounding, and how far rounding goes is measured on the model itself:
-each layer's inputs, queries, keys, values, scores and outputs are multiplied by 1 ± eps of the
-dtype at random, and the logits may differ by four times what that does.
+Logits that are compared may differ by rounding. How much rounding changes them is measured on the
+model itself: each layer's inputs, queries, keys, values, scores and outputs are multiplied by
+random factors 1 ± eps of the dtype, and four times the largest change of a logit is allowed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..bridge.frequencies import kept_frequencies
 from ..bridge.provenance import provenance
 from ..errors import ModelError
 from ..patching.fused import is_fused
-from .contracts import _Checks
+from .contracts import Checker
 from .result import Report
 
 if TYPE_CHECKING:
@@ -25,21 +25,22 @@ if TYPE_CHECKING:
 
 
 def check(model: TransformerBridge, *, seed: int = 0, progress: bool | None = None) -> Report:
-    """Try on two short prompts all that slashpatch promises, edit by edit.
+    """Test all of slashpatch's promises (`CONTRACTS`) on a model, with two short random prompts.
 
-    A check passes, fails, or is refused: slashpatch says by name what it cannot do with the model.
-    Raises ModelError only for what is no TransformerBridge in evaluation mode, or has hooks on it.
+    A check passes, fails, or is refused, if slashpatch does not support something on this model and
+    says so. Raises ModelError only for a model that is not a TransformerBridge in evaluation mode,
+    or that has hooks or patches attached.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     if not isinstance(model, TransformerBridge) or model.training:
-        bridge.read(model)  # says what is wrong
+        bridge.read(model)  # raises ModelError with the reason
     if other_hooks(model) or active_edits(model) or is_fused(model):
         raise ModelError(
-            "check tries the model by itself; leave slashpatch.patch and slashpatch.fused first, "
+            "check needs a model without edits; leave slashpatch.patch and slashpatch.fused first, "
             f"and remove other hooks ({', '.join(other_hooks(model)) or 'none'})"
         )
     device = torch.device(model.cfg.device).type
     with kept_frequencies(model), torch.autocast(device, enabled=False):
-        rows = _Checks(model, seed, progress).run()
-    return Report(tuple(rows), provenance(model, seed=seed))
+        checks = Checker(model, seed, progress).run()
+    return Report(tuple(checks), provenance(model, seed=seed))

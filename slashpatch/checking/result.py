@@ -1,4 +1,4 @@
-"""What `check` found of a model: one row for each thing that was tried."""
+"""The report of `check`: one row for each check."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from ..data import display
 if TYPE_CHECKING:
     import pandas as pd
 
-#: What is promised, by the name of its rows.
+#: What slashpatch promises of a model, by contract.
 CONTRACTS = {
-    "hooks": "scores, pattern and z are where slashpatch takes them to be, and can be edited",
-    "attention": "TransformerLens' attention equals the one of Transformers that it wraps",
-    "q, k and RoPE": "queries, keys and the model's own frequencies reproduce its scores",
-    "rows": "rows of attention sum to one, or to one minus the sink's share",
-    "scores": "slash scores equal a direct mean over the pattern",
-    "dtype": "values are finite, sums are of float64",
-    "edits": "each edit changes the logits, and leaving it restores them bit for bit",
-    "identities": "edits that say nothing change nothing",
-    "cache": "with a KV cache as without one, under each edit",
-    "padding": "padded on either side and in a batch as alone, under each edit",
+    "hooks": "the hooks on scores, pattern and z carry these tensors, and can edit them",
+    "attention": "TransformerLens' attention equals the Transformers attention that it wraps",
+    "q, k and RoPE": "queries, keys and RoPE frequencies reproduce the model's scores",
+    "rows": "rows of the pattern sum to one, or to one minus the attention sink's share",
+    "scores": "slash scores of a scan equal a direct mean over the pattern",
+    "dtype": "logits are finite, and sums are in float64",
+    "edits": "each edit changes the logits, and leaving its patch restores them bit for bit",
+    "identities": "edits that are identities do not change the logits",
+    "cache": "logits with a KV cache equal those without, under each edit",
+    "padding": "logits of a padded prompt equal those of the prompt alone, under each edit",
     "fused": "the fused engine equals TransformerLens' own attention, under each edit",
 }
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried.
+    """One check of a contract.
 
     Attributes:
-        contract: Which of `CONTRACTS`; `subject` the edit, if one.
-        status: "pass"; "refused": slashpatch says that it cannot do this here; "fail".
-        detail: How close it was, or why.
+        contract: A key of `CONTRACTS`.
+        subject: The edit that was tried, "no edit", or "" for checks without edits.
+        status: "pass", "fail", or "refused" if slashpatch does not support this on the model.
+        detail: How large the differences were, or why the check failed or was refused.
     """
 
     contract: str
@@ -44,31 +45,31 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """The checks of one model, in order. `str` gives the table."""
+    """All checks of one model, in order. `str` gives a table."""
 
     checks: tuple[Check, ...]
     provenance: dict[str, Any]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed; what is refused by name has not failed."""
+        """Whether no check failed; a refused check has not failed."""
         return not any(check.status == "fail" for check in self.checks)
 
     def status(self, contract: str) -> str:
-        """What came of a contract as a whole.
+        """Return the status of a contract over all its checks.
 
-        One of "fail" (of any check), "refused" (of all), "part" (refused in part), "pass", or "–"
-        where none was made.
+        "fail" if any check failed, "refused" if all were refused, "part" if only some were refused,
+        "pass" if all passed, "–" if there was none.
         """
-        found = {check.status for check in self.checks if check.contract == contract}
-        if not found:
+        statuses = {check.status for check in self.checks if check.contract == contract}
+        if not statuses:
             return "–"
-        if "fail" in found:
+        if "fail" in statuses:
             return "fail"
-        return "part" if found == {"pass", "refused"} else found.pop()
+        return "part" if statuses == {"pass", "refused"} else statuses.pop()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the report as plain JSON values."""
         return {
             "ok": self.ok,
             "checks": [asdict(check) for check in self.checks],
@@ -77,7 +78,7 @@ class Report:
         }
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a check."""
+        """Return a table with one row per check."""
         import pandas as pd
 
         return pd.DataFrame([asdict(check) for check in self.checks])

@@ -1,4 +1,4 @@
-"""The edits that `check` tries on a model: one of each class, and those that say nothing."""
+"""The edits that `check` tries on a model: one of each class, and identities."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from ..heads import Head
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-#: What makes an edit, and the one that stands for it in generation.
+#: A function that makes an edit, and the edit to use in its place with a KV cache.
 Maker = Callable[[], tuple[Edit, Edit]]
 _ROTARY = (ShiftSlash, DropBand, ScaleBand, FreezeBand, SwapBands, SetFrequencies, PlantSlash)
 
 
 def edits(
-    model: TransformerBridge, turned: Sequence[LayerQK], tokens: Int[Tensor, "batch pos"]
+    model: TransformerBridge, rope_layers: Sequence[LayerQK], tokens: Int[Tensor, "batch pos"]
 ) -> list[tuple[str, Maker]]:
-    """One edit of each class by name, on heads of the first and last layer that it can act on.
+    """Return one edit of each class, by name, on heads of the first and last layer that allow it.
 
-    `turned` are the layers with RoPE that could be read. Without one the rotary edits act on the
-    first and last layer all the same, so that what refuses them can be told.
+    `rope_layers` are the layers with RoPE. If there are none, the rotary edits are made for layers
+    without RoPE, so that the report contains their refusal. `tokens` are for fitting a basis.
     """
-    a = bridge.read(model)
-    own = (Head(0, a.n_heads - 1), Head(a.n_layers - 1, 0))
+    info = bridge.read(model)
+    heads = (Head(0, info.n_heads - 1), Head(info.n_layers - 1, 0))
     made: dict[str, Callable[[], Edit]] = {
-        "AblateHeads": lambda: AblateHeads(own),
-        "ScaleOffsets": lambda: ScaleOffsets(own, [0, 1], 3.0),
-        "KnockOut": lambda: KnockOut(own, [0, 2]),
-        "KeepOnly": lambda: KeepOnly(own, [0, 1]),
+        "AblateHeads": lambda: AblateHeads(heads),
+        "ScaleOffsets": lambda: ScaleOffsets(heads, [0, 1], 3.0),
+        "KnockOut": lambda: KnockOut(heads, [0, 2]),
+        "KeepOnly": lambda: KeepOnly(heads, [0, 1]),
     }
-    if turned:
-        first, last = (qk.require_rotary() for qk in (turned[0], turned[-1]))
+    if rope_layers:
+        first, last = (qk.require_rotary() for qk in (rope_layers[0], rope_layers[-1]))
         n = min(first.n_pairs, last.n_pairs)
         theta = tuple((0.5 * first.inv_freq).tolist())
-        at = (Head(turned[0].layer, a.n_heads - 1), Head(turned[-1].layer, 0))
+        at = (Head(rope_layers[0].layer, info.n_heads - 1), Head(rope_layers[-1].layer, 0))
         made |= {
             "ShiftSlash": lambda: ShiftSlash(at, 1),
             "DropBand": lambda: DropBand(at, "pairs 0"),
@@ -68,29 +68,29 @@ def edits(
             "PlantSlash": lambda: PlantSlash(at, 2),
         }
         if n == 1:
-            del made["SwapBands"]  # there is nothing to exchange
+            del made["SwapBands"]  # a single rotary pair has no other to swap with
     else:
-        made |= dict.fromkeys((one.__name__ for one in _ROTARY), lambda: ShiftSlash(own, 1))
+        made |= dict.fromkeys((edit.__name__ for edit in _ROTARY), lambda: ShiftSlash(heads, 1))
     same: dict[str, Maker] = {
         name: lambda make=make: (make(), make())  # type: ignore[misc]
         for name, make in made.items()
     }
 
     def rank_one() -> tuple[Edit, Edit]:
-        return RankOne(own), RankOne(own, basis=fit_rank_one(model, own, tokens.cpu()))
+        return RankOne(heads), RankOne(heads, basis=fit_rank_one(model, heads, tokens.cpu()))
 
     return [*same.items(), ("RankOne", rank_one)]
 
 
-def identities(a: ModelInfo, turned: Sequence[LayerQK]) -> list[Edit]:
-    """Edits that change nothing."""
-    head = Head(a.n_layers - 1, 0)
-    found: list[Edit] = [ScaleOffsets(head, [0, 1], 1.0), RankOne(head, rank=a.d_head)]
-    if turned:
-        head = Head(turned[-1].layer, 0)
-        found += [
+def identities(info: ModelInfo, rope_layers: Sequence[LayerQK]) -> list[Edit]:
+    """Return edits that must not change the logits."""
+    head = Head(info.n_layers - 1, 0)
+    edits: list[Edit] = [ScaleOffsets(head, [0, 1], 1.0), RankOne(head, rank=info.d_head)]
+    if rope_layers:
+        head = Head(rope_layers[-1].layer, 0)
+        edits += [
             ShiftSlash(head, 0),
             ScaleBand(head, "pairs 0", 1.0),
             SwapBands(head, "pairs 0", "pairs 0"),
         ]
-    return found
+    return edits

@@ -1,1 +1,1 @@
-"""Why a head is a slash head."""
+"""Explain why a head is a slash head: by RoPE and rank-one queries and keys, or by content."""

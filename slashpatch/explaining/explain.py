@@ -1,4 +1,8 @@
-"""Why a head is a slash head: the two conditions measured and tried, and a verdict by a rule."""
+"""Explain slash heads: measure two conditions, test them by interventions, give a verdict.
+
+The conditions of arXiv 2601.08297: queries and keys near rank one, and RoPE frequencies that give
+their mean logit a peak at the offset.
+"""
 
 from __future__ import annotations
 
@@ -43,16 +47,31 @@ def explain(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Explanation:
-    """Measure the two conditions on one head, try them by intervention, judge.
+    """Explain why a head is a slash head, with a verdict by `slashpatch.explaining.result.RULE`.
 
-    Prompts as for `scan` (256 tokens each when None); the model as it is. `offset` is the one with
-    the head's highest score when None. Raises HeadError, PromptError, ScanError, ModelError.
+    Measures the two conditions (near rank-one queries and keys; frequencies with a peak at the
+    offset), and the head's slash score under edits that remove each of them. The model is run as it
+    is, active patches included.
+
+    Args:
+        model: A TransformerBridge in evaluation mode.
+        head: One query head.
+        prompts: As for `scan`; None: natural text of 256 tokens per prompt.
+        offset: The slash's offset Δ; None: the offset from 0 to 15 with the head's highest score.
+        n_prompts: Number of prompts.
+        max_tokens: Length of each prompt.
+        kappa: Least slash score of a slash head.
+        seed: Random seed of the prompts and of the random-token control.
+        progress: Whether to show progress bars; None: on a terminal only.
+
+    Raises:
+        HeadError, PromptError, ScanError, ModelError.
     """
-    found = bridge.read(model).require(head)
-    if len(found) != 1:
+    chosen = bridge.read(model).require(head)
+    if len(chosen) != 1:
         raise HeadError(f"explain takes one head, got {head!r}; explain_all takes several")
     return next(
-        _explanations(model, found, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
+        _explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
     )
 
 
@@ -67,15 +86,16 @@ def explain_all(
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
-    """One row per head, for all heads that reach κ when `wanted` is None; columns as `to_row`.
+    """Explain several heads; return a table with the columns of `Explanation.to_row`.
 
-    Raises as `explain`.
+    `wanted` are the heads; None: all heads whose slash score reaches κ at some offset from 0 to 15.
+    The other arguments and the exceptions are those of `explain`.
     """
     import pandas as pd
 
     chosen = None if wanted is None else bridge.read(model).require(wanted)
     rows = _explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
-    return pd.DataFrame([one.to_row() for one in rows])
+    return pd.DataFrame([row.to_row() for row in rows])
 
 
 def _explanations(
@@ -89,6 +109,7 @@ def _explanations(
     seed: int,
     progress: bool | None,
 ) -> Iterator[Explanation]:
+    """Yield the explanation of each head; None: of all heads that reach κ."""
     require_kappa(kappa)
     if prompts is None and max_tokens is None:
         max_tokens = min(256, model.cfg.n_ctx)
@@ -96,8 +117,8 @@ def _explanations(
     longest = max(len(tokens) for tokens in texts.tokens)
     offsets = range(min(16, longest)) if offset is None else sorted({0, offset})
     tokens = list(texts.tokens)
-    reach = max(64, 2 * (offset or 0))
-    natural = scan(model, tokens, offsets, profile_offsets=reach, progress=progress)
+    n_profile = max(64, 2 * (offset or 0))
+    natural = scan(model, tokens, offsets, profile_offsets=n_profile, progress=progress)
     control = scan(
         model,
         offsets=offsets,
@@ -123,19 +144,20 @@ def _explanations(
         yield _explanation(head, at[head], natural, control, edited[head], table, kappa, source)
 
 
-def _best_offset(found: Scan, head: Head, offset: int | None) -> int:
+def _best_offset(natural: Scan, head: Head, offset: int | None) -> int:
+    """Return `offset`, or the offset with the head's highest score if it is None."""
     if offset is not None:
         return offset
-    return found.offsets[int(found.scores[head.layer, head.head].nan_to_num(-1).argmax())]
+    return natural.offsets[int(natural.scores[head.layer, head.head].nan_to_num(-1).argmax())]
 
 
-def _tries(head: Head, has_rope: bool) -> dict[str, Edit]:
-    """The interventions on one head, by label."""
-    tries: dict[str, Edit] = {f"rank one {of}": RankOne(head, of) for of in ("q", "k", "qk")}
+def _interventions(head: Head, has_rope: bool) -> dict[str, Edit]:
+    """Return the edits that test the conditions on one head, by label."""
+    edits: dict[str, Edit] = {f"rank one {of}": RankOne(head, of) for of in ("q", "k", "qk")}
     if has_rope:
-        tries |= {f"drop {band}": DropBand(head, band) for band in NAMED_BANDS}
-        tries |= {f"freeze {band}": FreezeBand(head, band) for band in NAMED_BANDS}
-    return tries
+        edits |= {f"drop {band}": DropBand(head, band) for band in NAMED_BANDS}
+        edits |= {f"freeze {band}": FreezeBand(head, band) for band in NAMED_BANDS}
+    return edits
 
 
 def _edited_scores(
@@ -145,31 +167,31 @@ def _edited_scores(
     layers: Sequence[LayerQK],
     progress: bool | None,
 ) -> dict[Head, dict[str, float]]:
-    """Each head's score at its offset under each try, mean over prompts.
+    """Return each head's score at its offset under each intervention, mean over prompts.
 
-    All heads are tried in one pass: each layer's pattern is read under the edits, and then its z is
-    put back to what it was without them, so every head is tried in the clean run.
+    One forward pass serves all heads: each layer's pattern is read under the edits, and then the
+    layer's z is replaced by its clean value. So every head is edited in an otherwise clean run.
     """
-    tries: dict[str, list[Edit]] = {}
+    by_label: dict[str, list[Edit]] = {}
     for head in at:
-        for label, edit in _tries(head, layers[head.layer].rotary is not None).items():
-            tries.setdefault(label, []).append(edit)
-    wanted = sorted(set(at.values()))
+        for label, edit in _interventions(head, layers[head.layer].rotary is not None).items():
+            by_label.setdefault(label, []).append(edit)
+    offsets = sorted(set(at.values()))
     sums: dict[str, Tensor] = {}
-    counts = torch.zeros(len(wanted))
-    jobs = [(prompt, label) for prompt in tokens for label in tries]
+    counts = torch.zeros(len(offsets))
+    jobs = [(prompt, label) for prompt in tokens for label in by_label]
     clean: dict[int, Tensor] = {}
     with fused_where_exact(model):
         for prompt, label in progress_over(jobs, "trying edits", show=progress):
-            if label == next(iter(tries)):
+            if label == next(iter(by_label)):
                 clean = _clean_z(model, prompt)
-                counts += torch.tensor([float(len(prompt) > offset) for offset in wanted])
-            with patch(model, *tries[label]):
-                scores = _scores_with_z(model, prompt, wanted, clean).nan_to_num(0)
+                counts += torch.tensor([float(len(prompt) > offset) for offset in offsets])
+            with patch(model, *by_label[label]):
+                scores = _scores_with_z(model, prompt, offsets, clean).nan_to_num(0)
             sums[label] = sums[label] + scores if label in sums else scores
     return {
         head: {
-            label: float((total / counts)[head.layer, head.head, wanted.index(offset)])
+            label: float((total / counts)[head.layer, head.head, offsets.index(offset)])
             for label, total in sums.items()
             if layers[head.layer].rotary is not None or label.startswith("rank one")
         }
@@ -178,40 +200,35 @@ def _edited_scores(
 
 
 def _clean_z(model: TransformerBridge, prompt: Tensor) -> dict[int, Tensor]:
-    """z of every layer."""
-    found: dict[int, Tensor] = {}
+    """Return z of every layer, by layer."""
+    by_layer: dict[int, Tensor] = {}
 
     def keep(z: Tensor, hook: Any) -> None:
-        found[hook.layer()] = z
+        by_layer[hook.layer()] = z
 
-    _run(model, prompt, [(name, keep) for name in _names(model, "z")])
-    return found
+    _run(model, prompt, [(name, keep) for name in bridge.read(model).hooks("z")])
+    return by_layer
 
 
 def _scores_with_z(
     model: TransformerBridge, prompt: Tensor, offsets: Sequence[int], z: dict[int, Tensor]
 ) -> Tensor:
-    """Slash scores [layer, head, offset] of one prompt, with z given to every layer."""
-    found: dict[int, Tensor] = {}
-
+    """Return slash scores [layer, head, offset] of one prompt, with each layer's z replaced."""
+    by_layer: dict[int, Tensor] = {}
     real = torch.ones(1, len(prompt), dtype=torch.bool)
     rows = len(prompt) - torch.tensor(offsets)
 
     @reads_diagonals
     def read(pattern: Any, hook: Any) -> None:
-        found[hook.layer()] = slash_sums(pattern, offsets, real)[0] / rows.clamp(min=0)
+        by_layer[hook.layer()] = slash_sums(pattern, offsets, real)[0] / rows.clamp(min=0)
 
-    def put_back(edited: Tensor, hook: Any) -> Tensor:
+    def replace_z(edited: Tensor, hook: Any) -> Tensor:
         return z[hook.layer()]
 
-    hooks: list[tuple[str, Any]] = [(name, read) for name in _names(model, "pattern")]
-    _run(model, prompt, hooks + [(name, put_back) for name in _names(model, "z")])
-    return torch.stack([found[layer] for layer in range(model.cfg.n_layers)])
-
-
-def _names(model: TransformerBridge, site: str) -> list[str]:
     info = bridge.read(model)
-    return [info.hook(layer, site) for layer in range(info.n_layers)]
+    hooks: list[tuple[str, Any]] = [(name, read) for name in info.hooks("pattern")]
+    _run(model, prompt, hooks + [(name, replace_z) for name in info.hooks("z")])
+    return torch.stack([by_layer[layer] for layer in range(model.cfg.n_layers)])
 
 
 def _run(model: TransformerBridge, prompt: Tensor, hooks: list[tuple[str, Any]]) -> None:
@@ -229,6 +246,7 @@ def _explanation(
     kappa: float,
     source: dict[str, Any],
 ) -> Explanation:
+    """Put together what was measured of one head; `table` has the rank measures of all heads."""
     column = natural.offsets.index(offset)
     score = float(natural.scores[head.layer, head.head, column])
     moments = natural.require_moments()
@@ -236,9 +254,9 @@ def _explanation(
         rotary = moments.rotary(head.layer)
         profile = moments.profile(head)
         terms = moments.pair_peaks(head, offset)
-        waves = 2 * torch.pi / rotary.inv_freq
+        wavelengths = 2 * torch.pi / rotary.inv_freq
         order = terms.abs().argsort(descending=True)[:8].tolist()
-        pairs = [(pair, float(waves[pair]), float(terms[pair])) for pair in order]
+        pairs = [(pair, float(wavelengths[pair]), float(terms[pair])) for pair in order]
         per_pair = moments.pair_concentration(head)
         masks = {band: band_mask(band, rotary.inv_freq) for band in NAMED_BANDS}
         concentration = {
@@ -247,9 +265,9 @@ def _explanation(
         }
     except ModelError:  # a layer without RoPE, or whose logits depend on more than the offset
         profile, pairs, concentration = None, [], {}
-    own = table.loc[str(head)]
+    of_head = table.loc[str(head)]
     rank = {
-        name: (float(own[name]), float(np.mean(table[name] < own[name])))  # type: ignore[arg-type]
+        name: (float(of_head[name]), float(np.mean(table[name] < of_head[name])))  # type: ignore[arg-type]
         for name in ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k", "cone_x")
     }
     dropped = {band: edited[f"drop {band}"] for band in NAMED_BANDS if f"drop {band}" in edited}

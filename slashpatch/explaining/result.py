@@ -1,4 +1,4 @@
-"""What `explain` found of one head, and the rule by which it is judged."""
+"""The explanation of one head, and the rule of its verdict."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from ..heads import Head
 from ..maths.spectrum import margin
 from ..scanning.moments import Profile
 
-#: The verdict's thresholds; all *ours*.
+#: The thresholds of `RULE`; all *ours*: least correlation of the predicted with the measured
+#: profile, and least shares of the score that stay at rank one and that go with some band.
 PREDICTION_FITS = 0.9
 STAYS = 0.5
 GOES = 0.5
+
+#: The rule of the verdict, in words.
 
 RULE = (
     "RoPE-made slash: the score is at least κ; with Q and K at rank one at least half of it stays; "
@@ -26,19 +29,23 @@ RULE = (
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What was measured of one head at one offset. `str` gives the report.
+    """Why one head is a slash head at one offset. `str` gives the report.
 
     Attributes:
-        head: The head; `offset` the Δ at which it is explained.
+        head: The head.
+        offset: The offset Δ of its slash.
         natural: Slash score on the prompts; `random` on random tokens.
-        rank: r1, R95 and cone of this head's Q and K, and the share of all heads that lie below.
-        dropped: Score with each band dropped; `frozen` with each band not rotated.
-        rank_one: Score with Q, K, both at rank one (each prompt's own direction).
+        rank: (value, share of all heads with a smaller value) of r1, R95 and cones of Q and K.
+        dropped: Slash score with each band dropped, by band; `frozen` with each band not rotated.
+        rank_one: Slash score with "q", "k" or both ("qk") projected to rank one, onto each prompt's
+            leading direction.
         profile: Mean logit by offset, measured and predicted; None without RoPE.
-        pairs: (pair, wavelength in tokens, what it adds to the predicted logit at the offset beyond
-            its mean over offsets), largest first: the frequencies that carry the peak.
-        concentration: |E x_l|/E|x_l| of q and k, mean over pairs of each band.
+        pairs: (pair, wavelength in tokens, its term of the predicted logit at the offset minus the
+            term's mean over offsets), largest first: the frequencies that make the peak.
+        concentration: |E x_l| / E|x_l| of q and k, mean over the pairs of each band.
         verdict: "RoPE-made slash", "content-made" or "neither", by `RULE`.
+        kappa: Least slash score of a slash head.
+        provenance: Model, prompts, seed, versions.
     """
 
     head: Head
@@ -57,7 +64,7 @@ class Explanation:
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the explanation as plain JSON values."""
         profile = self.profile
         return {
             "head": str(self.head),
@@ -81,8 +88,8 @@ class Explanation:
                 "margin": self.margin,
             },
             "pairs": [
-                {"pair": pair, "wavelength": wave, "logit": logit}
-                for pair, wave, logit in self.pairs
+                {"pair": pair, "wavelength": wavelength, "logit": logit}
+                for pair, wavelength, logit in self.pairs
             ],
             "concentration": {
                 band: {"q": q, "k": k} for band, (q, k) in self.concentration.items()
@@ -94,7 +101,7 @@ class Explanation:
         }
 
     def to_row(self) -> dict[str, Any]:
-        """One flat row, for the table over many heads."""
+        """Return one flat row, for a table of many heads."""
         row: dict[str, Any] = {
             "name": str(self.head),
             "layer": self.head.layer,
@@ -115,14 +122,15 @@ class Explanation:
 
     @property
     def margin(self) -> float | None:
-        """Predicted logit of the offset over all others of the profile; None where it has none.
+        """Predicted logit at the offset minus the largest at any other; None without a profile.
 
-        The frequency condition: if all tokens had the mean query and key, the head could be a slash
-        head at the offset only where this is positive (`slashpatch.spectrum.margin`).
+        The frequency condition: if all tokens had the mean query and key, the head would attend
+        most to the offset only if this is positive (`slashpatch.maths.spectrum.margin`).
         """
         if self.profile is None:
             return None
-        at = (self.profile.offsets == self.offset).nonzero()  # offsets that an edit empties lack
+        # The profile lacks an offset whose logits an edit has removed.
+        at = (self.profile.offsets == self.offset).nonzero()
         return margin(self.profile.predicted, int(at[0])) if len(at) else None
 
     def __str__(self) -> str:
@@ -137,15 +145,15 @@ def verdict(
     profile: Profile | None,
     kappa: float,
 ) -> str:
-    """The verdict by `RULE`."""
+    """Return the verdict by `RULE`, from the head's scores and profile."""
     if not score >= kappa:
         return "neither"
     if at_rank_one < STAYS * score:
         return "content-made"
-    fits = (
+    predicted = (
         profile is not None
         and profile.correlation > PREDICTION_FITS
         and abs(profile.predicted_peak - offset) <= 1
     )
-    carried = bool(dropped) and min(dropped.values()) < GOES * score
-    return "RoPE-made slash" if fits and carried else "neither"
+    needs_a_band = bool(dropped) and min(dropped.values()) < GOES * score
+    return "RoPE-made slash" if predicted and needs_a_band else "neither"

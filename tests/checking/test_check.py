@@ -1,4 +1,4 @@
-"""`check` on models and edits that are broken on purpose: what is wrong must show."""
+"""`check` must fail on models and edits that are broken on purpose."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def failed(model):
-    """(contract, subject) of what failed."""
+    """Return (contract, subject) of each failed check."""
     return {(one.contract, one.subject) for one in check(model).checks if one.status == "fail"}
 
 
@@ -101,12 +101,12 @@ def test_an_edit_that_leaves_a_trace_fails(monkeypatch):
 
 
 def test_an_edit_whose_hook_never_fires_fails(tiny, monkeypatch):
-    """That is no refusal: it was attached, and did nothing."""
+    """A failure and not a refusal: the edit was attached and did nothing."""
     right = EditInLayer.hooks
 
     def hooks(self):
         for name, act in right(self):
-            nowhere = "blocks.0.attn.hook_q_input"  # a hook where nothing passes
+            nowhere = "blocks.0.attn.hook_q_input"  # a hook that never fires
             yield (nowhere if isinstance(self.edit, ShiftSlash) else name), act
 
     monkeypatch.setattr(EditInLayer, "hooks", hooks)
@@ -116,13 +116,13 @@ def test_an_edit_whose_hook_never_fires_fails(tiny, monkeypatch):
 
 
 def test_an_edit_that_does_nothing_fails(tiny, monkeypatch):
-    monkeypatch.setattr(ShiftSlash, "on_query", lambda self, site, q: q + 0)
+    monkeypatch.setattr(ShiftSlash, "on_query", lambda self, ctx, q: q + 0)
     assert failed(tiny) == {("edits", "ShiftSlash")}
 
 
 def test_an_identity_that_changes_something_fails(tiny, monkeypatch):
     right = ShiftSlash.on_query
-    monkeypatch.setattr(ShiftSlash, "on_query", lambda self, site, q: 1.001 * right(self, site, q))
+    monkeypatch.setattr(ShiftSlash, "on_query", lambda self, ctx, q: 1.001 * right(self, ctx, q))
     assert ("identities", "ShiftSlash(L1H0, by=0)") in failed(tiny)
 
 
@@ -178,7 +178,7 @@ def test_float64_where_the_model_itself_gives_nan_is_refused_by_name():
     report = check(bridge(build(FAMILIES["Llama"], torch.float64), "wide"))
     assert report.ok, str(report)
     assert [one.detail for one in report.checks if one.status == "refused"] == [
-        "the model itself gives NaN for a prompt padded left"
+        "the model itself gives NaN for a prompt padded on the left"
     ]
 
 
@@ -244,7 +244,7 @@ def test_the_command(folder):
 def test_the_command_fails_with_the_contract(folder, monkeypatch):
     from typer.testing import CliRunner
 
-    monkeypatch.setattr(ShiftSlash, "on_query", lambda self, site, q: q + 0)
+    monkeypatch.setattr(ShiftSlash, "on_query", lambda self, ctx, q: q + 0)
     done = CliRunner().invoke(app, ["check", "-m", folder])
     assert done.exit_code == 1
     assert "fail" in done.output
