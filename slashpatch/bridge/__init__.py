@@ -3,6 +3,7 @@
 `read(model)` is the one door: rooms above this one ask the `ModelInfo` that it returns.
 """
 
-from .info import ModelInfo, read, run_for_hooks
+from .info import read, run_for_hooks
+from .model_info import ModelInfo
 
 __all__ = ["ModelInfo", "read", "run_for_hooks"]

@@ -10,17 +10,16 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
 from torch import Tensor
 
-from ..errors import ModelError, OffsetError
-from ..heads import Head, HeadsLike, heads, require_heads
-from ..maths.offsets import as_offsets
+from ..errors import ModelError
 from . import qk_reading, verify
 from .frequencies import rope_follows_length
+from .model_info import ModelInfo
 from .passes import probe_tokens, run_probe
 from .qk import LayerQK
 
@@ -29,94 +28,6 @@ if TYPE_CHECKING:
 
 #: Arguments that keep a forward pass from computing what only its hooks are wanted for.
 _SAVING = {"logits_to_keep": 1, "use_cache": False}
-_HOOKS = {
-    "block": "hook_in",
-    "input": "attn.hook_in",
-    "cos": "attn.hook_cos",
-    "sin": "attn.hook_sin",
-    "scores": "attn.hook_attn_scores",
-    "pattern": "attn.hook_pattern",
-    "z": "attn.hook_z",
-    "output": "hook_attn_out",
-}
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What slashpatch has verified of one model. All layers have the same heads.
-
-    Attributes:
-        n_kv_heads: Key heads of each layer; fewer than `n_heads` under grouped-query attention.
-        d_head: Width of a head.
-        n_ctx: Longest prompt, in tokens.
-        d_vocab: Size of the vocabulary.
-        saving: Which arguments that save work (`logits_to_keep`, `use_cache`) its forward takes.
-        rope_follows_length: Whether RoPE's frequencies depend on the prompt's length (dynamic NTK,
-            LongRoPE).
-    """
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    n_ctx: int
-    d_vocab: int
-    saving: tuple[str, ...] = ()
-    rope_follows_length: bool = False
-    _model: weakref.ref[Any] | None = field(default=None, repr=False, compare=False)
-    _read: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def hook(self, layer: int, site: str) -> str:
-        """Hook point name of a site in `layer`.
-
-        Sites: the `block`'s input; the attention's `input`, `cos`, `sin`, `scores`, `pattern`, `z`
-        and `output`. Those of queries and keys differ from family to family: see `qk`.
-        """
-        return f"blocks.{layer}.{_HOOKS[site]}"
-
-    def hooks(self, site: str) -> list[str]:
-        """Hook point names of a site in every layer."""
-        return [self.hook(layer, site) for layer in range(self.n_layers)]
-
-    @property
-    def heads(self) -> list[Head]:
-        """Every query head, layer by layer."""
-        return [Head(la, head) for la in range(self.n_layers) for head in range(self.n_heads)]
-
-    @property
-    def qk(self) -> tuple[LayerQK, ...]:
-        """Queries, keys and rotation of every layer; verified on first use, then remembered.
-
-        Raises ModelError where they cannot be found or do not reproduce the scores.
-        """
-        if not self._read:
-            model = None if self._model is None else self._model()
-            if model is None:
-                raise ModelError("the model that this was read from does not exist any more")
-            self._read["layers"] = qk_reading.read_layers(model, self)
-        found: tuple[LayerQK, ...] = self._read["layers"]
-        return found
-
-    def require(self, wanted: HeadsLike) -> tuple[Head, ...]:
-        """Return the heads that `wanted` stands for, whole layers included.
-
-        Raises HeadError if the model lacks one.
-        """
-        found = heads(wanted, n_heads=self.n_heads)
-        require_heads(found, self.n_layers, self.n_heads)
-        return found
-
-    def require_offsets(self, wanted: Any) -> tuple[int, ...]:
-        """The offsets named by `wanted`. Raises OffsetError if the context cannot hold one."""
-        found = as_offsets(wanted)
-        if found[-1] >= self.n_ctx:
-            raise OffsetError(
-                f"offset {found[-1]} does not fit the model's context of {self.n_ctx} tokens; "
-                f"expected 0 to {self.n_ctx - 1}"
-            )
-        return found
-
-
 _known: weakref.WeakKeyDictionary[Any, tuple[Any, ModelInfo]] = weakref.WeakKeyDictionary()
 
 
@@ -179,7 +90,6 @@ def _read(model: TransformerBridge) -> ModelInfo:
         n_ctx=cfg.n_ctx,
         d_vocab=cfg.d_vocab,
         rope_follows_length=rope_follows_length(model),
-        _model=weakref.ref(model),
     )
     available = model.hook_dict
     needed = zip(*(info.hooks(site) for site in ("scores", "pattern", "z")), strict=True)
@@ -198,7 +108,15 @@ def _read(model: TransformerBridge) -> ModelInfo:
             "expected queries and keys per head"
         )
     verify.verify_hooks(model, info)
-    return replace(info, saving=_saving(model, info))
+    this = weakref.ref(model)  # what is remembered of a model must not keep it alive
+
+    def read_qk() -> tuple[LayerQK, ...]:
+        found = this()
+        if found is None:
+            raise ModelError("the model that this was read from does not exist any more")
+        return qk_reading.read_layers(found, info)
+
+    return replace(info, saving=_saving(model, info), read_qk=read_qk)
 
 
 def _saving(model: TransformerBridge, info: ModelInfo) -> tuple[str, ...]:

@@ -20,13 +20,12 @@ from ..errors import ModelError
 from ..maths.precision import MASKED, rounding
 from ..maths.rotary import Rotary
 from .frequencies import ModuleFrequencies, Rotation, matching_rotations, module_frequencies
+from .model_info import ModelInfo
 from .passes import run_probe
 from .qk import HookLayout, LayerQK, cap
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-    from .info import ModelInfo
 
 _POINTS = ("hook_q", "hook_k", "hook_q_normed", "hook_k_normed", "hook_cos", "hook_sin",
            "hook_rot_q", "hook_rot_k", "hook_attn_scores")  # fmt: skip

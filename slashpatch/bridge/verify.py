@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..maths.precision import MASKED, rounding
+from .model_info import ModelInfo
 from .native import NativeRuns, folded_apart
 from .passes import PROBE_TOKENS, probe_tokens, run_probe
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-    from .info import ModelInfo
 
 
 class _Probe:
