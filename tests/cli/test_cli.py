@@ -403,7 +403,8 @@ def test_ctrl_c_ends_with_one_line(call, monkeypatch, model):
 
 
 def test_a_signal_in_the_middle_of_a_scan_ends_with_one_line(call, monkeypatch, model, tmp_path):
-    """A real SIGINT, in the second forward pass."""
+    """A real SIGINT, in the second forward pass; also where tests run with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     module = importlib.import_module("slashpatch.bridge")
     run, passes = module.run_for_hooks, []
 
@@ -415,7 +416,10 @@ def test_a_signal_in_the_middle_of_a_scan_ends_with_one_line(call, monkeypatch, 
 
     monkeypatch.setattr(module, "run_for_hooks", interrupted)
     out = tmp_path / "scan.csv"
-    ended = call("scan", "-m", model, *SMALL, "--out", out)
+    try:
+        ended = call("scan", "-m", model, *SMALL, "--out", out)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == (130, "", "slashpatch: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
