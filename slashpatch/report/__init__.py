@@ -1,1 +1,1 @@
-"""What people look at: tables and heatmaps in the terminal, figures in files, progress bars."""
+"""Show results: tables and heatmaps in the terminal, figures in files."""

@@ -1,4 +1,4 @@
-"""The table of `check`."""
+"""The table that shows the result of `check`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _STYLES = {"pass": "green", "refused": "yellow", "fail": "bold red"}
 
 
 def check_table(report: Report) -> Group:
-    """Each contract with what came of it; edits that passed alike share a line."""
+    """Return a table of all contracts and their outcomes.
+
+    Edits that passed share a line, and so do those that failed or were refused for the same reason.
+    """
     table = Table(show_lines=False)
     table.add_column("contract", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -21,13 +24,13 @@ def check_table(report: Report) -> Group:
     for contract in CONTRACTS:
         rows = [check for check in report.checks if check.contract == contract]
         for status in ("pass", "refused", "fail"):
-            found = [check for check in rows if check.status == status]
-            for why in dict.fromkeys(check.detail if status != "pass" else "" for check in found):
-                same = [check for check in found if status == "pass" or check.detail == why]
+            checks = [check for check in rows if check.status == status]
+            for why in dict.fromkeys(check.detail if status != "pass" else "" for check in checks):
+                same = [check for check in checks if status == "pass" or check.detail == why]
                 of = ", ".join(check.subject for check in same if check.subject)
                 detail = same[0].detail if len(same) == 1 else why
                 table.add_row(contract, Text(status, style=_STYLES[status]), of, detail)
-    counts = {status: sum(one.status == status for one in report.checks) for status in _STYLES}
-    said = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-    title = Text(f"{report.provenance['model']}: {said}", style="bold")
+    counts = {status: sum(check.status == status for check in report.checks) for status in _STYLES}
+    summary = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    title = Text(f"{report.provenance['model']}: {summary}", style="bold")
     return Group(title, table)

@@ -1,4 +1,4 @@
-"""Tables of effects for the terminal."""
+"""Tables of measured effects for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..effects.result import Result
 
-#: Columns of each kind of result: title, and what stands there.
+#: The columns that are shown for each kind of result.
 _COLUMNS = {
     "measure": ("edit", "metric", "of", "against", "baseline", "edited", "effect", "q", "as_large"),
     "flow": ("edit", "offset", "flow", "effect", "q"),
@@ -23,9 +23,9 @@ _COLUMNS = {
     "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
 }
 _TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
-#: Heads that the table of matching heads shows.
+#: Largest number of heads in the table of matching heads.
 _HEADS = 6
-#: Columns with an interval beside them, by the names of its ends.
+#: Columns that are shown with an interval, and the columns of its ends.
 _INTERVALS = {
     "effect": ("low", "high"),
     "flow": ("flow_low", "flow_high"),
@@ -42,7 +42,7 @@ _UNITS = {
 
 
 def effects_report(result: Result, top: int = 40) -> Group:
-    """The main table, at most `top` rows of it, and what stands out."""
+    """Return the main table with at most `top` rows, the table of heads, and remarks."""
     frame = result.frame
     if "of" in frame and not frame["of"].any():
         frame = frame.drop(columns="of")
@@ -80,17 +80,18 @@ def _table(frame: pd.DataFrame, kind: str) -> Table:
             overflow="fold",
             no_wrap=name not in ("edit", "against"),
         )
-    before = None
+    previous = None
     for row in frame.to_dict(orient="records"):
         cells = [_cell(name, row) for name in shown]
-        if "edit" in shown and row["edit"] == before:
+        if "edit" in shown and row["edit"] == previous:
             cells[shown.index("edit")] = ""
-        before = row.get("edit")
+        previous = row.get("edit")
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
 def _heads(frame: pd.DataFrame) -> Table:
+    """Return the table of heads that attend to where earlier tokens match, and at which lag."""
     table = Table("edit", "head", "matches lag", "score", "at lag 1")
     shown = list(dict.fromkeys(frame["head"]))[:_HEADS]
     for row in frame[frame["head"].isin(shown)].to_dict(orient="records"):
@@ -120,8 +121,8 @@ def _cell(name: str, row: dict[Any, Any]) -> str:
 def _with_interval(value: float, low: float, high: float, sign: bool = False) -> str:
     if _missing(value):
         return "–"
-    said = _number(value, sign)
-    return said if _missing(low) else f"{said} [{_number(low, sign)}, {_number(high, sign)}]"
+    text = _number(value, sign)
+    return text if _missing(low) else f"{text} [{_number(low, sign)}, {_number(high, sign)}]"
 
 
 def _number(value: Any, sign: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""The report of `explain`: what was measured, in the order of the argument."""
+"""The report of `explain`: scores, condition 1, condition 2, and the rule of the verdict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float | int]) -> str:
-    """Values as bars from the lowest to the highest; a flat line where all are equal."""
+    """Return values as a line of bars from the lowest to the highest value."""
     low, high = min(values), max(values)
     if high <= low:
         return _BARS[0] * len(values)
@@ -31,46 +31,48 @@ def sparkline(values: Sequence[float | int]) -> str:
     )
 
 
-def explanation_report(one: Explanation) -> Group:
-    """The explanation as a rich renderable."""
+def explanation_report(result: Explanation) -> Group:
+    """Return an explanation as a rich renderable."""
     parts: list[Text | Table] = [
-        Text(f"{one.head} at Δ={one.offset}: {one.verdict}", style="bold"),
+        Text(f"{result.head} at Δ={result.offset}: {result.verdict}", style="bold"),
         Text(
-            f"slash score {one.natural:.3f} on the prompts, {one.random:.3f} on random tokens "
-            f"(κ = {one.kappa:g})"
+            f"slash score {result.natural:.3f} on the prompts, {result.random:.3f} on random "
+            f"tokens (κ = {result.kappa:g})"
         ),
         Text(),
         Text("Condition 1: queries and keys close to rank one", style="bold"),
-        _rank_table(one),
+        _rank_table(result),
         Text(
-            f"score with Q at rank one {one.rank_one['q']:.3f}, K {one.rank_one['k']:.3f}, "
-            f"both {one.rank_one['qk']:.3f}"
+            f"score with Q at rank one {result.rank_one['q']:.3f}, K {result.rank_one['k']:.3f}, "
+            f"both {result.rank_one['qk']:.3f}"
         ),
         Text(),
         Text("Condition 2: rotary frequencies that add up at the offset", style="bold"),
     ]
-    if one.profile is None:
+    if result.profile is None:
         parts.append(Text("the layer has no RoPE"))
     else:
-        profile = one.profile
+        profile = result.profile
         shown = profile.offsets.tolist()
-        pairs = ", ".join(f"{pair} (λ {wave:.3g}): {logit:+.2f}" for pair, wave, logit in one.pairs)
+        pairs = ", ".join(
+            f"{pair} (λ {wave:.3g}): {logit:+.2f}" for pair, wave, logit in result.pairs
+        )
         parts += [
-            _band_table(one),
+            _band_table(result),
             Text(
                 f"mean logit by offset, Δ {shown[0]} to {shown[-1]}; predicted from mean q and k: "
                 f"correlation {profile.correlation:.3f}"
             ),
             Text(
                 "predicted logit of the offset over all others: "
-                + ("not in the profile" if one.margin is None else f"{one.margin:+.2f}")
+                + ("not in the profile" if result.margin is None else f"{result.margin:+.2f}")
                 + " (with all tokens alike, a slash head needs a positive one)"
             ),
             _spark("measured ", profile.measured, profile.measured_peak),
             _spark("predicted", profile.predicted, profile.predicted_peak),
             Text(
-                f"pairs that carry the predicted peak at Δ={one.offset} (λ: wavelength in tokens; "
-                f"logit beyond the pair's mean over offsets): {pairs}"
+                f"pairs that carry the predicted peak at Δ={result.offset} (λ: wavelength in "
+                f"tokens; logit beyond the pair's mean over offsets): {pairs}"
             ),
         ]
     parts += [Text(), Text(textwrap.fill(f"Rule (ours): {RULE}", 98), style="dim")]
@@ -81,28 +83,28 @@ def _spark(label: str, values: Tensor, peak: int) -> Text:
     return Text(f"  {label} {sparkline(values.tolist())}  peak {peak}")
 
 
-def _rank_table(one: Explanation) -> Table:
+def _rank_table(result: Explanation) -> Table:
     table = Table("", "r1", "R95", "mean cosine to the mean")
     for part, label in (("q", "Q"), ("k", "K")):
         cells = []
         for name, form in ((f"r1_{part}", ".3f"), (f"r95_{part}", ".0f"), (f"cone_{part}", ".3f")):
-            value, below = one.rank[name]
+            value, below = result.rank[name]
             cells.append(f"{value:{form}} (> {below:.0%} of heads)")
         table.add_row(label, *cells)
-    table.add_row("attention input", "", "", f"{one.rank['cone_x'][0]:.3f}")
+    table.add_row("attention input", "", "", f"{result.rank['cone_x'][0]:.3f}")
     return table
 
 
-def _band_table(one: Explanation) -> Table:
+def _band_table(result: Explanation) -> Table:
     table = Table("band", "score if dropped", "score if not rotated", "concentration q", "k")
-    for band, score in one.dropped.items():
-        q, k = one.concentration[band]
-        table.add_row(band, f"{score:.3f}", f"{one.frozen[band]:.3f}", f"{q:.2f}", f"{k:.2f}")
+    for band, score in result.dropped.items():
+        q, k = result.concentration[band]
+        table.add_row(band, f"{score:.3f}", f"{result.frozen[band]:.3f}", f"{q:.2f}", f"{k:.2f}")
     return table
 
 
 def explanations_table(frame: pd.DataFrame) -> Table:
-    """The table of `explain --all`: one row per head."""
+    """Return the table of `explain --all`: one row per head."""
     columns = {
         "name": "head",
         "offset": "Δ",

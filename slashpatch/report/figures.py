@@ -1,4 +1,4 @@
-"""Figures in files (matplotlib)."""
+"""Figures with matplotlib, to be written to files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def scan_figure(scan: Scan, control: Scan | None = None, kappa: float = 0.1) -> Figure:
-    """Each head's highest score over the offsets; the offset stands in heads that reach κ."""
+    """Draw each head's highest slash score over all offsets.
+
+    Cells of heads whose score reaches κ show the offset. `control` is drawn below.
+    """
     from matplotlib.figure import Figure
 
     scans = [scan] if control is None else [scan, control]
@@ -33,8 +36,8 @@ def scan_figure(scan: Scan, control: Scan | None = None, kappa: float = 0.1) -> 
     height = 1.2 + len(scans) * (0.26 * n_heads + 0.75)
     figure = Figure(figsize=(max(6.0, 0.3 * n_layers + 1.8), height), layout="constrained")
     axes = figure.subplots(len(scans), 1, squeeze=False, sharex=True)[:, 0]
-    for axis, one in zip(axes, scans, strict=True):
-        image = _draw_scan(axis, one, kappa)
+    for axis, shown in zip(axes, scans, strict=True):
+        image = _draw_scan(axis, shown, kappa)
     axes[-1].set_xlabel("layer")
     figure.colorbar(image, ax=axes.tolist(), label="slash score", shrink=0.8, pad=0.01)
     figure.suptitle(
@@ -71,7 +74,7 @@ def _draw_scan(axis: Axes, scan: Scan, kappa: float):  # type: ignore[no-untyped
 def losses_figure(
     losses: Mapping[str, Sequence[float]], title: str, xlabel: str = "loss (nats)"
 ) -> Figure:
-    """One row per condition: every prompt's loss as a dot, and their mean as a line."""
+    """Draw one row for each condition: a dot for each prompt's loss, and a line at their mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 0.8 + 0.45 * len(losses)), layout="constrained")
@@ -90,7 +93,7 @@ def losses_figure(
 
 
 def profile_figure(profile: Profile, name: str) -> Figure:
-    """Mean logit by offset: measured, and predicted from the mean query and key."""
+    """Draw the mean logit by offset: measured, and predicted from mean query and mean key."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
@@ -106,7 +109,7 @@ def profile_figure(profile: Profile, name: str) -> Figure:
 
 
 def effects_figure(result: Result) -> Figure:
-    """The figure of a flow, a copying or a sweep result."""
+    """Draw a result of `flow`, `copying` or `sweep`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
@@ -116,7 +119,7 @@ def effects_figure(result: Result) -> Figure:
 
 
 def _draw_flow(axis: Axes, result: Result) -> None:
-    """One curve per condition, with its interval."""
+    """Draw flow by offset: one curve for each condition, with its interval."""
     for edit, rows in result.frame.groupby("edit", sort=False):
         (line,) = axis.plot(rows["offset"], rows["flow"], "o-", markersize=3, label=str(edit))
         axis.fill_between(
@@ -132,7 +135,7 @@ def _draw_flow(axis: Axes, result: Result) -> None:
 
 
 def _draw_lags(axis: Axes, result: Result) -> None:
-    """How often each lag is copied: a group of bars per lag, one bar per condition."""
+    """Draw how often each lag is copied: a group of bars for each lag, a bar for each condition."""
     groups = list(result.frame.groupby("edit", sort=False))
     width = 0.8 / len(groups)
     for place, (edit, rows) in enumerate(groups):
@@ -152,7 +155,7 @@ def _draw_lags(axis: Axes, result: Result) -> None:
 
 
 def _draw_sweep(axis: Axes, result: Result) -> None:
-    """Each head's effect (of several offsets, the largest), symmetric around zero."""
+    """Draw each head's effect, the largest over offsets; colours are symmetric around zero."""
     frame = result.frame.sort_values("effect", key=abs)
     table = frame.drop_duplicates("name", keep="last").pivot(
         index="head", columns="layer", values="effect"
@@ -170,7 +173,7 @@ def _draw_sweep(axis: Axes, result: Result) -> None:
 
 
 def paths_figure(result: Result, top: int = 12) -> Figure:
-    """The strongest edges, with their intervals."""
+    """Draw the strongest paths, with their intervals."""
     from matplotlib.figure import Figure
 
     rows = result.frame.head(top + 1).iloc[::-1]

@@ -1,4 +1,4 @@
-"""A live view of heads lighting up while a model writes."""
+"""A live view of heads while a model generates text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 
 def show_live(prompt: str, steps: Iterable[dict[str, Any]], console: Console) -> None:
-    """Stream the text above a table of the heads; a line a token where there is no terminal."""
+    """Show the generated text above a table of heads; without a terminal, one line a token."""
     if not console.is_terminal:
         for step in steps:
             heads = ", ".join(

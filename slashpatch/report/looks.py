@@ -1,4 +1,4 @@
-"""What each class of result looks like as plain text: registered in `slashpatch.data.display`."""
+"""Registers how each class of result is shown as plain text; see `slashpatch.data.display`."""
 
 from __future__ import annotations
 

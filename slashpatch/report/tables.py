@@ -1,4 +1,4 @@
-"""Tables and heatmaps as rich renderables; plain text where there is no terminal."""
+"""Tables and heatmaps as rich renderables, and their conversion to plain text."""
 
 from __future__ import annotations
 
@@ -18,38 +18,42 @@ if TYPE_CHECKING:
 
     from ..scanning.result import Scan
 
-#: Lowest score of each shade.
+#: Characters of the heatmap, by the lowest score that they stand for.
 _SHADES = {0.1: "·", 0.2: "░", 0.4: "▒", 0.6: "▓", 0.8: "█"}
 _WIDTH = 100
 _WIDE_HEADS = 12
 
 
 def plain(*renderables: RenderableType) -> str:
-    """What `renderables` look like without colour, for pipes and `print`."""
+    """Return renderables as text without colour, for pipes and `print`."""
     console = Console(file=io.StringIO(), width=_WIDTH, no_color=True, force_terminal=False)
     console.print(*renderables)
     return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 
 
 def number(value: float) -> str:
-    """Three decimals, or a dash where there is no number."""
+    """Return a number with three decimals, or a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def interval(low: float, high: float) -> str:
-    """An interval, or a dash where there is none (a single prompt)."""
+    """Return an interval as text, or a dash where there is none (a single prompt)."""
     return "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
 
 def scan_table(
     scan: Scan, kappa: float = 0.1, top: int | None = 20, control: Scan | None = None
 ) -> Group:
-    """Slash heads, best first, with intervals over prompts; `control` adds its score beside."""
-    found = scan.slash_heads(kappa)
-    shown = found if top is None else found[:top]
+    """Return a table of slash heads, best first, with intervals over prompts.
+
+    `control`, a scan of random tokens, adds a column with its scores.
+    """
+    entries = scan.slash_heads(kappa)
+    shown = entries if top is None else entries[:top]
     source = ", ".join(part["source"] for part in scan.provenance["prompts"])
     title = Text(
-        f"{len({one.head for one in found})} slash heads (κ = {kappa:g}, {source})", style="bold"
+        f"{len({entry.head for entry in entries})} slash heads (κ = {kappa:g}, {source})",
+        style="bold",
     )
     table = Table()
     for column in ("head", "Δ", "score", "95 % interval"):
@@ -62,13 +66,13 @@ def scan_table(
             at = (entry.head.layer, entry.head.head, control.offsets.index(entry.offset))
             row.append(number(float(control.scores[at])))
         table.add_row(*row)
-    if len(shown) < len(found):
-        return Group(title, table, Text(f"and {len(found) - len(shown)} more heads and offsets"))
+    if len(shown) < len(entries):
+        return Group(title, table, Text(f"and {len(entries) - len(shown)} more heads and offsets"))
     return Group(title, table)
 
 
 def heatmap(scores: Tensor, title: str) -> Text:
-    """Layers down, heads across: `scores` [layer, head] in [0, 1] as shades and colours."""
+    """Return scores [layer, head] in [0, 1] as shades and colours: a line for each layer."""
     n_layers, n_heads = scores.shape
     cell = 3 if n_heads <= _WIDE_HEADS else 1
     gap = " " if n_heads <= _WIDE_HEADS else ""
@@ -86,7 +90,7 @@ def heatmap(scores: Tensor, title: str) -> Text:
 
 
 def _shade(score: float) -> tuple[str, str]:
-    """Character and colour of a score."""
+    """Return the character and the colour of a score."""
     shade = " "
     for low, character in _SHADES.items():
         shade = character if score >= low else shade
@@ -94,7 +98,7 @@ def _shade(score: float) -> tuple[str, str]:
 
 
 def side_by_side(left: RenderableType, right: RenderableType, width: int) -> RenderableType:
-    """Two renderables beside each other, or below where `width` columns do not hold them."""
+    """Return two renderables side by side, or one below the other if `width` is too small."""
     measured = [
         Measurement.get(Console(width=10_000), Console(width=10_000).options, item).maximum
         for item in (left, right)
@@ -107,7 +111,7 @@ def side_by_side(left: RenderableType, right: RenderableType, width: int) -> Ren
 
 
 def strongest(scan: Scan, min_offset: int = 0) -> tuple[Head, int, float]:
-    """The head and offset with the highest score at an offset of at least `min_offset`."""
+    """Return the head, offset and score of the highest score at offsets from `min_offset` up."""
     columns = [i for i, offset in enumerate(scan.offsets) if offset >= min_offset]
     scores = scan.scores[:, :, columns].nan_to_num(-1)
     index = int(scores.argmax())

@@ -1,4 +1,4 @@
-"""What training the shallow transformer looks like: tables and figures."""
+"""Tables and figures of the shallow transformer's training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
     from ..theory import Run
 
+#: Number of steps in the table of a training run.
 _SHOWN = 10
 
 
 def over_seeds(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean and Student's 95 % interval over seeds; how many are finite where not all are."""
+    """Return mean and Student's 95 % interval over seeds as text.
+
+    Where some values are infinite, the text is the mean of the others and how many they are.
+    """
     if any(math.isnan(value) for value in values):
         return "–"
     finite = [value for value in values if math.isfinite(value)]
@@ -38,7 +42,10 @@ def over_seeds(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def training_report(runs: Sequence[Run], kappa: float) -> Group:
-    """Some steps of the history, mean ± half the interval over seeds, and what came when."""
+    """Return a table of training: some steps, mean ± half the interval over seeds.
+
+    Below it are the steps until layers 1 and 2 reach κ, and the out-of-distribution score.
+    """
     settings = runs[0].settings
     offset = settings.offset
     columns = {
@@ -73,7 +80,10 @@ def training_report(runs: Sequence[Run], kappa: float) -> Group:
 
 
 def training_figure(runs: Sequence[Run], kappa: float) -> Figure:
-    """Slash score and layer 2's matching over steps, a thin line per seed; and the last profile."""
+    """Draw slash score and layer 2's matching over steps, and the final predicted profile.
+
+    Thin lines are single seeds.
+    """
     from matplotlib.figure import Figure
 
     settings = runs[0].settings
@@ -113,7 +123,7 @@ def training_figure(runs: Sequence[Run], kappa: float) -> Figure:
 
 
 def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
-    """Median steps to a slash, and the mean final score, over both knobs."""
+    """Draw median steps to a slash and mean final score over the values of two settings."""
     import numpy as np
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -145,8 +155,8 @@ def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
                 fontsize=8,
                 bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1},
             )
-        axis.set_xticks(range(table.shape[1]), [str(one) for one in table.columns], fontsize=8)
-        axis.set_yticks(range(table.shape[0]), [str(one) for one in table.index], fontsize=8)
+        axis.set_xticks(range(table.shape[1]), [str(value) for value in table.columns], fontsize=8)
+        axis.set_yticks(range(table.shape[0]), [str(value) for value in table.index], fontsize=8)
         axis.set_xlabel(columns)
         axis.set_ylabel(rows)
         axis.set_title(title, fontsize=10)
@@ -155,14 +165,14 @@ def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
 
 
 def _pivot(frame: pd.DataFrame, value: str, how: str) -> pd.DataFrame:
-    """A table over both knobs, their values in the order in which they were given."""
+    """Return a table over two settings, with their values in the order in which they were given."""
     rows, columns = frame.columns[:2]
     cells = frame.groupby([rows, columns], sort=False)[value].agg(how).unstack(columns)
     return cells.loc[list(dict.fromkeys(frame[rows])), list(dict.fromkeys(frame[columns]))]
 
 
 def phase_report(frame: pd.DataFrame, kappa: float) -> Group:
-    """A row per pair of values: steps to a slash, and the final score, over seeds."""
+    """Return a table with a row for each pair of values: steps to a slash, and final values."""
     rows, columns = frame.columns[:2]
     table = Table(rows, columns, f"steps to {kappa:g}", "final score", "layer 2 matches", "margin")
     for (row, column), runs in frame.groupby([rows, columns], sort=False):
@@ -174,6 +184,6 @@ def phase_report(frame: pd.DataFrame, kappa: float) -> Group:
             over_seeds(runs["final_matching"].tolist()),
             over_seeds(runs["final_margin"].tolist()),
         )
-    steps = " or ".join(str(one) for one in dict.fromkeys(frame["steps"]))
-    said = f"{frame['seed'].nunique()} seeds, {steps} steps; mean ± half the 95 % interval"
-    return Group(Text(said, style="bold"), table)
+    steps = " or ".join(str(n) for n in dict.fromkeys(frame["steps"]))
+    title = f"{frame['seed'].nunique()} seeds, {steps} steps; mean ± half the 95 % interval"
+    return Group(Text(title, style="bold"), table)

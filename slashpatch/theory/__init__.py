@@ -1,9 +1,10 @@
-"""Slash heads from scratch: the shallow RoPE transformer, trained, with the conditions as knobs.
+"""Train a shallow RoPE transformer in which slash heads emerge.
 
-The paper (arXiv 2601.08297, abstract) says that under two conditions, embeddings with a common
-direction and frequencies that add up, gradient descent gives a shallow RoPE transformer slash heads
-that generalise out of distribution. That claim is the paper's. The model, tasks, initial values,
-learning rates and thresholds here are *ours*: we have its abstract, not its construction.
+According to the abstract of arXiv 2601.08297, gradient descent gives a shallow RoPE transformer
+slash heads that generalise out of distribution, if token embeddings share a common direction and
+the RoPE frequencies add up at one offset. That claim is the paper's. The model, tasks, initial
+values, learning rates and thresholds here are *ours*: we know the paper's abstract, not its
+construction. `Settings` can switch off each condition.
 """
 
 from .model import ShallowTransformer

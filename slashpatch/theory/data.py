@@ -1,4 +1,4 @@
-"""The two tasks: sequences as embeddings, and what is to be said where."""
+"""The two training tasks: sequences of embeddings, with targets at some positions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Examples:
-    """Some sequences of one task.
+    """A batch of sequences of one task.
 
-    `x` is embeddings: semantic parts [vocabulary], a label, the common direction. `keys` marks, for
-    each position that is asked, where the answer stands; rows without a mark are not asked.
-    `targets` are token ids or labels, anything where nothing is asked.
+    Attributes:
+        x: Embeddings. The first [vocabulary] dimensions are the token (one-hot), then one dimension
+            for a label and one for the common direction.
+        keys: [query, key], True where the query's position has a target and the key's position
+            holds the answer. Positions without a target have no True.
+        targets: The token id (copying) or label (regression) to predict; arbitrary at positions
+            without a target.
     """
 
     x: Float[Tensor, "batch pos d_model"]
@@ -27,12 +31,12 @@ class Examples:
 
     @property
     def asked(self) -> Bool[Tensor, "batch pos"]:
-        """Positions whose prediction counts."""
+        """Positions with a target."""
         return self.keys.any(-1)
 
 
 def seeded(seed: int, *labels: object) -> torch.Generator:
-    """A generator of its own for each label, so that adding a draw does not move another."""
+    """Return a generator for a seed and labels; draws with other labels do not affect it."""
     key = ":".join(map(str, (seed, *labels))).encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "little"))
 
@@ -40,40 +44,40 @@ def seeded(seed: int, *labels: object) -> torch.Generator:
 def sample(
     settings: Settings, n: int, generator: torch.Generator, out_of_distribution: bool = False
 ) -> Examples:
-    """n sequences of the task.
+    """Return n sequences of the task.
 
-    In training tokens are uniform over those that it sees. Out of distribution (*ours*): over
-    those that it never sees, the segment's uniform and the others by Zipf's law; pass settings of
-    another length to change that too.
+    Tokens are uniform over the first half of the vocabulary. Out of distribution (*ours*), they
+    are from the second half, which training never uses: the segment's tokens are uniform, all
+    others follow Zipf's law. To change the length too, pass settings of another length.
     """
     weights = torch.zeros(n, settings.vocabulary, dtype=torch.float32)
     chosen = slice(settings.seen, None) if out_of_distribution else slice(settings.seen)
     weights[:, chosen] = 1
-    own = torch.multinomial(weights, settings.segment, generator=generator)
+    segment = torch.multinomial(weights, settings.segment, generator=generator)
     if out_of_distribution:
         weights[:, chosen] = 1 / torch.arange(1, weights[0, chosen].numel() + 1)
-    # Nothing of a segment comes elsewhere, so that each question has one answer.
+    # Tokens of the segment do not occur elsewhere, so that each target has one answer.
     others = torch.multinomial(
-        weights.scatter(1, own, 0), settings.length, replacement=True, generator=generator
+        weights.scatter(1, segment, 0), settings.length, replacement=True, generator=generator
     )
     build = _copying if settings.task == "copying" else _regression
-    return build(settings, own, others, generator)
+    return build(settings, segment, others, generator)
 
 
 def embed(
     settings: Settings, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """Semantic part (orthonormal) + cone × one common direction."""
+    """Return token embeddings: a one-hot vector plus `cone` times one common direction."""
     x = torch.zeros(*tokens.shape, settings.vocabulary + 2, dtype=torch.float32)
     x.scatter_(-1, tokens[..., None], 1.0)
     x[..., -1] = settings.cone
     return x
 
 
-def _places(
+def _starts(
     settings: Settings, n: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch 1"]]:
-    """Where the two rounds of a sequence begin: somewhere, and after a random gap."""
+    """Return the random start positions of a sequence's two halves, with a random gap between."""
     half = settings.least_length // 2
     slack = settings.length - 2 * half
     first = (torch.rand(n, generator=generator, dtype=torch.float64) * (slack + 1)).long()
@@ -83,39 +87,46 @@ def _places(
 
 def _copying(
     settings: Settings,
-    own: Int[Tensor, "batch segment"],
+    segment: Int[Tensor, "batch segment"],
     others: Int[Tensor, "batch pos"],
     generator: torch.Generator,
 ) -> Examples:
-    """Other tokens, the segment, a random gap, the segment again, other tokens."""
-    n, size = own.shape
-    first, second = _places(settings, n, generator)
+    """Return sequences: other tokens, the segment, a random gap, the segment again, other tokens.
+
+    At each position of the second segment, the target is the token `offset` positions further on.
+    """
+    n, size = segment.shape
+    first, second = _starts(settings, n, generator)
     steps = torch.arange(size)
-    tokens = others.scatter(1, first + steps, own).scatter(1, second + steps, own)
+    tokens = others.scatter(1, first + steps, segment).scatter(1, second + steps, segment)
     asked = torch.arange(size - settings.offset)
     rows = torch.arange(n)[:, None]
     keys = torch.zeros(n, settings.length, settings.length, dtype=torch.bool)
     keys[rows, second + asked, first + asked + settings.offset] = True
     targets = torch.zeros(n, settings.length, dtype=torch.long)
-    targets[rows, second + asked] = own[:, settings.offset :]
+    targets[rows, second + asked] = segment[:, settings.offset :]
     return Examples(embed(settings, tokens), keys, targets)
 
 
 def _regression(
     settings: Settings,
-    own: Int[Tensor, "batch segment"],
+    segment: Int[Tensor, "batch segment"],
     others: Int[Tensor, "batch pos"],
     generator: torch.Generator,
 ) -> Examples:
-    """Blocks of an x, other tokens, and its label; a gap; all of them again in another order."""
-    n, size = own.shape
+    """Return sequences of blocks, a random gap, and the same blocks in another order.
+
+    A block is a token x, `offset` − 1 other tokens, and a label. At the second occurrence of x, the
+    target is its label.
+    """
+    n, size = segment.shape
     labels = torch.randn(n, size, generator=generator, dtype=torch.float32)
     order = torch.rand(n, size, generator=generator).argsort(1)
     steps = torch.arange(size) * (settings.offset + 1)
-    first, second = (place + steps for place in _places(settings, n, generator))
+    first, second = (start + steps for start in _starts(settings, n, generator))
     rows = torch.arange(n)[:, None]
-    again = own.gather(1, order)
-    x = embed(settings, others.scatter(1, first, own).scatter(1, second, again))
+    reordered = segment.gather(1, order)
+    x = embed(settings, others.scatter(1, first, segment).scatter(1, second, reordered))
     for starts, values in ((first, labels), (second, labels.gather(1, order))):
         x[rows, starts + settings.offset, : settings.vocabulary] = 0
         x[rows, starts + settings.offset, settings.vocabulary] = values

@@ -1,8 +1,8 @@
-"""A two-layer attention-only transformer whose layers can be read off.
+"""A two-layer attention-only transformer whose layers are easy to interpret.
 
-Layer 1 has one head with RoPE; layer 2 one head without. What layer 1 writes is kept beside the
-token's own embedding, so that each is what it is: layer 2 compares a token's own semantic part
-with the semantic part that layer 1 brought to another position, and says what stands there.
+Layer 1 has one head with RoPE, layer 2 one head without. The output of layer 1 is not added to the
+token's embedding but kept beside it. The head of layer 2 matches its own token with the token that
+layer 1 has copied to another position, and outputs the embedding at that position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from .settings import Settings
 
 @dataclass
 class Pass:
-    """What one forward pass gives."""
+    """The result of one forward pass.
+
+    Attributes:
+        q: Queries of layer 1, before RoPE.
+        k: Keys of layer 1, before RoPE.
+        slash: Attention pattern of layer 1.
+        matching: Attention pattern of layer 2.
+        loss: Mean loss over positions with a target.
+    """
 
     q: Float[Tensor, "batch pos d_head"]
     k: Float[Tensor, "batch pos d_head"]
@@ -35,10 +43,10 @@ class ShallowTransformer:
     """The trainable weights: W_Q and W_K of layer 1, and the matching matrix of layer 2.
 
     Attributes:
-        w_q: [d_model, d_head]; d_model is the vocabulary, a label and the common direction.
-        w_k: [d_model, d_head].
-        w_m: [vocabulary, vocabulary]: how much a position of token s asks for one to which layer 1
-            has brought token t.
+        w_q: W_Q of layer 1. d_model is the vocabulary, a label and the common direction.
+        w_k: W_K of layer 1.
+        w_m: Entry (s, t) is the score of layer 2 from a position with token s to a position to
+            which layer 1 has copied token t.
     """
 
     w_q: Float[Tensor, "d_model d_head"]
@@ -47,7 +55,7 @@ class ShallowTransformer:
 
     @classmethod
     def initial(cls, settings: Settings) -> ShallowTransformer:
-        """Small random W_Q and W_K, and `matching` times the identity, by the settings' seed."""
+        """Return initial weights: small random W_Q and W_K, and w_m = `matching` · identity."""
         d_model, d_head = settings.vocabulary + 2, 2 * len(settings.thetas())
         generator = seeded(settings.seed, "weights")
         w_q, w_k = (
@@ -62,35 +70,35 @@ class ShallowTransformer:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """By name."""
+        """The weights by name."""
         return {"w_q": self.w_q, "w_k": self.w_k, "w_m": self.w_m}
 
     def forward(self, settings: Settings, examples: Examples) -> Pass:
-        """Both attentions, and the mean loss over what is asked.
+        """Run the model on examples.
 
-        Copying: cross-entropy in nats. Regression: squared error.
+        The loss is cross-entropy in nats for copying and squared error for regression.
         """
         x, vocabulary = examples.x, settings.vocabulary
         rotary = settings.rotary()
         q, k = x @ self.w_q, x @ self.w_k
         slash = attention(q, k, rotary)
-        brought = slash @ x[..., :vocabulary]
-        asks = einsum(x[..., :vocabulary], self.w_m, "batch pos s, s t -> batch pos t")
-        matching = _causal_softmax(einsum(asks, brought, "b query t, b key t -> b query key"))
-        read = (matching @ x)[examples.asked]
-        wanted = examples.targets[examples.asked]
+        copied = slash @ x[..., :vocabulary]
+        queries = einsum(x[..., :vocabulary], self.w_m, "batch pos s, s t -> batch pos t")
+        matching = _causal_softmax(einsum(queries, copied, "b query t, b key t -> b query key"))
+        output = (matching @ x)[examples.asked]
+        targets = examples.targets[examples.asked]
         if settings.task == "copying":
-            logits = settings.output_scale * read[:, :vocabulary]
-            loss = torch.nn.functional.cross_entropy(logits, wanted)
+            logits = settings.output_scale * output[:, :vocabulary]
+            loss = torch.nn.functional.cross_entropy(logits, targets)
         else:
-            loss = (read[:, vocabulary] - wanted).square().mean()
+            loss = (output[:, vocabulary] - targets).square().mean()
         return Pass(q, k, slash, matching, loss)
 
 
 def attention(
     q: Float[Tensor, "batch pos d_head"], k: Float[Tensor, "batch pos d_head"], rotary: Rotary
 ) -> Float[Tensor, "batch pos pos"]:
-    """Causal attention of one head with RoPE."""
+    """Return the causal attention pattern of one head with RoPE, from q and k before RoPE."""
     positions = torch.arange(q.shape[1])
     q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
     return _causal_softmax(rotary.scale * einsum(q, k, "b query d, b key d -> b query key"))

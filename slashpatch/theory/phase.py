@@ -1,4 +1,4 @@
-"""Two knobs, several seeds: where slash heads emerge."""
+"""Where slash heads emerge: training over a grid of two settings, with several seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .training import train
 if TYPE_CHECKING:
     import pandas as pd
 
-#: None of them is the name of a knob.
+#: Columns of measurements; none has the name of a setting.
 _MEASURED = ("time_to_slash", "final_score", "final_matching", "final_margin")
 
 
@@ -34,103 +34,108 @@ def phase_diagram(
     resume: bool = False,
     progress: bool | None = None,
 ) -> pd.DataFrame:
-    """Train at every pair of values of two knobs, with several seeds.
+    """Train a model for every combination of the values of two settings, with several seeds.
 
     Args:
-        settings: The others; None for the defaults.
-        rows: A field of `Settings` and its values.
-        columns: Another, and its values.
-        seeds: Of weights and data.
-        kappa: The score from which there is a slash. *Ours*.
-        path: .parquet, .csv or .json to write. Finished runs stand in a file beside it until all
-            are, so that a killed diagram goes on with `resume`.
-        resume: Go on with what `path` has unfinished.
-        progress: Whether to show a bar; when None, on a terminal only.
+        settings: All other settings; None for the defaults.
+        rows: The name of a field of `Settings`, and its values.
+        columns: The name of another field, and its values.
+        seeds: Seeds of initial weights and data.
+        kappa: The slash score from which there is a slash. *Ours*.
+        path: A .parquet, .csv or .json file to write. Until all runs are finished, they are in a
+            file beside it, from which `resume` continues.
+        resume: Continue the unfinished file beside `path`.
+        progress: Whether to show a progress bar; None: on a terminal only.
 
     Returns:
-        A row per pair of values and seed: `time_to_slash` (steps until the score of the rewarded
-        offset reaches κ for good; infinite if it does not), `final_score`, `final_matching` (layer
-        2's) and `final_margin`.
+        A row for each pair of values and seed. `time_to_slash` is the number of steps until the
+        slash score at the task's offset reaches κ and stays there (infinite if it does not);
+        `final_score` that score after training; `final_matching` the attention of layer 2 to the
+        answer; `final_margin` the margin of the predicted profile (see `Run.history`).
 
     Raises:
-        TheoryError for a knob that is none, SweepError for an unfinished file of another diagram,
-        OutputError.
+        TheoryError for an unknown setting or value, SweepError for an unfinished file of another
+        diagram, OutputError for a path that cannot be written.
     """
     base = Settings() if settings is None else settings
     as_number("kappa", kappa, 0.0, 1.0)
     if not isinstance(base, Settings):
-        raise TheoryError(f"expected a Settings; got {settings!r}")
+        raise TheoryError(f"settings is a Settings or None; got {settings!r}")
     known = [key for key in base.to_dict() if key != "seed"]
     for knob in (rows, columns):
-        good = isinstance(knob, (tuple, list)) and len(knob) == 2 and knob[0] in known
-        values = list(knob[1]) if good and isinstance(knob[1], Iterable) else []
+        valid = isinstance(knob, (tuple, list)) and len(knob) == 2 and knob[0] in known
+        values = list(knob[1]) if valid and isinstance(knob[1], Iterable) else []
         if not values or isinstance(knob[1], str):
-            raise TheoryError(f"a knob is one of {', '.join(known)}, with its values; got {knob!r}")
+            raise TheoryError(
+                f"rows and columns need one of the settings {', '.join(known)}, and its values; "
+                f"got {knob!r}"
+            )
     if rows[0] == columns[0]:
-        raise TheoryError(f"two knobs are needed; got {rows[0]} twice")
+        raise TheoryError(f"rows and columns need different settings; got {rows[0]} twice")
     seeds = list(seeds)
     if not seeds:
         raise TheoryError("no seeds were given; expected at least one")
     if resume and path is None:
-        raise TheoryError("resume goes with a path: the file whose diagram goes on")
+        raise TheoryError("resume needs a path: the file whose diagram is to be continued")
     todo = [
         dataclasses.replace(base, **{rows[0]: row, columns[0]: column}, seed=seed)
         for row, column, seed in itertools.product(rows[1], columns[1], seeds)
     ]
     if len(set(todo)) < len(todo):
-        raise TheoryError("the same settings and seed are asked for twice; leave one out")
+        raise TheoryError("the same values and seed occur twice; leave one out")
     if path is None:
-        return _frame(todo, rows[0], columns[0], _all(todo, None, kappa, progress))
+        return _frame(todo, rows[0], columns[0], _train_all(todo, None, kappa, progress))
     target = Path(path)
     require_output(target, TABLE_SUFFIXES)
-    runs = [{name: _listed(value) for name, value in one.to_dict().items()} for one in todo]
+    runs = [{name: _as_json(value) for name, value in run.to_dict().items()} for run in todo]
     header = {"kappa": kappa, "runs": runs}
     unfinished = target.with_name(target.name + ".unfinished")
     with Journal(unfinished, header, resume, range(len(todo)), len(_MEASURED)) as journal:
-        frame = _frame(todo, rows[0], columns[0], _all(todo, journal, kappa, progress))
+        frame = _frame(todo, rows[0], columns[0], _train_all(todo, journal, kappa, progress))
         write_table(frame, target)
         journal.remove()
     return frame
 
 
-def _listed(value: Any) -> Any:
-    """As JSON gives it back."""
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON returns it: tuples become lists."""
     return list(value) if isinstance(value, tuple) else value
 
 
-def _all(
+def _train_all(
     todo: list[Settings], journal: Journal | None, kappa: float | int, progress: bool | None
 ) -> dict[int, list[float]]:
-    found = {} if journal is None else journal.rows
-    left = [index for index in range(len(todo)) if index not in found]
+    """Train the runs that the journal does not have; return the measurements of all by index."""
+    finished = {} if journal is None else journal.rows
+    left = [index for index in range(len(todo)) if index not in finished]
     for index in progress_over(left, "training", show=progress):
         run = train(todo[index], progress=False)
         last = run.rows[-1]
         new = {index: [float(run.time_to(kappa)), run.score, last["matching"], last["margin"]]}
         if journal is None:
-            found.update(new)
+            finished.update(new)
         else:
             journal.write(new)
-    return found
+    return finished
 
 
 def _frame(
-    todo: list[Settings], row: str, column: str, found: dict[int, list[float]]
+    todo: list[Settings], row: str, column: str, measured: dict[int, list[float]]
 ) -> pd.DataFrame:
     import pandas as pd
 
     records = []
-    for index, one in enumerate(todo):
-        record = {row: _said(getattr(one, row)), column: _said(getattr(one, column))}
-        record["seed"] = one.seed
-        record |= dict(zip(_MEASURED, found[index], strict=True))
-        record.setdefault("steps", one.steps)
+    for index, run in enumerate(todo):
+        record = {row: _cell(getattr(run, row)), column: _cell(getattr(run, column))}
+        record["seed"] = run.seed
+        record |= dict(zip(_MEASURED, measured[index], strict=True))
+        record.setdefault("steps", run.steps)
         records.append(record)
     return pd.DataFrame(records)
 
 
-def _said(value: Any) -> Any:
-    """A knob's value as a table has it."""
+def _cell(value: Any) -> Any:
+    """Return a setting's value as a cell of a table."""
     if value is None:
         return "default"
     return ", ".join(map(repr, value)) if isinstance(value, tuple) else value

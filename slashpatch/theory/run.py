@@ -1,4 +1,4 @@
-"""A training run: its weights, and what was read off them."""
+"""A training run: its weights, and measurements taken during training."""
 
 from __future__ import annotations
 
@@ -28,24 +28,22 @@ if TYPE_CHECKING:
 
 
 _FORMAT = "slashpatch-theory-1"
-
-
+#: Slash scores are measured at offsets 0 to 7 (and at the task's own offset).
 _OFFSETS = 8
-
-
-_READ_SEQUENCES = 32
+#: Number of sequences for measurements.
+_N_SEQUENCES = 32
 
 
 @dataclass
 class Run:
-    """A training run: its weights now, and what was read off them on the way.
+    """A training run: its current weights, and measurements taken during training.
 
     Attributes:
-        settings: What it depends on.
+        settings: The settings, which determine the run completely.
         model: The weights after `step` steps.
-        step: How many have been made.
-        rows: What was read off: one row per recorded step.
-        state: The optimizer's tensors and the data generator's, for going on.
+        step: The number of steps made.
+        rows: Measurements, one row for each recorded step.
+        state: Tensors of the optimizer and of the data generator, from which training continues.
     """
 
     settings: Settings
@@ -56,10 +54,11 @@ class Run:
 
     @property
     def history(self) -> pd.DataFrame:
-        """Step, loss, slash score at Δ = 0 to 7, r1 of Q and K, matching score, and the margin.
+        """The measurements as a DataFrame.
 
-        `matching` is the mean attention of layer 2 to where the answer stands; `margin` is the
-        predicted logit of the rewarded offset over all others (`slashpatch.spectrum.margin`).
+        Columns: step, loss, slash scores `score_0` to `score_7`, r1 of Q and K, `matching` (mean
+        attention of layer 2 to the answer's position), and `margin` (predicted logit of the task's
+        offset over all others, `slashpatch.maths.spectrum.margin`).
         """
         import pandas as pd
 
@@ -67,55 +66,62 @@ class Run:
 
     @property
     def score(self) -> float:
-        """Slash score at the rewarded offset, as last read."""
+        """The slash score at the task's offset, at the last recorded step."""
         return self.rows[-1][f"score_{self.settings.offset}"]
 
     def time_to(self, kappa: float | int = 0.3, column: str | None = None) -> float | int:
-        """Steps until a column (the rewarded offset's score) reaches κ for good; infinite if never.
+        """Return the number of steps until a column reaches κ and stays there; infinite if never.
 
-        To within a twentieth, the distance of recorded steps. κ is *ours*. Raises TheoryError.
+        The default column is the slash score at the task's offset. The result is exact to about
+        5 %, the distance between recorded steps. κ is *ours*. Raises TheoryError for an unknown
+        column or κ outside [0, 1].
         """
         name = column or f"score_{self.settings.offset}"
-        least = as_number("kappa", kappa, 0.0, 1.0)
+        threshold = as_number("kappa", kappa, 0.0, 1.0)
         if name not in self.rows[0]:
             raise TheoryError(f"no column {name!r}; expected one of {', '.join(self.rows[0])}")
-        after = math.inf
+        steps: float | int = math.inf
         for row in reversed(self.rows):
-            if not row[name] >= least:
+            if not row[name] >= threshold:
                 break
-            after = row["step"]
-        return after
+            steps = row["step"]
+        return steps
 
     def read(
         self, length: int | None = None, out_of_distribution: bool = False, seed: int = 0
     ) -> dict[str, float | int]:
-        """What the weights do now, on fresh sequences. Raises TheoryError."""
+        """Measure the current weights on new sequences; the result has the columns of `history`.
+
+        `length` replaces the settings' length. Raises TheoryError for a length that is too short.
+        """
         changed = self.settings
         if length is not None:
             changed = dataclasses.replace(changed, length=length)
         generator = seeded(seed, "reading", length, out_of_distribution)
-        examples = sample(changed, _READ_SEQUENCES, generator, out_of_distribution)
-        return _reading(changed, self.model, examples, self.step)
+        examples = sample(changed, _N_SEQUENCES, generator, out_of_distribution)
+        return measure(changed, self.model, examples, self.step)
 
     def out_of_distribution(self) -> float:
-        """Slash score at twice the length, on tokens that training never saw. *Ours*."""
-        found = self.read(2 * self.settings.length, out_of_distribution=True)
-        return found[f"score_{self.settings.offset}"]
+        """Return the slash score at twice the length, on tokens not used in training. *Ours*."""
+        row = self.read(2 * self.settings.length, out_of_distribution=True)
+        return row[f"score_{self.settings.offset}"]
 
     def profile(self, n_offsets: int | None = None) -> Float[Tensor, "offset"]:
-        """Logit by offset that the mean query and key predict, from Δ = 0."""
+        """Return the logits that mean query and mean key predict, for Δ = 0, …, n_offsets − 1.
+
+        `n_offsets` is the settings' length if None. See `slashpatch.maths.spectrum`.
+        """
         n = self.settings.length
         if n_offsets is not None:
             n = as_integer("n_offsets", n_offsets, 1, 2**20)
-        examples = _examples(self.settings)
         with torch.no_grad():
-            found = self.model.forward(self.settings, examples)
-        return _profile(found, self.settings, n)
+            result = self.model.forward(self.settings, measurement_examples(self.settings))
+        return _profile(result, self.settings, n)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors checkpoint, from which training goes on bit for bit."""
+        """Write a .safetensors checkpoint, from which training continues bit for bit."""
         if not str(path).endswith(".safetensors"):
-            raise TheoryError(f"a checkpoint's name ends in .safetensors; got {str(path)!r}")
+            raise TheoryError(f"a checkpoint's file name ends in .safetensors; got {str(path)!r}")
         tensors = {**self.model.weights, **self.state}
         header = {
             "format": _FORMAT,
@@ -132,18 +138,18 @@ class Run:
         def build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Run:
             digest = header.pop("digest")
             if _digest(header, tensors) != digest:
-                raise TheoryError(f"{str(path)!r} is damaged: it is not what was saved")
+                raise TheoryError(f"{str(path)!r} is damaged: its checksum differs")
             settings = Settings(**header["settings"])
             model = ShallowTransformer(*(tensors.pop(name) for name in ("w_q", "w_k", "w_m")))
             return cls(settings, model, header["step"], header["rows"], tensors)
 
-        found = load_tensors(path, _FORMAT, build, TheoryError)
-        assert isinstance(found, Run)
-        return found
+        run = load_tensors(path, _FORMAT, build, TheoryError)
+        assert isinstance(run, Run)
+        return run
 
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Of all that a checkpoint holds."""
+    """Return a checksum of a checkpoint's header and tensors."""
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -151,30 +157,30 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()[:32]
 
 
-def _examples(settings: Settings) -> Examples:
-    """The sequences on which things are read: never those of training."""
-    return sample(settings, _READ_SEQUENCES, seeded(settings.seed, "reading"))
+def measurement_examples(settings: Settings) -> Examples:
+    """Return the sequences for measurements during training; training does not use them."""
+    return sample(settings, _N_SEQUENCES, seeded(settings.seed, "reading"))
 
 
-def _reading(
+def measure(
     settings: Settings, model: ShallowTransformer, examples: Examples, step: int
 ) -> dict[str, float | int]:
-    """One row of the history."""
+    """Return one row of `Run.history`."""
     with torch.no_grad():
-        found = model.forward(settings, examples)
+        result = model.forward(settings, examples)
     n = min(max(_OFFSETS, settings.offset + 1), settings.length)
-    scores = slash_scores(found.slash[:, None], range(n))[:, 0].mean(0)
-    on_answer = (found.matching * examples.keys).sum(-1)[examples.asked]
-    row: dict[str, float | int] = {"step": step, "loss": float(found.loss)}
+    scores = slash_scores(result.slash[:, None], range(n))[:, 0].mean(0)
+    on_answer = (result.matching * examples.keys).sum(-1)[examples.asked]
+    row: dict[str, float | int] = {"step": step, "loss": float(result.loss)}
     row |= {f"score_{offset}": float(score) for offset, score in enumerate(scores)}
-    for name, x in (("r1_q", found.q), ("r1_k", found.k)):
+    for name, x in (("r1_q", result.q), ("r1_k", result.k)):
         tokens = x.flatten(0, 1).double()
         row[name] = float(r1(tokens.T @ tokens))
     row["matching"] = float(on_answer.double().mean())
-    row["margin"] = margin(_profile(found, settings, settings.length), settings.offset)
+    row["margin"] = margin(_profile(result, settings, settings.length), settings.offset)
     return row
 
 
-def _profile(found: Pass, settings: Settings, n: int) -> Float[Tensor, "offset"]:
-    q, k = (x.flatten(0, 1).double().mean(0) for x in (found.q, found.k))
+def _profile(result: Pass, settings: Settings, n: int) -> Float[Tensor, "offset"]:
+    q, k = (x.flatten(0, 1).double().mean(0) for x in (result.q, result.k))
     return predicted_profile(q, k, torch.arange(n), settings.rotary())

@@ -1,4 +1,4 @@
-"""What a training run depends on, and nothing else."""
+"""The settings of a training run; equal settings give equal runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..maths.bands import NAMED_BANDS, band_pairs
 from ..maths.rotary import Rotary
 
 TASKS = ("copying", "regression")
-#: Found by trial on the default settings. Those of gradient descent are large because gradients are
-#: small: a position's loss reaches layer 1 through two attentions over the whole sequence.
+#: By task and optimizer; found by trial at the default settings. Gradient descent needs large rates
+#: because gradients are small: the loss of a position reaches layer 1 through two attention layers.
 LEARNING_RATES = {
     ("copying", "gd"): 20.0,
     ("copying", "adam"): 0.02,
@@ -30,33 +30,34 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run. All choices of values are *ours*.
+    """The settings of one training run. All default values are *ours*.
 
     Attributes:
-        task: "copying": a segment comes twice, and the second time the token `offset` further on is
-            to be said. "regression": a label comes `offset` after its x, and is to be said when
-            the x comes again.
-        offset: Δ that the task rewards, from 1.
-        cone: Strength of the direction that all embeddings share, 0 to 2, beside a semantic part of
-            norm 1.
-        frequencies: "all", "high", "medium" or "low" (thirds of the rotary pairs), or θ's.
-        n_pairs: Rotary pairs of "all"; θ_l = base^(−l/n_pairs).
-        base: Of the frequencies.
-        vocabulary: Tokens. The second half is never seen in training.
-        length: Positions of a sequence.
-        segment: Tokens of a copy, or x's of a sequence.
-        batch_size: Sequences of a step.
-        n_sequences: None: fresh sequences at every step. A number: so many, all of them at every
-            step (full batch).
-        optimizer: "gd", plain gradient descent, or "adam".
-        learning_rate: None: `LEARNING_RATES`.
-        matching_rate: Learning rate of layer 2 over that of layer 1; None: 0.1 for gradient
-            descent, so that its stages stand apart, and 1 for Adam.
-        steps: How many.
-        initial: Standard deviation of W_Q and W_K, times the root of d_model.
-        matching: Layer 2 starts as this times the identity: tokens match themselves a little.
-        output_scale: Logits are this times what layer 2 reads (copying).
-        seed: Of initial weights and data.
+        task: "copying": a segment of tokens occurs twice; in the second, predict the token `offset`
+            positions further on. "regression": each token x is followed `offset` positions later by
+            a label; predict the label where x occurs again.
+        offset: The offset Δ at which a slash head solves the task, from 1.
+        cone: Strength of the direction that all embeddings share, 0 to 2; the part that tells
+            tokens apart has norm 1.
+        frequencies: RoPE frequencies of layer 1: "all", or a third of the pairs ("high", "medium",
+            "low"), or numbers θ in radians per token.
+        n_pairs: Number of rotary pairs of "all"; θ_l = base^(−l/n_pairs).
+        base: Base of the frequencies.
+        vocabulary: Number of tokens. Training uses the first half only.
+        length: Number of positions in a sequence.
+        segment: Tokens in the copied segment, or labelled tokens x in a sequence.
+        batch_size: Sequences in a training step.
+        n_sequences: None: new sequences at every step. A number: this many fixed sequences, all of
+            them at every step (full batch).
+        optimizer: "gd" for plain gradient descent, or "adam".
+        learning_rate: Learning rate of layer 1; None: the one in `LEARNING_RATES`.
+        matching_rate: Learning rate of layer 2 divided by that of layer 1. None: 0.1 for gradient
+            descent, so that layer 1 learns clearly before layer 2, and 1 for Adam.
+        steps: Number of training steps.
+        initial: Standard deviation of the initial W_Q and W_K, times the square root of d_model.
+        matching: Initial w_m of layer 2 is this times the identity, so that equal tokens match.
+        output_scale: Factor from the output of layer 2 to logits (copying).
+        seed: Seed of initial weights and data.
     """
 
     task: str = "copying"
@@ -99,44 +100,45 @@ class Settings:
         object.__setattr__(self, name, value)
 
     def _check_frequencies(self) -> None:
-        found = self.frequencies
-        if isinstance(found, str):
-            _one_of("frequencies", found, ("all", *NAMED_BANDS))
-            if found != "all" and self.n_pairs < 3:
+        given = self.frequencies
+        if isinstance(given, str):
+            _one_of("frequencies", given, ("all", *NAMED_BANDS))
+            if given != "all" and self.n_pairs < 3:
                 raise TheoryError(
-                    f"{found} is a third of the pairs, of which there are {self.n_pairs}"
+                    f"frequencies={given!r} is a third of the pairs; expected n_pairs of at "
+                    f"least 3, got {self.n_pairs}"
                 )
-        elif not found:
-            raise TheoryError("frequencies: no θ is left; expected at least one rotary pair")
-        elif not all(math.isfinite(theta) and abs(theta) <= math.pi for theta in found):
-            raise TheoryError(f"frequencies are radians per token, from −π to π; got {found}")
+        elif not given:
+            raise TheoryError("frequencies: no θ is left; expected at least one")
+        elif not all(math.isfinite(theta) and abs(theta) <= math.pi for theta in given):
+            raise TheoryError(f"frequencies are in radians per token, from −π to π; got {given}")
 
     def _check_room(self) -> None:
         if self.segment >= self.seen:
             raise TheoryError(
-                f"segment: {self.segment} different tokens and at least one other are needed, and "
-                f"training sees {self.seen} (half of the vocabulary)"
+                f"a segment of {self.segment} different tokens does not fit: training uses half of "
+                f"the vocabulary, {self.seen} tokens, and needs at least one outside the segment"
             )
         if self.task == "copying" and self.offset >= self.segment:
             raise TheoryError(
-                f"offset {self.offset} is beyond a segment of {self.segment} tokens: the token so "
-                "far on is not in the copy; use a longer segment"
+                f"offset {self.offset} is beyond a segment of {self.segment} tokens: the token "
+                f"{self.offset} positions further on would be outside it; use a longer segment"
             )
         if self.length < self.least_length:
             raise TheoryError(
-                f"length {self.length} cannot hold the task at offset {self.offset} with a segment "
-                f"of {self.segment}: it needs {self.least_length}"
+                f"length {self.length} is too short for offset {self.offset} and a segment of "
+                f"{self.segment} tokens; expected at least {self.least_length}"
             )
 
     @property
     def least_length(self) -> int:
-        """Positions that one sequence takes."""
+        """The smallest length that holds the two halves of a sequence."""
         block = 1 if self.task == "copying" else self.offset + 1
         return 2 * self.segment * block
 
     @property
     def seen(self) -> int:
-        """Tokens that training sees; the rest are for tests out of distribution."""
+        """The number of tokens that training uses; the rest are for out-of-distribution tests."""
         return self.vocabulary // 2
 
     @property
@@ -154,7 +156,7 @@ class Settings:
         return self.rate * share
 
     def thetas(self) -> Float[Tensor, "pair"]:
-        """The frequencies of layer 1, in radians per token."""
+        """Return the frequencies of layer 1, in radians per token."""
         if not isinstance(self.frequencies, str):
             return torch.tensor(self.frequencies, dtype=torch.float64)
         every = self.base ** (-torch.arange(self.n_pairs, dtype=torch.float64) / self.n_pairs)
@@ -163,12 +165,12 @@ class Settings:
         return every[list(band_pairs(self.frequencies, every))]
 
     def rotary(self) -> Rotary:
-        """How layer 1 rotates, as every other part of slashpatch reads it."""
+        """Return the rotation of layer 1."""
         theta = self.thetas()
         return Rotary(theta, "half", 1.0, (2 * len(theta)) ** -0.5)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the settings as a dictionary."""
         return dataclasses.asdict(self)
 
 
@@ -191,29 +193,28 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def as_integer(name: str, value: Any, least: int, most: int) -> int:
-    """An integer in a range. Raises TheoryError."""
+    """Return an integer in [least, most]. Raises TheoryError for any other value."""
     try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
+        integer = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        found = least - 1
-    if not least <= found <= most:
+        integer = least - 1
+    if not least <= integer <= most:
         raise TheoryError(f"{name} is an integer from {least} to {most}; got {value!r}")
-    return found
+    return integer
 
 
 def as_number(name: str, value: Any, least: float, most: float = 1e9) -> float:
-    """A number in a range. Raises TheoryError."""
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not good or not least <= value <= most:
+    """Return a number in [least, most] as a float. Raises TheoryError for any other value."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
         raise TheoryError(f"{name} is a number from {least:g} to {most:g}; got {value!r}")
     return float(value)
 
 
 def _as_frequencies(given: Any) -> tuple[float, ...]:
     values = given.tolist() if hasattr(given, "tolist") else given
-    if not isinstance(values, (list, tuple)):
-        raise TheoryError(f"frequencies are a band's name or several θ's; got {given!r}")
-    good = all(isinstance(one, numbers.Real) and not isinstance(one, bool) for one in values)
-    if not good:
-        raise TheoryError(f"frequencies are a band's name or several θ's; got {given!r}")
-    return tuple(float(one) for one in values)
+    if not isinstance(values, (list, tuple)) or not all(
+        isinstance(theta, numbers.Real) and not isinstance(theta, bool) for theta in values
+    ):
+        raise TheoryError(f"frequencies are a band's name or a list of θ; got {given!r}")
+    return tuple(float(theta) for theta in values)

@@ -1,4 +1,4 @@
-"""Gradient descent on the shallow transformer, and what is read off it on the way."""
+"""Train the shallow transformer, with measurements on the way and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,10 @@ from ..data.progress import progress_over
 from ..errors import TheoryError
 from .data import sample, seeded
 from .model import ShallowTransformer
-from .run import Run, _examples, _reading
+from .run import Run, measure, measurement_examples
 from .settings import Settings
 
-if TYPE_CHECKING:
-    pass
-
-#: What is read off stands at so many steps per doubling.
+#: Number of recorded steps in each doubling of the step count.
 _PER_DOUBLING = 16
 
 
@@ -35,28 +32,31 @@ def train(
     progress: bool | None = None,
     **knobs: Any,
 ) -> Run:
-    """Train the shallow transformer; on the CPU, seconds at the default settings.
+    """Train the shallow transformer on the CPU; it takes seconds at the default settings.
 
     Args:
         settings: A `Settings`; or give its fields by name.
-        checkpoint: A .safetensors file, written at every doubling of the steps and at the end.
-        resume: Go on from the checkpoint, if it is there, to `steps`; it must be of the same
-            settings but for their number.
-        progress: Whether to show a bar; when None, on a terminal only.
+        checkpoint: A .safetensors file to write, at every doubling of the step count and at the
+            end.
+        resume: Continue from the checkpoint, if the file exists, up to `steps`. Its settings must
+            be the same apart from `steps`.
+        progress: Whether to show a progress bar; None: on a terminal only.
         **knobs: Fields of `Settings`.
 
     Returns:
-        A Run.
+        The run: final weights, and measurements taken during training.
 
     Raises:
-        TheoryError for settings that do not fit, a checkpoint of others, or a loss that is not
+        TheoryError for invalid settings, a checkpoint with other settings, or a loss that is not
         finite.
     """
     if settings is None:
-        unknown = sorted(set(knobs) - {one.name for one in dataclasses.fields(Settings)})
+        known = [field.name for field in dataclasses.fields(Settings)]
+        unknown = sorted(set(knobs) - set(known))
         if unknown:
-            known = ", ".join(one.name for one in dataclasses.fields(Settings))
-            raise TheoryError(f"no setting {', '.join(unknown)}; expected some of {known}")
+            raise TheoryError(
+                f"no setting {', '.join(unknown)}; expected some of {', '.join(known)}"
+            )
         settings = Settings(**knobs)
     elif knobs:
         raise TheoryError("give a Settings or its fields, not both")
@@ -64,10 +64,12 @@ def train(
         raise TheoryError(f"expected a Settings, or its fields by name; got {settings!r}")
     if checkpoint is not None:
         if not str(checkpoint).endswith(".safetensors"):
-            raise TheoryError(f"a checkpoint's name ends in .safetensors; got {str(checkpoint)!r}")
+            raise TheoryError(
+                f"a checkpoint's file name ends in .safetensors; got {str(checkpoint)!r}"
+            )
         require_writable(checkpoint)
     if resume and checkpoint is None:
-        raise TheoryError("resume goes with a checkpoint: the file from which to go on")
+        raise TheoryError("resume needs a checkpoint: the file to continue from")
     with _one_thread(), torch.inference_mode(False), torch.enable_grad():
         if resume and checkpoint is not None and os.path.exists(checkpoint):
             run = _resumed(settings, checkpoint)
@@ -79,7 +81,7 @@ def train(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Operations here are too small to share; with busy cores sharing takes ten times longer."""
+    """Use one thread: operations here are so small that more threads make them slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -89,58 +91,61 @@ def _one_thread() -> Iterator[None]:
 
 
 def _resumed(settings: Settings, checkpoint: str | os.PathLike[str]) -> Run:
-    found = Run.load(checkpoint)
-    ours, theirs = settings.to_dict(), found.settings.to_dict()
-    for name, value in ours.items():
-        if name != "steps" and theirs[name] != value:
+    """Return the run of a checkpoint, to be continued under the given settings."""
+    run = Run.load(checkpoint)
+    saved = run.settings.to_dict()
+    for name, value in settings.to_dict().items():
+        if name != "steps" and saved[name] != value:
             raise TheoryError(
-                f"{str(checkpoint)!r} is of another configuration: its {name} is {theirs[name]}, "
+                f"{str(checkpoint)!r} is of another configuration: its {name} is {saved[name]}, "
                 f"here it is {value}; use another checkpoint"
             )
-    if found.step > settings.steps:
+    if run.step > settings.steps:
         raise TheoryError(
-            f"{str(checkpoint)!r} has made {found.step} steps already; expected at most "
-            f"{settings.steps}"
+            f"{str(checkpoint)!r} already has {run.step} steps; expected at most {settings.steps}"
         )
-    return Run(settings, found.model, found.step, found.rows, found.state)
+    return Run(settings, run.model, run.step, run.rows, run.state)
 
 
 def _train(run: Run, checkpoint: Any, progress: bool | None) -> None:
+    """Continue a run in place until it has made all steps of its settings."""
     settings = run.settings
-    parameters = {name: one.requires_grad_(True) for name, one in run.model.weights.items()}
+    parameters = {name: weight.requires_grad_(True) for name, weight in run.model.weights.items()}
     optimizer = _optimizer(settings, parameters)
     data = seeded(settings.seed, "data")
-    _restore(run, optimizer, parameters, data)
-    full = None
+    _restore_state(run, optimizer, parameters, data)
+    full_batch = None
     if settings.n_sequences is not None:
-        full = sample(settings, settings.n_sequences, seeded(settings.seed, "sequences"))
-    reading = _examples(settings)
+        full_batch = sample(settings, settings.n_sequences, seeded(settings.seed, "sequences"))
+    held_out = measurement_examples(settings)
     steps = range(run.step, settings.steps + 1)
     for step in progress_over(steps, "training", show=progress):
         run.step = step
         if step == settings.steps or _recorded(step):
-            # A run that stopped at a step that is not recorded otherwise has it as its last row.
+            # A resumed run may have recorded its last step, which a whole run would not record.
             run.rows[:] = [row for row in run.rows if row["step"] < step and _recorded(row["step"])]
-            run.rows.append(_reading(settings, run.model, reading, step))
+            run.rows.append(measure(settings, run.model, held_out, step))
         if checkpoint is not None and (step == settings.steps or step & (step - 1) == 0):
-            _keep(run, optimizer, parameters, data)
+            _store_state(run, optimizer, parameters, data)
             _detached(run).save(checkpoint)
         if step == settings.steps:
             break
-        examples = full if full is not None else sample(settings, settings.batch_size, data)
+        examples = full_batch
+        if examples is None:
+            examples = sample(settings, settings.batch_size, data)
         optimizer.zero_grad()
         loss = run.model.forward(settings, examples).loss
         if not bool(loss.isfinite()):
             raise TheoryError(
-                f"the loss is {float(loss)} at step {step}; expected a finite number. Use a lower "
+                f"the loss is {loss.item()} at step {step}; expected a finite number. Use a lower "
                 f"learning_rate than {settings.rate:g}"
             )
         torch.autograd.backward(loss)
         optimizer.step()
-    _keep(run, optimizer, parameters, data)
-    for one in parameters.values():
-        one.requires_grad_(False)
-        one.grad = None
+    _store_state(run, optimizer, parameters, data)
+    for weight in parameters.values():
+        weight.requires_grad_(False)
+        weight.grad = None
 
 
 def _optimizer(settings: Settings, parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
@@ -151,45 +156,47 @@ def _optimizer(settings: Settings, parameters: dict[str, Tensor]) -> torch.optim
     return torch.optim.SGD(groups) if settings.optimizer == "gd" else torch.optim.Adam(groups)
 
 
-def _keep(
+def _store_state(
     run: Run,
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, Tensor],
     data: torch.Generator,
 ) -> None:
-    """Note the optimizer's state and the generator's, as tensors."""
+    """Store the state of the optimizer and of the data generator in the run, as tensors."""
     run.state = {"generator": data.get_state()}
-    for name, one in parameters.items():
-        for key, value in optimizer.state.get(one, {}).items():
+    for name, weight in parameters.items():
+        for key, value in optimizer.state.get(weight, {}).items():
             if isinstance(value, Tensor):
                 run.state[f"{name}.{key}"] = value.detach().clone()
 
 
-def _restore(
+def _restore_state(
     run: Run,
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, Tensor],
     data: torch.Generator,
 ) -> None:
+    """Restore the state of the optimizer and of the data generator from the run."""
     if "generator" in run.state:
         data.set_state(run.state["generator"])
-    for name, one in parameters.items():
-        kept = {
+    for name, weight in parameters.items():
+        state = {
             key.removeprefix(f"{name}."): value.clone()
             for key, value in run.state.items()
             if key.startswith(f"{name}.")
         }
-        if kept:
-            optimizer.state[one] = kept
+        if state:
+            optimizer.state[weight] = state
 
 
 def _detached(run: Run) -> Run:
-    model = ShallowTransformer(*(one.detach() for one in run.model.weights.values()))
+    """Return the run with weights that need no gradients, for saving."""
+    model = ShallowTransformer(*(weight.detach() for weight in run.model.weights.values()))
     return Run(run.settings, model, run.step, run.rows, run.state)
 
 
 def _recorded(step: float | int) -> bool:
-    """Steps at which things are read: all to 16, then 16 per doubling."""
+    """Return whether measurements are taken at a step: up to 16 at each, then 16 per doubling."""
     if step < _PER_DOUBLING:
         return True
     doubling = math.floor(math.log2(step))

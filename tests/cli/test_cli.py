@@ -634,7 +634,7 @@ def test_theory(call, tmp_path):
         (("train", "--checkpoint", "a.safetensors"), "give --seeds 1"),
         (("train", "--out", "a.txt"), "expected a name that ends in"),
         (("phase", "--rows", "cone"), "expected a knob and its values"),
-        (("phase", "--rows", "cones=1"), "a knob is one of"),
+        (("phase", "--rows", "cones=1"), "need one of the settings"),
         (("phase", "--resume"), "--resume goes with --out"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The shallow transformer and its tasks, against definitions written out."""
+"""The shallow transformer and its tasks, against definitions written out in loops."""
 
 import math
 
@@ -18,7 +18,7 @@ def examples(n=5, seed=0, **knobs):
     return settings, sample(settings, n, seeded(seed, "test"))
 
 
-def test_embeddings_are_orthonormal_but_for_the_cone():
+def test_embeddings_are_orthonormal_apart_from_the_common_direction():
     for cone in (0.0, 0.5, 2.0):
         settings = Settings(cone=cone, **SMALL)
         x = embed(settings, torch.arange(16)[None])[0]
@@ -26,7 +26,7 @@ def test_embeddings_are_orthonormal_but_for_the_cone():
 
 
 @pytest.mark.parametrize("offset", [1, 3])
-def test_copying_asks_for_the_token_so_far_on(offset):
+def test_copying_has_the_token_offset_positions_further_on_as_target(offset):
     settings, found = examples(50, offset=offset)
     tokens = found.x[..., :16].argmax(-1)
     gaps = set()
@@ -37,14 +37,14 @@ def test_copying_asks_for_the_token_so_far_on(offset):
             assert answer < query
             assert tokens[row, answer] == found.targets[row, query]
             earlier = (tokens[row, :query] == tokens[row, query]).nonzero()[:, 0].tolist()
-            assert earlier == [answer - offset]  # one occurrence: the question has one answer
+            assert earlier == [answer - offset]  # one earlier occurrence, so one answer
         gaps.add(int(queries[0] - answers[0]))
     assert len(gaps) > 3  # at a random distance
     assert int(tokens.max()) < settings.seen == 8
 
 
 @pytest.mark.parametrize("offset", [1, 2])
-def test_regression_asks_for_the_label(offset):
+def test_regression_has_the_label_as_target(offset):
     _, found = examples(20, task="regression", offset=offset, length=40)
     labels = found.x[..., 16]
     for row in range(20):
@@ -58,7 +58,7 @@ def test_regression_asks_for_the_label(offset):
 
 
 @pytest.mark.parametrize("task", ["copying", "regression"])
-def test_out_of_distribution_no_token_was_seen(task):
+def test_out_of_distribution_tokens_are_not_used_in_training(task):
     settings = Settings(**{**SMALL, "task": task, "length": 60})
     for outside in (False, True):
         found = sample(settings, 300, seeded(0, "test"), outside)
@@ -67,7 +67,7 @@ def test_out_of_distribution_no_token_was_seen(task):
         counts = tokens.bincount(minlength=16).double()
         share = counts.max() / counts[counts > 0].min()
         assert (share > 1.5) == outside  # Zipf's law, and not uniform
-        # Both rounds lie anywhere.
+        # Both halves start anywhere.
         asked = found.asked.nonzero()[:, 1]
         assert int(asked.max()) > 50
         distances = {int(q - a) for row in found.keys for q, a in row.nonzero()}
@@ -75,8 +75,8 @@ def test_out_of_distribution_no_token_was_seen(task):
 
 
 @pytest.mark.parametrize("task", ["copying", "regression"])
-def test_forward_by_definition(task):
-    """Every attention, rotation and loss written out entry by entry."""
+def test_forward_equals_a_loop_over_positions(task):
+    """Attention, rotation and loss computed position by position."""
     settings, found = examples(2, task=task, frequencies=[0.7, 0.1, 2.0], length=24, seed=3)
     model = ShallowTransformer.initial(settings)
     model.w_q, model.w_k = 8 * model.w_q, 8 * model.w_k
@@ -85,8 +85,8 @@ def test_forward_by_definition(task):
     losses = []
     for row in range(2):
         x = found.x[row].double()
-        w_q, w_k, w_m = (one.double() for one in model.weights.values())
-        brought = []
+        w_q, w_k, w_m = (weight.double() for weight in model.weights.values())
+        copied = []
         for i in range(24):
             logits = []
             for j in range(i + 1):
@@ -94,21 +94,21 @@ def test_forward_by_definition(task):
                     torch.view_as_complex((x[i] @ w_q).view(2, 3).T.contiguous()),
                     (torch.view_as_complex((x[j] @ w_k).view(2, 3).T.contiguous())),
                 )
-                turn = torch.polar(torch.ones(3).double(), (i - j) * settings.thetas())
-                logits.append((q * k.conj() * turn).real.sum() / math.sqrt(6))
+                rotation = torch.polar(torch.ones(3).double(), (i - j) * settings.thetas())
+                logits.append((q * k.conj() * rotation).real.sum() / math.sqrt(6))
             weights = torch.stack(logits).softmax(0)
             torch.testing.assert_close(
                 given.slash[row, i, : i + 1].double(), weights, atol=1e-5, rtol=0
             )
-            brought.append(weights @ x[: i + 1, :16])
+            copied.append(weights @ x[: i + 1, :16])
         for i in found.asked[row].nonzero()[:, 0].tolist():
-            weights = torch.stack([x[i, :16] @ w_m @ brought[j] for j in range(i + 1)]).softmax(0)
-            read = weights @ x[: i + 1]
+            weights = torch.stack([x[i, :16] @ w_m @ copied[j] for j in range(i + 1)]).softmax(0)
+            output = weights @ x[: i + 1]
             if task == "copying":
-                logits = settings.output_scale * read[:16]
+                logits = settings.output_scale * output[:16]
                 losses.append(logits.logsumexp(0) - logits[int(found.targets[row, i])])
             else:
-                losses.append((read[16] - found.targets[row, i].double()) ** 2)
+                losses.append((output[16] - found.targets[row, i].double()) ** 2)
     assert float(given.loss) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
     assert float(given.slash.triu(1).abs().max()) == 0
 
@@ -147,28 +147,28 @@ def test_margin():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("knobs", "message"),
     [
         ({"offset": 16}, "offset 16 is beyond a segment of 16 tokens"),
-        ({"length": 31}, "length 31 cannot hold the task at offset 1.*needs 32"),
-        ({"task": "regression", "offset": 3}, "cannot hold the task at offset 3.*needs 128"),
+        ({"length": 31}, "length 31 is too short for offset 1.*at least 32"),
+        ({"task": "regression", "offset": 3}, "is too short for offset 3.*at least 128"),
         ({"frequencies": []}, "no θ is left"),
         ({"frequencies": [4.0]}, "from −π to π"),
         ({"frequencies": [float("nan")]}, "from −π to π"),
         ({"frequencies": "middle"}, "frequencies is one of all, high, medium, low"),
         ({"frequencies": "high", "n_pairs": 2}, "a third of the pairs"),
         ({"cone": -0.1}, "cone is a number from 0 to 2"),
-        ({"frequencies": 0.5}, "frequencies are a band's name or several"),
-        ({"frequencies": ["a"]}, "frequencies are a band's name or several"),
-        ({"frequencies": torch.eye(2)}, "frequencies are a band's name or several"),
-        ({"frequencies": [True]}, "frequencies are a band's name or several"),
+        ({"frequencies": 0.5}, "frequencies are a band's name or a list"),
+        ({"frequencies": ["a"]}, "frequencies are a band's name or a list"),
+        ({"frequencies": torch.eye(2)}, "frequencies are a band's name or a list"),
+        ({"frequencies": [True]}, "frequencies are a band's name or a list"),
         ({"seed": 1.5}, "seed is an integer from 0"),
         ({"seed": -1}, "seed is an integer from 0"),
         ({"length": 6_000_000}, "length is an integer from 4 to 4096"),
         ({"cone": float("nan")}, "cone is a number from 0 to 2"),
-        ({"segment": 32, "length": 64}, "training sees 32"),
+        ({"segment": 32, "length": 64}, "half of the vocabulary, 32 tokens"),
         ({"cone": 2.1}, "cone is a number from 0 to 2"),
-        ({"segment": 49}, "training sees 32"),
+        ({"segment": 49}, "half of the vocabulary, 32 tokens"),
         ({"task": "sorting"}, "task is one of copying, regression"),
         ({"optimizer": "sgd"}, "optimizer is one of gd, adam"),
         ({"learning_rate": -1.0}, "learning_rate is a number from 0"),
@@ -178,6 +178,6 @@ def test_margin():
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_settings_that_do_not_fit(knobs, said):
-    with pytest.raises(TheoryError, match=said):
+def test_settings_that_do_not_fit(knobs, message):
+    with pytest.raises(TheoryError, match=message):
         Settings(**knobs)

@@ -1,6 +1,6 @@
-"""What the theory says, on smaller settings; checkpoints; reading.
+"""The theory's claims on a small model, checkpoints, and measurements.
 
-Thresholds are those that the default settings must meet, three seeds each.
+The thresholds are those that the default settings must meet, with three seeds each.
 """
 
 import functools
@@ -44,12 +44,12 @@ def test_the_slash_forms_before_layer_2_matches(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_it_generalises_out_of_distribution(seed):
+def test_the_slash_generalises_out_of_distribution(seed):
     assert abs(run(seed).out_of_distribution() - run(seed).score) < 0.1
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_without_a_common_direction_it_takes_five_times_as_long(seed):
+def test_without_a_common_direction_a_slash_takes_five_times_as_long(seed):
     soon = run(seed).time_to(0.3)
     assert soon < 100
     assert run(seed, cone=0.0).time_to(0.3) >= 5 * soon
@@ -116,7 +116,7 @@ def test_resumed_bit_for_bit(optimizer, tmp_path):
     assert all(torch.equal(one, whole.state[name]) for name, one in loaded.state.items())
 
 
-def test_killed_runs_go_on_from_the_last_doubling(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_from_the_last_doubling(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     knobs = {**SMALL, "progress": False, "steps": 60, "frequencies": [1.0, 0.5, 0.2]}
     whole = theory.train(**knobs)
@@ -138,24 +138,24 @@ def test_killed_runs_go_on_from_the_last_doubling(tmp_path, monkeypatch):
     assert torch.equal(again.model.w_q, whole.model.w_q)
 
 
-def test_checkpoints_of_others_are_refused(tmp_path):
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     knobs = {**SMALL, "progress": False}
     theory.train(**knobs, steps=8, checkpoint=path)
-    for changed, said in (
+    for changed, message in (
         ({"cone": 0.5}, "another configuration: its cone is 1.0, here it is 0.5"),
         ({"seed": 1}, "its seed is 0, here it is 1"),
-        ({"steps": 7}, "has made 8 steps already"),
+        ({"steps": 7}, "already has 8 steps"),
     ):
-        with pytest.raises(TheoryError, match=said):
+        with pytest.raises(TheoryError, match=message):
             theory.train(**{**knobs, "steps": 8, **changed}, checkpoint=path, resume=True)
     (tmp_path / "other.safetensors").write_bytes(b"hello")
-    for wrong, said in (
+    for wrong, message in (
         (tmp_path / "other.safetensors", "is no file of the format"),
         (tmp_path / "none.txt", "ends in .safetensors"),
-        (None, "resume goes with a checkpoint"),
+        (None, "resume needs a checkpoint"),
     ):
-        with pytest.raises(TheoryError, match=said):
+        with pytest.raises(TheoryError, match=message):
             theory.train(**knobs, steps=8, checkpoint=wrong, resume=True)
 
 
@@ -213,15 +213,15 @@ def test_training_where_no_gradients_are_kept():
             assert theory.train(**SMALL, steps=3, progress=False).rows == expected
 
 
-def test_reading_what_is_not_there():
+def test_invalid_arguments_of_measurements():
     found = run()
-    for call, said in (
+    for call, message in (
         (lambda: found.time_to(float("nan")), "kappa is a number from 0 to 1"),
         (lambda: found.time_to(0.3, "nope"), "no column 'nope'; expected one of step, loss"),
         (lambda: found.profile(-1), "n_offsets is an integer from 1"),
         (lambda: found.read(0), "length is an integer from 4"),
     ):
-        with pytest.raises(TheoryError, match=said):
+        with pytest.raises(TheoryError, match=message):
             call()
 
 
@@ -274,7 +274,7 @@ def test_phase_diagram(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["phase.parquet"]
 
 
-def test_knobs_that_share_a_name_with_what_is_measured_and_defaults():
+def test_settings_named_as_measurements_and_settings_that_are_none():
     base = theory.Settings(**SMALL, steps=2)
     from rich.console import Console
 
@@ -299,23 +299,23 @@ def test_knobs_that_share_a_name_with_what_is_measured_and_defaults():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_knobs_that_are_none():
-    for wrong, said in (
-        ({"rows": ("cones", (0, 1))}, "a knob is one of task, offset"),
-        ({"rows": ("seed", (0, 1))}, "a knob is one of"),
-        ({"rows": ("cone", ())}, "with its values"),
-        ({"rows": ("frequencies", ("all",))}, "two knobs are needed"),
-        ({"rows": ("cone",)}, "a knob is one of"),
-        ({"rows": ("cone", 3)}, "a knob is one of"),
-        ({"rows": ("cone", (0, 0.0))}, "asked for twice"),
-        ({"seeds": (1, 1)}, "asked for twice"),
+def test_invalid_arguments_of_phase_diagrams():
+    for wrong, message in (
+        ({"rows": ("cones", (0, 1))}, "need one of the settings task, offset"),
+        ({"rows": ("seed", (0, 1))}, "need one of the settings"),
+        ({"rows": ("cone", ())}, "and its values"),
+        ({"rows": ("frequencies", ("all",))}, "need different settings"),
+        ({"rows": ("cone",)}, "need one of the settings"),
+        ({"rows": ("cone", 3)}, "need one of the settings"),
+        ({"rows": ("cone", (0, 0.0))}, "occur twice"),
+        ({"seeds": (1, 1)}, "occur twice"),
         ({"seeds": (0.5,)}, "seed is an integer"),
         ({"kappa": float("nan")}, "kappa is a number from 0 to 1"),
-        ({"resume": True}, "resume goes with a path"),
+        ({"resume": True}, "resume needs a path"),
         ({"seeds": ()}, "no seeds were given"),
         ({"rows": ("cone", (-1.0,))}, "cone is a number from 0"),
     ):
-        with pytest.raises(TheoryError, match=said):
+        with pytest.raises(TheoryError, match=message):
             theory.phase_diagram(**wrong)
 
 
@@ -334,8 +334,8 @@ def test_the_frequency_condition_of_a_real_head(tiny):
     assert one.to_dict()["profile"]["margin"] == one.to_row()["margin"] == one.margin
 
 
-def test_the_margin_where_an_edit_leaves_an_offset_out():
-    """A profile lacks offsets whose diagonal was removed: places are looked up, not counted."""
+def test_the_margin_where_an_edit_removes_an_offset():
+    """A profile lacks offsets whose diagonal was removed, so an offset is not its own index."""
     from slashpatch.maths.spectrum import margin
 
     from ..planted import planted_model
