@@ -1,7 +1,7 @@
 """A whole Transformers model under edits, by tests/reference.py, without TransformerLens.
 
 Transformers lets a function of one's own stand in for the attention of every layer. It gets
-queries and keys after RoPE; they are turned back with the frequencies of the model's own rotary
+queries and keys after RoPE; they are un-rotated with the frequencies of the model's own rotary
 module, and the reference does the rest.
 """
 

@@ -46,7 +46,7 @@ def active_edits(model: TransformerBridge) -> tuple[Any, ...]:
 
 
 def has_per_head_keys(model: TransformerBridge) -> bool:
-    """Whether an active edit gives heads keys of their own."""
+    """Whether an active edit gives heads per-head keys."""
     return any("key" in edit.stages() for edit in active_edits(model))
 
 

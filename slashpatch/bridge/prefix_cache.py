@@ -1,6 +1,6 @@
-"""Passes that start at a later layer, from the cached residual stream of those before.
+"""Forward passes that start at a later layer, from the cached output of the blocks before it.
 
-TransformerLens' `start_at_layer` discards what the earlier blocks give, but computes it.
+TransformerLens' `start_at_layer` discards the output of the earlier blocks, but computes it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class PrefixCache:
-    """The residual stream that the blocks before `layer` give for some tokens; moves forward only.
+    """Output of the blocks before `layer` on some tokens: the cached residual stream.
 
-    The model must not be changed while it is used, but by edits of layers from `layer` on: those
-    are what it is for.
+    `layer` moves forward only. While the cache is used, only edits of layers from `layer` on may
+    change the model.
     """
 
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> None:
@@ -35,7 +35,7 @@ class PrefixCache:
 
     @contextmanager
     def keeping(self, layers: Iterable[int]) -> Iterator[None]:
-        """Within it, a pass over the tokens keeps what `advance` to these layers would run for."""
+        """Inside, a forward pass over the tokens caches the inputs of these layers for `advance`."""
         handles = []
         try:
             for layer in set(layers) - {0}:
@@ -50,7 +50,7 @@ class PrefixCache:
                 handle.remove()
 
     def advance(self, layer: int) -> None:
-        """Run the blocks up to `layer`, and keep what they give."""
+        """Run the blocks before `layer`, and cache their output. Raises ModelError for an earlier one."""
         if layer < self.layer:
             raise ModelError(f"a prefix cache at layer {self.layer} does not go back to {layer}")
         if layer == self.layer:
@@ -73,9 +73,9 @@ class PrefixCache:
 
     @contextmanager
     def skipped(self, copies: int = 1) -> Iterator[None]:
-        """Within it, passes of `copies` times the tokens skip the blocks before `layer`.
+        """Inside, forward passes skip the blocks before `layer`; the batch is `copies` times ours.
 
-        Patches must be attached before: those that run the model for themselves need all of it.
+        Attach patches before: those that run the model when they are attached need all its blocks.
         """
         output = _repeated(self._output, copies)
         replaced = []
@@ -83,15 +83,15 @@ class PrefixCache:
             for index in range(self.layer):
                 block = self.model.blocks[index]
                 replaced.append(block)
-                block.__dict__["forward"] = _giving(output, index == self.layer - 1)
+                block.__dict__["forward"] = _skip(output, index == self.layer - 1)
             yield
         finally:
             for block in replaced:
                 del block.__dict__["forward"]
 
 
-def _giving(output: Any, last: bool) -> Any:
-    """A forward that gives what is kept; before the last stub, whatever came in its place."""
+def _skip(output: Any, last: bool) -> Any:
+    """Return a block's forward that computes nothing: the last one returns the cached output."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if last:
@@ -103,6 +103,7 @@ def _giving(output: Any, last: bool) -> Any:
 
 
 def _repeated(output: Any, copies: int) -> Any:
+    """Return a block's output for `copies` times the batch."""
     if copies == 1 or output is None:
         return output
     if isinstance(output, tuple):

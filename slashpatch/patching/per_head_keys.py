@@ -45,7 +45,7 @@ class PerHeadKeys:
 
     Attributes:
         keys: By layer, pre-RoPE keys of every query head.
-        heads: By layer, which heads have keys of their own there.
+        heads: By layer, which heads have per-head keys.
         q: By layer, queries; rotated where a hook carries those.
         tables: cos and sin by (layer, "cos" or "sin").
         rotated: By layer, rotated keys of cached and new tokens.
