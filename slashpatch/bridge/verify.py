@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 class _Probe:
     """Overwrites one layer's scores and pattern, and keeps what came of it."""
 
-    def __init__(self, layer: int, info: ModelInfo) -> None:
+    def __init__(self, layer: int, info: ModelInfo, name: str) -> None:
         self.layer = layer
+        self.name = name
         self.info = info
         self.scores: Tensor | None = None
+        self.scores_came_last = False
         self.pattern: Tensor | None = None
         self.z: Tensor | None = None
 
     def on_scores(self, scores: Tensor, hook: Any) -> Tensor:
         noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(self.layer))
+        self.scores_came_last = self.pattern is not None
         self.scores = scores + noise.to(scores)
         return self.scores
 
@@ -52,6 +55,11 @@ class _Probe:
         if scores is None or pattern is None or z is None:
             site = "scores" if scores is None else "pattern" if pattern is None else "z"
             raise self._refusal(f"the hook {self.info.hook(self.layer, site)} never fired")
+        if self.scores_came_last:
+            raise self._refusal(
+                "its scores hook fires after its pattern hook: TransformerLens leaves this "
+                "attention to Transformers and shows copies afterwards, which no hook can change"
+            )
         self._check_shapes(scores, pattern, z)
         scores, pattern, z = scores.cpu(), pattern.cpu(), z.cpu()
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -91,12 +99,13 @@ class _Probe:
             )
 
     def _refusal(self, what: str) -> ModelError:
-        return ModelError(f"slashpatch refuses this model at layer {self.layer}: {what}")
+        return ModelError(f"slashpatch refuses {self.name} at layer {self.layer}: {what}")
 
 
 def verify_hooks(model: TransformerBridge, info: ModelInfo) -> None:
     """Raise ModelError unless every layer's hooks carry, and take, what their names say."""
-    probes = [_Probe(layer, info) for layer in range(info.n_layers)]
+    name = str(model.cfg.architecture)
+    probes = [_Probe(layer, info, name) for layer in range(info.n_layers)]
     tokens = probe_tokens(info.d_vocab).to(model.cfg.device)
     run_probe(model, tokens, [pair for probe in probes for pair in probe.hooks()])
     for probe in probes:
@@ -114,7 +123,7 @@ def verify_hooks(model: TransformerBridge, info: ModelInfo) -> None:
             attn = model.blocks[layer].attn
             hooked = "; a torch hook sits on it, remove that first" if attn._forward_hooks else ""
             raise ModelError(
-                f"slashpatch refuses this model at layer {layer}: TransformerLens' attention "
+                f"slashpatch refuses {name} at layer {layer}: TransformerLens' attention "
                 f"({type(attn).__name__}) differs by {off:.2g} from the one of Transformers that "
                 f"it wraps (allowed {allowed:.2g}), so its hooks carry what the model does not "
                 f"compute{hooked}"
