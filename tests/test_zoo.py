@@ -5,6 +5,9 @@ import functools
 
 import pytest
 import torch
+from transformer_lens.model_bridge.supported_architectures.gemma3n import (
+    Gemma3nArchitectureAdapter,
+)
 
 import slashpatch as sp
 from slashpatch.bridge import read
@@ -14,7 +17,7 @@ from slashpatch.checking.result import CONTRACTS
 from slashpatch.errors import ModelError, ScanError
 from slashpatch.maths.precision import rounding
 
-from .tiny import bridge, padded, random_tokens
+from .tiny import bridge, padded, random_tokens, tokenizer
 from .zoo import FAMILIES, LONG, N_CTX, N_LAYERS, Family, build, in_page, report, table, zoo
 from .zoo import rope as rope_of
 
@@ -46,6 +49,10 @@ CASES = [
 @pytest.mark.usefixtures("unchecked")  # types are checked in the other tests; this one is long
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda one: str(one))
 def test_the_contract(name, dtype):
+    if not FAMILIES[name].wrapped:
+        with pytest.raises(ModelError, match=FAMILIES[name].refused):
+            sp.load(build(FAMILIES[name], dtype))
+        return
     found = report(name, dtype)
     assert found.ok, str(found)
     refused = [one for one in found.checks if one.status == "refused"]
@@ -432,6 +439,41 @@ def test_a_norm_after_rope_has_no_profile_by_offset():
     with torch.no_grad(), sp.patch(model, sp.PlantSlash("L0H1", 2, 30.0)):
         scan = sp.scan(model, random_tokens(2, 20), range(4))
     assert float(scan.scores[0, 1].argmax()) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"), [("Gemma 4", "Gemma4ForCausalLM"), ("GPT-J", "GPTJForCausalLM")]
+)
+def test_attention_that_hooks_cannot_change_is_refused_by_name(name, architecture):
+    """TransformerLens shows what Transformers computed, and drops what hooks return."""
+    model, tokens = zoo(name), random_tokens(1, 9)
+    message = f"refuses {architecture} at layer 0: its scores hook fires after.*no hook can"
+    with pytest.raises(ModelError, match=message):
+        sp.scan(model, tokens, 1)
+    with torch.no_grad():
+        hooks = [("blocks.0.attn.hook_pattern", lambda pattern, hook: torch.zeros_like(pattern))]
+        assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=hooks), model(tokens))
+
+
+def test_the_multimodal_gemma_3n_is_refused_by_name(monkeypatch):
+    """The class that TransformerLens does wrap, here without its towers for images and sound."""
+    from transformers import Gemma3nConfig, Gemma3nForConditionalGeneration
+    from transformers.models.gemma3n import modeling_gemma3n
+
+    from_config = modeling_gemma3n.AutoModel.from_config
+
+    def without_towers(config, **kwargs):
+        if config.model_type in ("gemma3n_vision", "gemma3n_audio"):
+            return torch.nn.Identity()
+        return from_config(config, **kwargs)
+
+    monkeypatch.setattr(modeling_gemma3n.AutoModel, "from_config", without_towers)
+    monkeypatch.setattr(Gemma3nArchitectureAdapter, "required_libraries", [])
+    config = Gemma3nConfig(text_config=FAMILIES["Gemma 3n"].config)
+    model = sp.load(Gemma3nForConditionalGeneration(config), tokenizer=tokenizer())
+    message = r"Gemma3nForConditionalGeneration has no hook blocks\.0\.attn\.hook_attn_scores"
+    with pytest.raises(ModelError, match=message):
+        sp.scan(model, random_tokens(1, 9), 1)
 
 
 def test_accumulators_are_of_float64_in_low_precision():

@@ -31,6 +31,7 @@ class Family:
         computed_by: How each layer's attention is computed when the model runs fused on 20 tokens,
             or "" where it cannot run fused.
         refused: What slashpatch says of a family that it refuses.
+        wrapped: Whether TransformerLens can wrap it; where not, `slashpatch.load` refuses it.
         about: What is particular about it, for the table.
     """
 
@@ -41,6 +42,7 @@ class Family:
     computed_by: str = "flash flash"
     refused: str = ""
     config_class: str = ""
+    wrapped: bool = True
 
 
 SIZES: dict[str, Any] = {
@@ -103,6 +105,25 @@ FAMILIES = {
         "θ differs by layer, windows, q/k norms",
         computed_by="blocks flash",
         config_class="Gemma3TextConfig",
+    ),
+    "Gemma 3n": Family(
+        "Gemma3n",
+        {**WIDE, "sliding_window": WINDOW, "layer_types": LAYERS, "laurel_rank": 4,
+         "altup_num_inputs": 2, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+         "vocab_size_per_layer_input": D_VOCAB, "activation_sparsity_pattern": [0.0, 0.0]},
+        "TransformerLens wraps its multimodal class only",
+        refused="does not support the architecture Gemma3nForCausalLM",
+        config_class="Gemma3nTextConfig",
+        wrapped=False,
+    ),
+    "Gemma 4": Family(
+        "Gemma4",
+        {**WIDE, "sliding_window": WINDOW, "layer_types": LAYERS, "global_head_dim": 16,
+         "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+         "vocab_size_per_layer_input": D_VOCAB},
+        "attention runs natively",
+        refused="its scores hook fires after its pattern hook",
+        config_class="Gemma4TextConfig",
     ),
     "Phi": Family("Phi", {**GROUPED, "partial_rotary_factor": 0.5}, "partial rotary"),
     "Phi-3": Family("Phi3", {**GROUPED, "partial_rotary_factor": 0.5}, "joint QKV, partial"),
@@ -185,7 +206,7 @@ FAMILIES = {
         {"vocab_size": D_VOCAB, "n_embd": 64, "n_layer": N_LAYERS, "n_head": 4,
          "n_positions": N_CTX, "rotary_dim": 8, "initializer_range": 0.2},
         "attention runs natively",
-        refused="its scores hook fires before the causal mask",
+        refused="its scores hook fires after its pattern hook",
     ),
     "DeepSeek-V3": Family(
         "DeepseekV3",
@@ -243,10 +264,11 @@ def table() -> list[str]:
         "|---|---|" + "---|" * len(COLUMNS),
     ]
     for name, family in FAMILIES.items():
-        found = report(name)
-        cells = [MARKS[found.status(contract)] for contract in COLUMNS]
-        if found.status("hooks") == "refused":
+        found = report(name) if family.wrapped else None
+        if found is None or found.status("hooks") == "refused":
             cells = ["refused"] * len(COLUMNS)
+        else:
+            cells = [MARKS[found.status(contract)] for contract in COLUMNS]
         lines.append(f"| {name} | {family.about} | " + " | ".join(cells) + " |")
     return lines
 

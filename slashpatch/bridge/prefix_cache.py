@@ -35,7 +35,7 @@ class PrefixCache:
 
     @contextmanager
     def keeping(self, layers: Iterable[int]) -> Iterator[None]:
-        """Inside, a forward pass over the tokens caches the inputs of these layers for `advance`."""
+        """Inside, a forward pass over the tokens caches the inputs of `layers` for `advance`."""
         handles = []
         try:
             for layer in set(layers) - {0}:
@@ -50,7 +50,7 @@ class PrefixCache:
                 handle.remove()
 
     def advance(self, layer: int) -> None:
-        """Run the blocks before `layer`, and cache their output. Raises ModelError for an earlier one."""
+        """Run the blocks before `layer`, and cache their output. Raises ModelError to go back."""
         if layer < self.layer:
             raise ModelError(f"a prefix cache at layer {self.layer} does not go back to {layer}")
         if layer == self.layer:

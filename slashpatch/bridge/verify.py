@@ -25,15 +25,18 @@ class _Probe:
     of every second head is cleared: exactly these heads must have z = 0.
     """
 
-    def __init__(self, layer: int, info: ModelInfo) -> None:
+    def __init__(self, layer: int, info: ModelInfo, name: str) -> None:
         self.layer = layer
+        self.name = name
         self.info = info
         self.scores: Tensor | None = None
+        self.scores_came_last = False
         self.pattern: Tensor | None = None
         self.z: Tensor | None = None
 
     def on_scores(self, scores: Tensor, hook: Any) -> Tensor:
         noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(self.layer))
+        self.scores_came_last = self.pattern is not None
         self.scores = scores + noise.to(scores)
         return self.scores
 
@@ -55,6 +58,11 @@ class _Probe:
         if scores is None or pattern is None or z is None:
             missing = "scores" if scores is None else "pattern" if pattern is None else "z"
             raise self._refusal(f"the hook {self.info.hook(self.layer, missing)} never fired")
+        if self.scores_came_last:
+            raise self._refusal(
+                "its scores hook fires after its pattern hook: TransformerLens leaves this "
+                "attention to Transformers and shows copies afterwards, which no hook can change"
+            )
         self._check_shapes(scores, pattern, z)
         scores, pattern, z = scores.cpu(), pattern.cpu(), z.cpu()
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -96,12 +104,13 @@ class _Probe:
             )
 
     def _refusal(self, reason: str) -> ModelError:
-        return ModelError(f"slashpatch refuses this model at layer {self.layer}: {reason}")
+        return ModelError(f"slashpatch refuses {self.name} at layer {self.layer}: {reason}")
 
 
 def verify_hooks(model: TransformerBridge, info: ModelInfo) -> None:
     """Raise ModelError unless each layer's hooks carry what their names say and can change it."""
-    probes = [_Probe(layer, info) for layer in range(info.n_layers)]
+    name = str(model.cfg.architecture)
+    probes = [_Probe(layer, info, name) for layer in range(info.n_layers)]
     tokens = probe_tokens(info.d_vocab).to(model.cfg.device)
     run_probe(model, tokens, [pair for probe in probes for pair in probe.hooks()])
     for probe in probes:
@@ -119,7 +128,7 @@ def verify_hooks(model: TransformerBridge, info: ModelInfo) -> None:
             attn = model.blocks[layer].attn
             hooked = "; a torch hook sits on it, remove that first" if attn._forward_hooks else ""
             raise ModelError(
-                f"slashpatch refuses this model at layer {layer}: TransformerLens' attention "
+                f"slashpatch refuses {name} at layer {layer}: TransformerLens' attention "
                 f"({type(attn).__name__}) differs by {difference:.2g} from the attention of "
                 f"Transformers that it wraps (allowed {allowed:.2g}), so its hooks carry tensors "
                 f"that the original model does not compute{hooked}"

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 #: Seconds from which a run is long enough to be announced.
 _LONG = 30.0
-#: The pass that is timed for an estimate has this share of a prompt's tokens, but at least so many.
-_SHARE, _LEAST = 8, 64
+#: Tokens of the passes that are timed: a short one always, and a longer one if the run seems long.
+_TIMED = (64, 1024)
 
 
 def tokens_per_prompt(model: TransformerBridge, asked: int | None, default: int) -> int:
@@ -36,20 +36,22 @@ def announce_long_run(
 ) -> None:
     """Print on stderr what a run will do and roughly how long it takes, if that is long.
 
-    `n_passes` is about how often the model reads each prompt. The estimate is the time of a shorter
-    pass, times the tokens: longer prompts take more than that, prompts batched together less.
+    `n_passes` is about how often the model reads each prompt. The estimate is the time of one pass
+    times the tokens: longer prompts take more than that, prompts batched together less.
     """
-    n_timed = min(n_tokens, max(_LEAST, n_tokens // _SHARE))
-    seconds = _seconds_of_pass(model, n_timed) * n_tokens / n_timed * n_prompts * n_passes
-    if seconds >= _LONG:
-        passes = "1 pass" if n_passes == 1 else f"about {n_passes:,} passes"
-        print(
-            f"slashpatch: {n_prompts:,} prompts of {n_tokens:,} tokens, {passes} over each: "
-            f"roughly {_duration(seconds)}, judged by one pass of "
-            f"{n_timed:,} tokens",
-            file=sys.stderr,
-            flush=True,
-        )
+    for limit in _TIMED:
+        n_timed = min(n_tokens, limit)
+        seconds = _seconds_of_pass(model, n_timed) * n_tokens / n_timed * n_prompts * n_passes
+        if seconds < _LONG:
+            return
+    prompts = "1 prompt" if n_prompts == 1 else f"{n_prompts:,} prompts"
+    passes = "1 pass" if n_passes == 1 else f"about {n_passes:,} passes"
+    print(
+        f"slashpatch: {prompts} of {n_tokens:,} tokens, {passes} over each: roughly "
+        f"{_duration(seconds)}, judged by one pass of {n_timed:,} tokens",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _seconds_of_pass(model: TransformerBridge, n_tokens: int) -> float:

@@ -128,7 +128,7 @@ def test_gpt_j_is_refused_because_its_attention_hooks_are_read_only():
     from transformers import GPTJConfig, GPTJForCausalLM
 
     config = GPTJConfig(vocab_size=80, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4)
-    with pytest.raises(ModelError, match="layer 0: its scores hook fires before the causal mask"):
+    with pytest.raises(ModelError, match="refuses GPTJForCausalLM at layer 0: its scores hook"):
         read(bridge(GPTJForCausalLM(config).eval(), "j"))
 
 

@@ -305,19 +305,24 @@ def test_durations(seconds, said):
     assert length._duration(seconds) == said
 
 
-def test_the_pass_that_is_timed_is_short(call, model, monkeypatch):
+def test_a_short_pass_is_timed_and_a_longer_one_only_where_the_run_is_long(
+    call, model, monkeypatch
+):
     timed = []
 
     def note(model, n_tokens):
         timed.append(n_tokens)
-        return 0.0
+        return 0.5 * n_tokens if n_tokens == 8 else 100.0
 
     monkeypatch.setattr(length, "_seconds_of_pass", note)
-    monkeypatch.setattr(length, "_LEAST", 4)
-    assert call("scan", "-m", model, "--prompts", 1, "--max-tokens", N_CTX)[0] == 0
-    assert timed == [N_CTX // 8]
+    monkeypatch.setattr(length, "_TIMED", (8, 32))
+    command = ("scan", "-m", model, "--random-tokens", "--max-tokens", 16)
+    assert call(*command, "--prompts", 1)[2] == ""
+    assert timed == [8]
+    assert "8 prompts of 16 tokens, 1 pass over each: roughly 13 minutes" in call(*command)[2]
+    assert timed == [8, 8, 16]
     monkeypatch.undo()
-    assert 0 < length._seconds_of_pass(sp.load(model, device="cpu"), 16) < 5
+    assert 0 < length._seconds_of_pass(sp.load(model, device="cpu"), 16) < 60
 
 
 def test_sweep_and_explain_take_ranges_and_layers(call, model):
