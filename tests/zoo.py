@@ -257,20 +257,20 @@ COLUMNS = ("scores", "q, k and RoPE", "edits", "cache", "padding", "fused")
 MARKS = {"pass": "yes", "part": "in part", "refused": "no", "fail": "**fails**", "–": "–"}
 
 
-def table() -> list[str]:
-    """The table of families, one line each, of `check` in float32."""
-    lines = [
-        "| family | what is particular | " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---|" * len(COLUMNS),
-    ]
-    for name, family in FAMILIES.items():
-        found = report(name) if family.wrapped else None
-        if found is None or found.status("hooks") == "refused":
-            cells = ["refused"] * len(COLUMNS)
-        else:
-            cells = [MARKS[found.status(contract)] for contract in COLUMNS]
-        lines.append(f"| {name} | {family.about} | " + " | ".join(cells) + " |")
-    return lines
+HEADER = [
+    "| family | what is particular | " + " | ".join(COLUMNS) + " |",
+    "|---|---|" + "---|" * len(COLUMNS),
+]
+
+
+def row(name: str) -> str:
+    """A family's line of the table, from `check` in float32."""
+    found = report(name) if FAMILIES[name].wrapped else None
+    if found is None or found.status("hooks") == "refused":
+        cells = ["refused"] * len(COLUMNS)
+    else:
+        cells = [MARKS[found.status(contract)] for contract in COLUMNS]
+    return f"| {name} | {FAMILIES[name].about} | " + " | ".join(cells) + " |"
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -286,4 +286,4 @@ def in_page() -> tuple[str, str, str]:
 
 if __name__ == "__main__":
     before, _, after = in_page()
-    PAGE.write_text("\n".join([before + BEGIN, *table(), END + after]))
+    PAGE.write_text("\n".join([before + BEGIN, *HEADER, *map(row, FAMILIES), END + after]))
