@@ -145,7 +145,7 @@ def _long_frequencies(module):
 
 @each_rope
 def test_a_shifted_head_scores_as_from_other_positions(name):
-    """With equal vectors, rotating the query by −2 tokens turns logit i → j into i + 2 → j."""
+    """With equal vectors, the shifted logit at offset Δ + 2 equals the clean logit at Δ."""
     model = zoo(name)
     qk = next(one for one in read(model).qk if one.rotary)
     tokens = torch.full((1, 10), 7)  # one token again and again: one query, one key
@@ -332,7 +332,7 @@ def test_profiles_over_different_frequencies_are_refused(name):
     if "dynamic" in name:
         model.cfg.n_ctx *= 2  # its frequencies change beyond the context
         rows[1] = random_tokens(1, N_CTX + 6)[0]
-    with pytest.raises(ScanError, match=r"follows the prompt's length.*moments=False"):
+    with pytest.raises(ScanError, match=r"follow the prompt's length.*moments=False"):
         sp.scan(model, rows, 1)
     assert sp.scan(model, rows, 1, moments=False).scores.isfinite().all()
     assert sp.scan(model, rows[:1], 1).profile("L0H0").predicted.isfinite().all()

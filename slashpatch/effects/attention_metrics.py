@@ -41,7 +41,7 @@ class SlashScores:
         if self.offset >= tokens.shape[1]:
             raise PromptError(
                 f"offset {self.offset} needs prompts of at least {self.offset + 1} tokens; "
-                f"got one of {tokens.shape[1]}"
+                f"got a prompt of {tokens.shape[1]}"
             )
         offsets = torch.tensor([self.offset], device=tokens.device)
         return slash_rows(pattern, offsets)[:, :, self.offset :, 0].double().mean(-1)
