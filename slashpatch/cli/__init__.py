@@ -1,1 +1,1 @@
-"""The `slashpatch` command: the app, and one file a group of commands."""
+"""The `slashpatch` command: the app, and one file for each group of commands."""

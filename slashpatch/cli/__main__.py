@@ -1,4 +1,4 @@
-"""`python -m slashpatch.cli` is the `slashpatch` command."""
+"""Run the `slashpatch` command: `python -m slashpatch.cli`."""
 
 from .app import main
 

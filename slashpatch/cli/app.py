@@ -54,7 +54,11 @@ app.add_typer(theory, name="theory")
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for bad input, one line for Ctrl-C."""
+    """Run the command that was typed; bad input is one line on stderr and exit code 2.
+
+    Exit codes: 1 for a failed check or an error of the file system, 2 for bad input, 130 for
+    Ctrl-C, 141 for a closed pipe.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode still gets text
@@ -82,7 +86,7 @@ def main() -> None:
 
 
 def _where_it_belongs(error: Any) -> str:
-    """Say how to write what a command got as an extra argument: mostly the model, without -m."""
+    """Return what to do about an extra argument, which is mostly a model without -m."""
     names = {parameter.name for parameter in error.ctx.command.params} if error.ctx else set()
     if "prompt" in names:
         return "; quote a prompt of several words, and name the model with -m MODEL"
@@ -90,6 +94,7 @@ def _where_it_belongs(error: Any) -> str:
 
 
 def _fail(message: str, code: int) -> int:
+    """Print a message as one line on stderr; return the exit code."""
     print(f"slashpatch: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -23,7 +23,7 @@ def check(
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Try on a model all that slashpatch promises: pass, refused (why) or fail (exit code 1)."""
+    """Check on a model all that slashpatch promises: pass, refused (why) or fail (exit code 1)."""
     from ..checking.check import check as check_model
 
     report = check_model(load_bridge(model, device, dtype), seed=seed)

@@ -21,7 +21,7 @@ def demo(
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """The story in about a minute: find a slash head, remove its diagonal, see what it carried."""
+    """Tell the story in about a minute: find a slash head, remove its diagonal, see the effect."""
     from .story import tell
 
     console = None if as_json else new_console()

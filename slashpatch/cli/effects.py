@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from ..effects.result import Result
 
 TogetherOption = Annotated[
-    bool, typer.Option("--together", help="All edits act at once, instead of each by itself.")
+    bool, typer.Option("--together", help="Apply all edits at once, instead of each by itself.")
 ]
-PromptsOption = Annotated[int, typer.Option(min=1, help="How many: the unit of intervals.")]
+PromptsOption = Annotated[
+    int, typer.Option(min=1, help="Number of prompts; intervals are over prompts.")
+]
 OutOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Save as .parquet or .json, with provenance.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Save the result as .parquet or .json, with provenance."),
 ]
-RowsOption = Annotated[int, typer.Option("--top", min=1, help="Rows of the table.")]
+RowsOption = Annotated[int, typer.Option("--top", min=1, help="Rows of the table to print.")]
 
 
 def measure(
@@ -74,7 +77,7 @@ def measure(
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Measure what edits do, with intervals, tests and controls."""
+    """Measure the effects of edits, with intervals, tests and controls."""
     from ..effects.controls import as_control
     from ..effects.measure import measure as run
     from ..effects.metrics import as_metric
@@ -83,13 +86,13 @@ def measure(
     metrics = metric or ["loss", "kl", "top1"]
     for name in metrics:
         as_metric(name)
-    controls = [as_control(one) for one in control or ()]
+    controls = [as_control(spec) for spec in control or ()]
     _require(out, None, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 128)
-    draws = sum(one.n for one in controls)
+    draws = sum(drawn.n for drawn in controls)
     announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions) * (1 + draws))
-    found = run(
+    result = run(
         bridge,
         conditions,
         metrics,
@@ -100,7 +103,7 @@ def measure(
         max_tokens=n_tokens,
         seed=seed,
     )
-    _show(found, out, None, as_json, top)
+    _show(result, out, None, as_json, top)
 
 
 def flow(
@@ -115,7 +118,9 @@ def flow(
         int | None,
         typer.Option(min=2, help="Tokens per prompt. Default: 64, or the model's context."),
     ] = None,
-    replaced: Annotated[int, typer.Option(min=1, help="Tokens replaced in each prompt.")] = 16,
+    replaced: Annotated[
+        int, typer.Option(min=1, help="Number of tokens to replace in each prompt, one at a time.")
+    ] = 16,
     top: RowsOption = 80,
     out: OutOption = None,
     plot: PlotOption = None,
@@ -124,7 +129,7 @@ def flow(
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """How much the token Δ back moves a prediction, by offset, with and without edits."""
+    """Measure how much the token Δ back changes a prediction, by offset, clean and under edits."""
     from ..effects.flow import flow as run
     from ..maths.offsets import as_offsets
 
@@ -135,7 +140,7 @@ def flow(
     n_tokens = tokens_per_prompt(bridge, max_tokens, 64)
     replacements = min(replaced, n_tokens)
     announce_long_run(bridge, prompts, n_tokens, (1 + len(conditions)) * (1 + replacements))
-    found = run(
+    result = run(
         bridge,
         text,
         conditions,
@@ -146,16 +151,18 @@ def flow(
         max_tokens=n_tokens,
         seed=seed,
     )
-    _show(found, out, plot, as_json, top)
+    _show(result, out, plot, as_json, top)
 
 
 def copying(
     model: ModelOption = None,
     edit: EditOption = None,
     together: TogetherOption = False,
-    lags: Annotated[int, typer.Option(min=1, help="Lags 1 to this.")] = 4,
+    lags: Annotated[int, typer.Option(min=1, help="Measure lags 1 to this one.")] = 4,
     prompts: PromptsOption = 16,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of one copy.")] = 50,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of one copy; the prompt holds two.")
+    ] = 50,
     top: RowsOption = 40,
     out: OutOption = None,
     plot: PlotOption = None,
@@ -164,7 +171,7 @@ def copying(
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Which token the model copies on repeated random tokens: the next, or one further on."""
+    """Measure which token the model copies on repeated random tokens: the next, or a later one."""
     from ..effects.copying import copying as run
 
     conditions = _edits(edit, together, needed=False)
@@ -172,26 +179,33 @@ def copying(
     bridge = load_bridge(model, device, dtype)
     n_tokens = min(2 * tokens, bridge.cfg.n_ctx)
     announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions))
-    found = run(
+    result = run(
         bridge, conditions, range(1, lags + 1), n_prompts=prompts, n_tokens=tokens, seed=seed
     )
-    _show(found, out, plot, as_json, top)
+    _show(result, out, plot, as_json, top)
 
 
 def sweep(
     model: ModelOption = None,
     edit: Annotated[
         str,
-        typer.Option("--edit", "-e", metavar="EDIT", help="With {head}, and {offset} if swept."),
+        typer.Option(
+            "--edit", "-e", metavar="EDIT", help="Edit with {head}, and {offset} with --offsets."
+        ),
     ] = "KnockOut({head}, 1)",
     heads: Annotated[
         str | None,
-        typer.Option(metavar="HEADS", help="Such as 'L16H0, L11H0-3' or L1. Default: all."),
+        typer.Option(
+            metavar="HEADS", help="Heads to try, such as 'L16H0, L11H0-3' or L1. Default: all."
+        ),
     ] = None,
     offsets: Annotated[
-        str | None, typer.Option(metavar="OFFSETS", help="Sweep these too, such as 0-3.")
+        str | None,
+        typer.Option(metavar="OFFSETS", help="Offsets Δ to try for each head, such as 0-3."),
     ] = None,
-    metric: Annotated[str, typer.Option(metavar="METRIC", help="As for measure.")] = "copying",
+    metric: Annotated[
+        str, typer.Option(metavar="METRIC", help="One metric, as for measure.")
+    ] = "copying",
     text: TextOption = None,
     random_tokens: RandomOption = False,
     prompts: PromptsOption = 16,
@@ -202,7 +216,7 @@ def sweep(
     top: RowsOption = 20,
     out: OutOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished sweep of --out.")
+        bool, typer.Option("--resume", help="Continue the unfinished sweep in the file of --out.")
     ] = False,
     plot: PlotOption = None,
     as_json: JsonOption = False,
@@ -210,12 +224,12 @@ def sweep(
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """One edit at every head in turn; a killed run goes on with --resume."""
+    """Apply one edit at every head in turn; --resume continues a run that was stopped."""
     from ..effects.metrics import as_metric
     from ..effects.sweep import sweep as run
 
     if resume and out is None:
-        raise EditError("--resume goes with --out: the file whose sweep goes on")
+        raise EditError("--resume goes with --out: the file of the sweep to continue")
     if heads is not None:
         require_readable(heads)
     as_metric(metric)
@@ -224,7 +238,7 @@ def sweep(
     n_tokens = tokens_per_prompt(bridge, max_tokens, 65)
     if not resume:  # how much is left is not known here
         announce_long_run(bridge, prompts, n_tokens, _sweep_passes(bridge, heads, offsets))
-    found = run(
+    result = run(
         bridge,
         edit,
         heads,
@@ -238,7 +252,7 @@ def sweep(
         max_tokens=n_tokens,
         seed=seed,
     )
-    _show(found, out, plot, as_json, top, saved=True)
+    _show(result, out, plot, as_json, top, saved=True)
 
 
 def _sweep_passes(model: Any, heads: str | None, offsets: str | None) -> int:
@@ -253,16 +267,17 @@ def _sweep_passes(model: Any, heads: str | None, offsets: str | None) -> int:
 
 
 def _edits(typed: list[str] | None, together: bool, needed: bool = True) -> list[Any]:
+    """Return the edits that were typed; as one inner list where they act together."""
     from ..edits import parse_edit
 
-    edits = [parse_edit(one) for one in typed or ()]
+    edits = [parse_edit(text) for text in typed or ()]
     if needed and not edits:
         raise EditError("give at least one --edit, such as --edit 'KnockOut(L16H0, 1)'")
     return [edits] if together and edits else edits
 
 
 def _require(out: Path | None, plot: Path | None, text: Path | None, random_tokens: bool) -> None:
-    """Refuse before the model is loaded."""
+    """Check options against one another and output paths, before the model is loaded."""
     from ..effects.result import SUFFIXES
 
     if text is not None and random_tokens:
@@ -272,24 +287,25 @@ def _require(out: Path | None, plot: Path | None, text: Path | None, random_toke
 
 
 def _show(
-    found: Result,
+    result: Result,
     out: Path | None,
     plot: Path | None,
     as_json: bool,
     top: int,
     saved: bool = False,
 ) -> None:
+    """Save a result unless it is saved already, draw it, and print it as a table or as JSON."""
     if out is not None and not saved:
-        found.save(out)
+        result.save(out)
     if plot is not None:
         from ..report.figures import effects_figure, save_figure
 
-        save_figure(effects_figure(found), plot)
+        save_figure(effects_figure(result), plot)
     if as_json:
-        print_json(found.to_dict())
+        print_json(result.to_dict())
         return
     from ..report.effects import effects_report
 
     console = new_console()
-    console.print(effects_report(found, top), highlight=False)
+    console.print(effects_report(result, top), highlight=False)
     print_written(console, out, plot)

@@ -30,31 +30,32 @@ _PASSES = 13
 
 def explain(
     head: Annotated[
-        str | None, typer.Argument(metavar="[HEAD]", help="Such as L16H0; not with --all.")
+        str | None, typer.Argument(metavar="HEAD", help="A head, such as L16H0; not with --all.")
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="A table over all heads that reach kappa.")
+        bool, typer.Option("--all", help="Print a table of all heads that reach kappa.")
     ] = False,
     model: ModelOption = None,
     text: TextOption = None,
     offset: Annotated[
-        int | None, typer.Option(min=0, help="Default: where the head scores highest.")
+        int | None, typer.Option(min=0, help="Offset Δ. Default: where the head scores highest.")
     ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 8,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens per prompt. Default: 256, or the model's context."),
     ] = None,
     kappa: KappaOption = 0.1,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --all: .parquet, .csv or .json.")
+        Path | None,
+        typer.Option(metavar="FILE", help="With --all: save as .parquet, .csv or .json."),
     ] = None,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Say why a head is a slash head: rank, frequencies, and what happens without them."""
+    """Explain why a head is a slash head: rank, RoPE frequencies, and its score without them."""
     from ..data.files import TABLE_SUFFIXES, write_table
     from ..explaining.explain import explain as explain_one
     from ..explaining.explain import explain_all
@@ -82,13 +83,13 @@ def explain(
     }
     console = new_console()
     if head is not None:
-        one = explain_one(bridge, head, text, offset=offset, **common)
+        explanation = explain_one(bridge, head, text, offset=offset, **common)
         if as_json:
-            print_json(one.to_dict())
+            print_json(explanation.to_dict())
         else:
             from ..report.explanation import explanation_report
 
-            console.print(explanation_report(one), highlight=False)
+            console.print(explanation_report(explanation), highlight=False)
         return
     frame = explain_all(bridge, None, text, **common)
     if out is not None:

@@ -24,19 +24,20 @@ from .output import new_console, print_json
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the model continues.")],
+    prompt: Annotated[str, typer.Argument(help="Text that the model continues.")],
     edit: EditOption = None,
     model: ModelOption = None,
     max_new_tokens: TokensOption = 40,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Sample by --seed instead of taking the likeliest.")
+        bool,
+        typer.Option("--sample", help="Sample by --seed instead of taking the likeliest token."),
     ] = False,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Continue a prompt with and without edits, differing words marked."""
+    """Continue a prompt with and without edits, and mark the words that differ."""
     from ..data.progress import busy
     from ..edits import parse_edit
     from ..patching.patch import patch
@@ -51,7 +52,7 @@ def generate(
     with busy("generating without"):
         plain = continuation(bridge, prompt, max_new_tokens, sample, seed)
     if as_json:
-        record = {"prompt": prompt, "edits": [str(one) for one in edits]}
+        record = {"prompt": prompt, "edits": [str(applied) for applied in edits]}
         print_json({**record, "plain": plain, "edited": edited})
         return
     from ..report.words import marked_pair
@@ -67,22 +68,22 @@ def generate(
 
 
 def watch(
-    prompt: Annotated[str, typer.Argument(help="What the model continues.")],
+    prompt: Annotated[str, typer.Argument(help="Text that the model continues.")],
     edit: EditOption = None,
     model: ModelOption = None,
     max_new_tokens: TokensOption = 40,
     offsets: OffsetsOption = "1-15",
     kappa: KappaOption = 0.1,
-    top: Annotated[int, typer.Option(min=1, help="Heads to show at a time.")] = 8,
+    top: Annotated[int, typer.Option(min=1, help="Number of heads to show at a time.")] = 8,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Watch heads light up while the model writes: which head, which offset, which token it reads.
+    """Show while the model writes which heads are slash heads, their offsets and what they read.
 
-    Scores are of the newest token alone, and the mean over all tokens so far. Δ=0 (a head that
-    attends to its own token) is left out unless --offsets asks for it.
+    Each head has two scores: the newest token's, and the mean over all tokens so far. Δ=0 (a head
+    that attends to its own token) is left out unless --offsets has it.
     """
     from ..edits import parse_edit
     from ..maths.offsets import as_offsets
@@ -95,7 +96,9 @@ def watch(
     bridge = load_bridge(model, device, dtype)
     steps = watched(bridge, prompt, edits, wanted, kappa, max_new_tokens, top)
     if as_json:
-        print_json({"prompt": prompt, "edits": [str(one) for one in edits], "steps": list(steps)})
+        print_json(
+            {"prompt": prompt, "edits": [str(applied) for applied in edits], "steps": list(steps)}
+        )
         return
     from ..report.live import show_live
 

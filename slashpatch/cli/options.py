@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Device(str, Enum):
-    """Where the model runs."""
+    """Devices that a model can run on."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -21,7 +21,7 @@ class Device(str, Enum):
 
 
 class Dtype(str, Enum):
-    """Precision of the weights."""
+    """Dtypes of the weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -30,7 +30,7 @@ class Dtype(str, Enum):
 
 
 class Engine(str, Enum):
-    """Which attention runs."""
+    """Attention engines."""
 
     auto = "auto"
     fused = "fused"
@@ -38,7 +38,10 @@ class Engine(str, Enum):
 
 
 EngineOption = Annotated[
-    Engine, typer.Option(help="Flash attention, TransformerLens' own, or the first if exact.")
+    Engine,
+    typer.Option(
+        help="Flash attention (fused), TransformerLens' own (bridge), or fused where exact."
+    ),
 ]
 ModelOption = Annotated[
     str | None,
@@ -49,32 +52,42 @@ ModelOption = Annotated[
         help="Transformers directory, .gguf file or hub id. Default: SmolLM2-135M-Instruct.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-SeedOption = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Of everything drawn at random.")
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random draws.")]
+DeviceOption = Annotated[
+    Device | None, typer.Option(help="Where the model runs. Default: CUDA, then MPS, then CPU.")
 ]
-DeviceOption = Annotated[Device | None, typer.Option(help="Default: CUDA, then MPS, then CPU.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights.")]
-KappaOption = Annotated[float, typer.Option(help="Score from which a head is a slash head.")]
+KappaOption = Annotated[float, typer.Option(help="Lowest score of a slash head.")]
 OffsetsOption = Annotated[str, typer.Option(help="Offsets Δ, such as 0-15 or 1,2,8.")]
 EditOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--edit", "-e", metavar="EDIT", help="Such as 'KnockOut(L16H0, 1)'; may be repeated."
+        "--edit",
+        "-e",
+        metavar="EDIT",
+        help="An edit, such as 'KnockOut(L16H0, 1)'; may be repeated.",
     ),
 ]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
-TextOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Prompts from this text, not the built-in.")
+TokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Number of tokens to generate.")
 ]
-RandomOption = Annotated[bool, typer.Option("--random-tokens", help="Random tokens as prompts.")]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Text file to take prompts from, instead of the built-in text."
+    ),
+]
+RandomOption = Annotated[
+    bool, typer.Option("--random-tokens", help="Use random tokens as prompts.")
+]
 PlotOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw as .png, .svg or .pdf.")
+    Path | None, typer.Option(metavar="FILE", help="Save a figure as .png, .svg or .pdf.")
 ]
 
 
 def load_bridge(model: str | None, device: Device | None, dtype: Dtype) -> TransformerBridge:
-    """The model that the options name."""
+    """Return the model that the options name, as a bridge."""
     from ..bridge.loading import load
 
     return load(model, device.value if device else None, dtype.value)

@@ -1,4 +1,4 @@
-"""What the commands print, and where: tables on a console, one JSON document, refused paths."""
+"""Print what commands return: tables on a console, or one JSON document."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def print_written(console: Console, *paths: Path | None) -> None:
-    """Say which files were written."""
+    """Print which files were written."""
     for path in paths:
         if path is not None:
             console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def new_console() -> Console:
-    """Stdout; plain text, wide enough for the tables, where it is no terminal."""
+    """Return a console on stdout; plain text of 120 columns where stdout is no terminal."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=120, no_color=True)
 
 
 def print_json(record: dict[str, Any]) -> None:
-    """One JSON document; NaN, which JSON lacks, is null."""
+    """Print one JSON document; NaN, which JSON lacks, becomes null."""
     print(json.dumps(without_nan(record), ensure_ascii=False, indent=1, allow_nan=False))

@@ -36,12 +36,12 @@ def scan(
     random_tokens: RandomOption = False,
     offsets: OffsetsOption = "0-15",
     kappa: KappaOption = 0.1,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 8,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens per prompt. Default: 512, or the model's context."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the table to print.")] = 20,
     edit: EditOption = None,
     out: Annotated[
         Path | None,
@@ -70,7 +70,7 @@ def scan(
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 512)
     saved = out is not None and out.suffix == ".safetensors"
-    # Moments take about as long as the scores; without --random-tokens there are two scans.
+    # Moments take about as long as slash scores; natural text is followed by random tokens.
     announce_long_run(bridge, prompts, n_tokens, 1 + saved + (not random_tokens))
     common: dict[str, Any] = {
         "offsets": wanted,
@@ -114,12 +114,14 @@ def scan(
 
 
 def _title(found: Any) -> str:
+    """Return the title of a scan's heatmap."""
     first, last = found.offsets[0], found.offsets[-1]
     source = found.provenance["prompts"][0]["source"].partition(",")[0]
     return f"{source}: highest score over Δ {first} to {last}"
 
 
 def _scan_record(found: Any, control: Any, kappa: float) -> dict[str, Any]:
+    """Return what --json prints: the slash heads, with their scores on random tokens."""
     rows = []
     for entry in found.slash_heads(kappa):
         low, high = entry.interval

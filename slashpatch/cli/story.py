@@ -1,4 +1,4 @@
-"""The story that `slashpatch demo` tells: a slash head, and what goes missing with its diagonal."""
+"""The story that `slashpatch demo` tells: a slash head, and the effect of removing its diagonal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CONTROLS = 8
 
 
 def random_heads(model: TransformerBridge, exclude: Head, n_draws: int, seed: int) -> list[Head]:
-    """One head per draw, uniform over all heads but `exclude`, without repeats."""
+    """Return heads drawn uniformly from all heads but `exclude`, without repeats."""
     from transformer_lens.utilities.statistics import derive_generator
 
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
@@ -38,7 +38,7 @@ def random_heads(model: TransformerBridge, exclude: Head, n_draws: int, seed: in
 
 
 def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> dict[str, Any]:
-    """Run the story, printing each chapter to `console`; returns all figures."""
+    """Run the story and print each chapter to `console`, if any; return all its numbers."""
     from rich.text import Text
     from transformer_lens.utilities.statistics import bootstrap_ci, derive_generator
 
@@ -118,7 +118,7 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
         say(Text(f"   without {band:8} {left:6.3f}"))
 
     say("\n[bold]6. The model that copies the token after next.[/bold]")
-    eight = [one.head for one in found.slash_heads() if one.offset == offset][:8]
+    eight = [entry.head for entry in found.slash_heads() if entry.offset == offset][:8]
     shift = ShiftSlash(eight, by=1)
     say(Text(f"   {shift}"))
     with busy("shifting"):
@@ -143,8 +143,8 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
             "copied_lags": {"clean": clean_lags.tolist(), "shifted": shifted_lags.tolist()},
         },
         "slash_heads": [
-            {"head": str(one.head), "offset": one.offset, "score": one.score}
-            for one in found.slash_heads()[:8]
+            {"head": str(entry.head), "offset": entry.offset, "score": entry.score}
+            for entry in found.slash_heads()[:8]
         ],
         "strongest": {"head": str(head), "offset": offset, "score": score},
         "copying": record,
@@ -155,11 +155,12 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
 
 
 def _copy_length(model: TransformerBridge) -> int:
+    """Return the tokens of one copy: 100, or half the context if that is less."""
     return min(100, (model.cfg.n_ctx - 1) // 2)
 
 
 def _copying(model: TransformerBridge, seed: int) -> Callable[[Edit | None], Tensor]:
-    """Copying loss per prompt under an edit, always on the same tokens."""
+    """Return a function of an edit: the copying loss of each prompt, always on the same tokens."""
 
     def measure(edit: Edit | None) -> Tensor:
         with patch(model, *([] if edit is None else [edit])):

@@ -14,20 +14,20 @@ from .options import JsonOption, KappaOption, PlotOption, SeedOption
 from .output import FIGURE_SUFFIXES, new_console, print_json, print_written
 
 theory = typer.Typer(
-    help="Slash heads from scratch: train a shallow RoPE transformer under two conditions.",
+    help="Train a shallow RoPE transformer from scratch: when do slash heads emerge?",
     no_args_is_help=True,
 )
 
 
 class Task(str, Enum):
-    """What is trained."""
+    """Tasks that the model is trained on."""
 
     copying = "copying"
     regression = "regression"
 
 
 class Optimizer(str, Enum):
-    """How it is trained."""
+    """Optimizers."""
 
     gd = "gd"
     adam = "adam"
@@ -37,12 +37,17 @@ ConeOption = Annotated[float, typer.Option(help="Strength of the embeddings' com
 FrequenciesOption = Annotated[
     str, typer.Option(help="all, high, medium, low, or θ's such as 1,0.5,0.1.")
 ]
-TaskOption = Annotated[Task, typer.Option(help="What the data reward.")]
-OffsetOption = Annotated[int, typer.Option(min=1, help="Δ that the data reward.")]
+TaskOption = Annotated[Task, typer.Option(help="Task that the model is trained on.")]
+OffsetOption = Annotated[
+    int, typer.Option(min=1, help="Offset Δ of the token that the task asks for.")
+]
 OptimizerOption = Annotated[Optimizer, typer.Option(help="Plain gradient descent, or Adam.")]
-RateOption = Annotated[float | None, typer.Option("--learning-rate", help="Default: by optimizer.")]
-StepsOption = Annotated[int, typer.Option(min=0, help="Steps of training.")]
-SeedsOption = Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")]
+RateOption = Annotated[
+    float | None,
+    typer.Option("--learning-rate", help="Learning rate. Default: depends on task and optimizer."),
+]
+StepsOption = Annotated[int, typer.Option(min=0, help="Number of training steps.")]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Number of seeds, counted up from --seed.")]
 
 
 @theory.command()
@@ -54,24 +59,25 @@ def train(
     optimizer: OptimizerOption = Optimizer.gd,
     learning_rate: RateOption = None,
     steps: StepsOption = 500,
-    length: Annotated[int, typer.Option(min=4, help="Positions of a sequence.")] = 64,
+    length: Annotated[int, typer.Option(min=4, help="Tokens of a sequence.")] = 64,
     seeds: SeedsOption = 3,
     kappa: KappaOption = 0.3,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="History as .parquet, .csv or .json.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Save the history as .parquet, .csv or .json."),
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep the weights as .safetensors; with --seeds 1."),
+        typer.Option(metavar="FILE", help="Save the weights as .safetensors; with --seeds 1."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from --checkpoint, bit for bit.")
+        bool, typer.Option("--resume", help="Continue from --checkpoint, bit for bit.")
     ] = False,
     plot: PlotOption = None,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Train, and show when the slash forms and when layer 2 finds what it brings."""
+    """Train, and show when the slash emerges in layer 1 and when layer 2 uses it."""
     from ..data.files import TABLE_SUFFIXES, write_table
     from ..theory import Settings
     from ..theory import train as run
@@ -80,7 +86,7 @@ def train(
     require_output(plot, FIGURE_SUFFIXES)
     require_output(checkpoint, (".safetensors",))
     if checkpoint is not None and seeds != 1:
-        raise TheoryError("a checkpoint is of one run; give --seeds 1")
+        raise TheoryError("a checkpoint holds one run; give --seeds 1")
     settings = [
         Settings(
             task=task.value,
@@ -91,14 +97,14 @@ def train(
             optimizer=optimizer.value,
             learning_rate=learning_rate,
             steps=steps,
-            seed=one,
+            seed=number,
         )
-        for one in range(seed, seed + seeds)
+        for number in range(seed, seed + seeds)
     ]
-    runs = [run(one, checkpoint=checkpoint, resume=resume) for one in settings]
+    runs = [run(setting, checkpoint=checkpoint, resume=resume) for setting in settings]
     import pandas as pd
 
-    frame = pd.concat([one.history.assign(seed=one.settings.seed) for one in runs])
+    frame = pd.concat([done.history.assign(seed=done.settings.seed) for done in runs])
     if out is not None:
         write_table(frame, out)
     if plot is not None:
@@ -112,13 +118,13 @@ def train(
                 "settings": settings[0].to_dict(),
                 "runs": [
                     {
-                        "seed": one.settings.seed,
-                        "time_to_slash": one.time_to(kappa),
-                        "time_to_matching": one.time_to(kappa, "matching"),
-                        "out_of_distribution": one.out_of_distribution(),
-                        "history": one.rows,
+                        "seed": done.settings.seed,
+                        "time_to_slash": done.time_to(kappa),
+                        "time_to_matching": done.time_to(kappa, "matching"),
+                        "out_of_distribution": done.out_of_distribution(),
+                        "history": done.rows,
                     }
-                    for one in runs
+                    for done in runs
                 ],
                 "kappa": kappa,
             }
@@ -133,9 +139,9 @@ def train(
 
 @theory.command()
 def phase(
-    rows: Annotated[str, typer.Option(help="A knob and its values.")] = "cone=0,0.25,0.5,1,2",
+    rows: Annotated[str, typer.Option(help="A setting and its values.")] = "cone=0,0.25,0.5,1,2",
     columns: Annotated[
-        str, typer.Option(help="Another knob and its values.")
+        str, typer.Option(help="Another setting and its values.")
     ] = "frequencies=high,medium,low,all",
     task: TaskOption = Task.copying,
     optimizer: OptimizerOption = Optimizer.gd,
@@ -146,20 +152,20 @@ def phase(
         Path | None, typer.Option(metavar="FILE", help="Save as .parquet, .csv or .json.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished diagram of --out.")
+        bool, typer.Option("--resume", help="Continue the unfinished diagram in the file of --out.")
     ] = False,
     plot: PlotOption = None,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Train over two knobs, with several seeds: where slash heads emerge, and how soon."""
+    """Train over two settings, with several seeds: where slash heads emerge, and how soon."""
     from ..data.files import TABLE_SUFFIXES
     from ..theory import Settings, phase_diagram
 
     require_output(out, TABLE_SUFFIXES)
     require_output(plot, FIGURE_SUFFIXES)
     if resume and out is None:
-        raise TheoryError("--resume goes with --out: the file whose diagram goes on")
+        raise TheoryError("--resume goes with --out: the file of the diagram to continue")
     settings = Settings(task=task.value, optimizer=optimizer.value, steps=steps)
     frame = phase_diagram(
         settings,
@@ -186,7 +192,7 @@ def phase(
 
 
 def _frequencies(text: str) -> str | tuple[float, ...]:
-    """A band, or θ's."""
+    """Return the name of a band, or frequencies θ."""
     parts = [part.strip() for part in text.split(",")]
     try:
         return tuple(float(part) for part in parts if part)
@@ -195,7 +201,7 @@ def _frequencies(text: str) -> str | tuple[float, ...]:
 
 
 def _knob(text: str) -> tuple[str, list[Any]]:
-    """`name=value,value,...`; each value is a number where it can be."""
+    """Return the name and the values in `name=value,value,...`; numbers where they can be read."""
     name, equals, values = text.partition("=")
     if not equals or not values.strip():
         raise TheoryError(f"expected a knob and its values, such as cone=0,1,2; got {text!r}")
