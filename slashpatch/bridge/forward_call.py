@@ -30,7 +30,7 @@ class ForwardCall:
         cache: The KV cache, if any.
         tokens: The new token ids, or their embeddings.
         position_ids: As given by the caller.
-        own: Whether slashpatch runs this pass for itself.
+        own: Whether slashpatch runs this pass for itself (to verify or prepare something).
         state: What hooks of this pass keep for later ones, by owner; gone with the pass.
     """
 
@@ -45,7 +45,7 @@ class ForwardCall:
     state: dict[Any, Any] = field(default_factory=dict)
 
     def of_rows(self, rows: slice) -> ForwardCall:
-        """The same pass with some of its prompts only."""
+        """Return the call restricted to some rows of the batch."""
 
         def some(x: Any) -> Any:
             return x[rows] if isinstance(x, Tensor) and len(x) == self.batch else x
@@ -61,12 +61,12 @@ class ForwardCall:
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens lie."""
+        """Device of the new tokens."""
         return self.tokens.device
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch key"] | None:
-        """Real (unpadded) tokens, or None when all are.
+        """Which tokens are real (not padding), cached ones included; None if all are.
 
         Raises PromptError for a mask that is not [batch, key], or that has a gap inside a prompt:
         there, columns no longer count tokens.
@@ -97,7 +97,7 @@ class ForwardCall:
 
     @cached_property
     def positions(self) -> Int[Tensor, "batch query"]:
-        """Position of each new token in its own prompt, from 0; 0 for padding."""
+        """Position of each new token in its prompt, from 0, padding not counted; 0 for padding."""
         if self.real is None:
             new = torch.arange(self.past, self.past + self.n_queries, device=self.device)
             return new.expand(self.batch, -1)
@@ -105,13 +105,13 @@ class ForwardCall:
 
     @cached_property
     def rope_positions(self) -> Int[Tensor, "rows query"]:
-        """Positions at which the model rotates the new tokens; one row serves a whole batch."""
+        """Positions at which RoPE rotates the new tokens; one row stands for the whole batch."""
         if self.position_ids is not None:
             return self.position_ids.view(-1, self.n_queries).long()
         return torch.arange(self.past, self.past + self.n_queries, device=self.device)[None]
 
     def cached_columns(self, n_keys: int) -> int:
-        """Key columns before the first new token, in an attention matrix of `n_keys` columns.
+        """Return the number of cached key columns in an attention matrix of `n_keys` columns.
 
         Fewer than `past` where a sliding-window cache has dropped some. Raises ModelError for a
         cache with room for tokens still to come, whose columns do not end at the newest token.
@@ -127,7 +127,7 @@ class ForwardCall:
 
 
 def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
-    """Return the forward call that these arguments of a Transformers model make."""
+    """Return the call that these arguments of a Transformers model's forward describe."""
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")

@@ -120,7 +120,7 @@ def _read(model: TransformerBridge) -> ModelInfo:
 
 
 def _saving(model: TransformerBridge, info: ModelInfo) -> tuple[str, ...]:
-    """Those of `_SAVING` that the model has, and can run with."""
+    """Return which arguments in `_SAVING` the model's forward takes and runs with."""
     known = inspect.signature(model.original_model.forward).parameters
     found = tuple(name for name in _SAVING if name in known)
     tokens = probe_tokens(info.d_vocab).to(model.cfg.device)

@@ -52,7 +52,7 @@ class ModelInfo:
     )
 
     def hook(self, layer: int, site: str) -> str:
-        """Hook point name of a site in `layer`.
+        """Return the hook point name of a site in `layer`.
 
         Sites: the `block`'s input; the attention's `input`, `cos`, `sin`, `scores`, `pattern`, `z`
         and `output`. Those of queries and keys differ from family to family: see `qk`.
@@ -60,7 +60,7 @@ class ModelInfo:
         return f"blocks.{layer}.{_HOOKS[site]}"
 
     def hooks(self, site: str) -> list[str]:
-        """Hook point names of a site in every layer."""
+        """Return the hook point names of a site in every layer."""
         return [self.hook(layer, site) for layer in range(self.n_layers)]
 
     @property
@@ -87,7 +87,7 @@ class ModelInfo:
         return found
 
     def require_offsets(self, wanted: Any) -> tuple[int, ...]:
-        """The offsets named by `wanted`. Raises OffsetError if the context cannot hold one."""
+        """Return the offsets that `wanted` names. Raises OffsetError if one exceeds the context."""
         found = as_offsets(wanted)
         if found[-1] >= self.n_ctx:
             raise OffsetError(

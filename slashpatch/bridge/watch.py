@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Follower(Protocol):
-    """Is told when a forward pass starts and ends."""
+    """What `ForwardWatch` calls when a forward pass starts and ends."""
 
     def on_pass_start(self, call: ForwardCall) -> None:
         """Called before the pass."""
@@ -29,10 +29,10 @@ class Follower(Protocol):
 
 
 class ForwardWatch:
-    """Knows the current forward pass of one model, in each thread, and tells its followers.
+    """The current forward pass of one model in each thread, and the followers to tell about it.
 
-    Followers are held weakly and told in the order in which they came. Torch hooks are on the model
-    while there is one.
+    Followers are held by weak references and called in the order in which they began to follow. The
+    model has torch hooks while there are any.
     """
 
     def __init__(self, hf_model: torch.nn.Module) -> None:
@@ -57,13 +57,13 @@ class ForwardWatch:
         return self.current
 
     def follow(self, follower: Follower) -> None:
-        """Tell `follower` of every pass from now on, until `unfollow` or until it is freed."""
+        """Call `follower` for every forward pass, until `unfollow` or until it is freed."""
         self._followers.append(weakref.ref(follower))
         if not self._handles:
             self._attach()
 
     def unfollow(self, follower: Follower) -> None:
-        """Tell `follower` of no more passes."""
+        """Stop calling `follower`."""
         self._followers = [ref for ref in self._followers if ref() not in (follower, None)]
         if not self._followers:
             self._detach()
