@@ -13,20 +13,17 @@ from slashpatch.maths.slash_scores import slash_scores
 pytestmark = pytest.mark.real
 
 
-@pytest.fixture(scope="module")
-def demo():
-    """What `slashpatch demo --json` prints."""
+def test_the_demo():
+    """What `slashpatch demo --json` prints: one test, because it runs for long."""
     command = [sys.executable, "-m", "slashpatch.cli", "demo", "--json", "--device", "cpu"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    demo = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-
-def test_demo_finds_the_previous_token_head(demo):
+    # It finds the previous-token head.
     top = {(row["head"], row["offset"]): row["score"] for row in demo["slash_heads"][:3]}
     assert 0.6 <= top["L16H0", 1] <= 0.95
     assert (demo["strongest"]["head"], demo["strongest"]["offset"]) == ("L16H0", 1)
 
-
-def test_demo_copying(demo):
+    # Without it, or its diagonal alone, nothing is copied; other heads are not missed.
     losses = demo["copying"]
     control = losses.pop("random heads ablated, one at a time")
     clean, ablated, removed = losses.values()
@@ -36,11 +33,19 @@ def test_demo_copying(demo):
     assert control["highest"] < 5
     assert clean["low"] < clean["loss"] < clean["high"] < removed["low"]
 
+    # The text differs.
+    _, plain, edited = demo["generation"].values()
+    assert "blue-tiger-seven" in plain
+    assert plain != edited
 
-def test_demo_generation_differs(demo):
-    _, clean, edited = demo["generation"].values()
-    assert "blue-tiger-seven" in clean
-    assert clean != edited
+    # High frequencies carry it, and a shifted slash moves what is copied.
+    assert demo["bands_dropped"]["high"] < 0.05
+    assert demo["bands_dropped"]["low"] > 0.7
+    assert demo["shift"]["peak"] == 2
+    unshifted, shifted = demo["shift"]["copied_lags"].values()
+    assert unshifted[0] > 0.5
+    assert shifted[0] < 0.05
+    assert shifted[1] > 0.1
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +114,6 @@ def test_heads_that_lead_on_random_tokens_too(real):
     assert set(sp.heads("L16H0", "L11H1", "L19H3")) <= leading
     pair = torch.stack([natural.scores[..., 1].flatten(), random.scores[..., 1].flatten()])
     assert torch.corrcoef(pair)[0, 1] > 0.8
-
-
-def test_demo_bands_and_shift(demo):
-    assert demo["bands_dropped"]["high"] < 0.05
-    assert demo["bands_dropped"]["low"] > 0.7
-    assert demo["shift"]["peak"] == 2
-    clean, shifted = demo["shift"]["copied_lags"].values()
-    assert clean[0] > 0.5
-    assert shifted[0] < 0.05
-    assert shifted[1] > 0.1
 
 
 def test_rank_one_leaves_the_slash(real):
