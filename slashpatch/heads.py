@@ -102,7 +102,7 @@ def _flatten(spec: HeadsLike, n_heads: int | None) -> Iterator[Head]:
     if isinstance(spec, Head):
         yield spec
     elif isinstance(spec, str):
-        for name in re.split(r"[,\s]+", spec.strip()):
+        for name in re.split(r"[,\s]+", spec.strip().rstrip(",")):
             yield from _named(name, n_heads)
     elif hasattr(spec, "slash_heads"):
         yield from _flatten(spec.slash_heads(), n_heads)

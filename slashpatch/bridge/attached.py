@@ -12,8 +12,8 @@ class Mark(NamedTuple):
     """What a hook function of an edit carries as its attribute `slashpatch`.
 
     Attributes:
-        serial: Of the attachment: later ones have higher numbers.
-        place: Of the edit in it.
+        serial: Number of the attachment; later ones have higher numbers.
+        place: Index of the edit in the attachment.
         edit: The edit.
     """
 

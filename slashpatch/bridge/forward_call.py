@@ -32,6 +32,7 @@ class ForwardCall:
         position_ids: As given by the caller.
         own: Whether slashpatch runs this pass for itself (to verify or prepare something).
         state: What hooks of this pass keep for later ones, by owner; gone with the pass.
+        followers: Which were told that the pass has started.
     """
 
     batch: int
@@ -43,6 +44,7 @@ class ForwardCall:
     position_ids: Tensor | None = None
     own: bool = False
     state: dict[Any, Any] = field(default_factory=dict)
+    followers: list[Any] = field(default_factory=list, repr=False)
 
     def of_rows(self, rows: slice) -> ForwardCall:
         """Return the call restricted to some rows of the batch."""

@@ -58,7 +58,7 @@ def module_frequencies(model: TransformerBridge) -> list[ModuleFrequencies]:
 
 
 class Rotation(NamedTuple):
-    """A rotation that a layer's cos and sin tables may stand for; see `LayerQK`."""
+    """A candidate rotation that agrees with a layer's cos and sin tables; see `LayerQK`."""
 
     rotary: Rotary | None
     interleaved: bool

@@ -81,7 +81,7 @@ def leaving_no_trace(model: TransformerBridge) -> Iterator[None]:
 
 
 def first_layer(model: TransformerBridge) -> int:
-    """Return the first layer that counts: `start_at_layer` discards the outputs below it."""
+    """Return the first layer whose output is used: above 0 under `start_at_layer`."""
     return getattr(model.blocks[0], "_start_at_layer_idx", None) or 0
 
 

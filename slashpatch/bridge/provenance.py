@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .attached import active_edits, other_hooks
 from .fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
     Keys: model, fingerprint (of the weights), architecture, dtype, device, edits and other hooks on
     the model now, and versions of Python and the libraries.
     """
-    from .attached import active_edits, other_hooks
-
     versions = {"python": platform.python_version()}
     for package in ("slashpatch", "torch", "transformers", "transformer-lens"):
         try:

@@ -48,7 +48,7 @@ class HookLayout:
     def with_norm_weight(
         self, weight: Float[Tensor, "d_head"] | None, rotary: Rotary
     ) -> HookLayout:
-        """Return this hook with a norm's weights, where they do not commute with the rotation."""
+        """Return this hook with a norm's weights, or without if they commute with the rotation."""
         if weight is not None:
             real, imag, _ = rotary.split(weight)
             if torch.equal(real, imag):

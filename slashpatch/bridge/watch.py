@@ -32,7 +32,7 @@ class ForwardWatch:
     """The current forward pass of one model in each thread, and the followers to tell about it.
 
     Followers are held by weak references and called in the order in which they began to follow. The
-    model has torch hooks while there are any.
+    model has torch hooks only while it has followers.
     """
 
     def __init__(self, hf_model: torch.nn.Module) -> None:
@@ -44,15 +44,15 @@ class ForwardWatch:
     @property
     def current(self) -> ForwardCall | None:
         """The forward pass that this thread is in, if any."""
-        found: ForwardCall | None = getattr(self._local, "call", None)
-        return found
+        return self._calls[-1] if self._calls else None
 
     def require(self) -> ForwardCall:
         """Return the current forward pass. Raises PatchError outside one."""
         if self.current is None:
             raise PatchError(
-                "a hook fired outside a forward pass of its model; "
-                "run the model that the hooks were built for"
+                "a hook of slashpatch fired outside a forward pass of the model that it was made "
+                "for. Run that model; on a copy that was made while it was patched, call "
+                "reset_hooks(including_permanent=True) first"
             )
         return self.current
 
@@ -93,9 +93,13 @@ class ForwardWatch:
         for handle in self._handles:
             handle.remove()
         self._handles = ()
+        self._local = threading.local()  # Ctrl-C leaves passes whose end nobody saw
 
-    def _told(self) -> list[Follower]:
-        return [found for found in (ref() for ref in self._followers) if found is not None]
+    @property
+    def _calls(self) -> list[ForwardCall]:
+        """The passes that this thread is in, the innermost last: a hook may run the model too."""
+        found: list[ForwardCall] = self._local.__dict__.setdefault("calls", [])
+        return found
 
     def _start(self, call: ForwardCall) -> None:
         # Followers that were freed leave here: the collector may run while torch goes through its
@@ -104,15 +108,25 @@ class ForwardWatch:
         if not self._followers:
             self._detach()
             return
-        self._local.call = call
-        for follower in self._told():
+        self._calls.append(call)
+        followers = [found for ref in self._followers if (found := ref()) is not None]
+        for follower in followers:
+            call.followers.append(follower)
             follower.on_pass_start(call)
 
     def _end(self, output: Any) -> None:
-        call, self._local.call = self.current, None
-        if call is not None:
-            for follower in self._told():
+        if not self._calls:
+            return
+        call = self._calls.pop()
+        errors = []
+        for follower in call.followers:  # each of those that saw the start, whatever others raise
+            try:
                 follower.on_pass_end(call, output)
+            except Exception as error:  # raised below
+                errors.append(error)
+        call.followers.clear()
+        if errors:
+            raise errors[0]
 
 
 _watches: weakref.WeakKeyDictionary[torch.nn.Module, ForwardWatch] = weakref.WeakKeyDictionary()

@@ -36,9 +36,10 @@ def check(model: TransformerBridge, *, seed: int = 0, progress: bool | None = No
     if not isinstance(model, TransformerBridge) or model.training:
         bridge.read(model)  # raises ModelError with the reason
     if other_hooks(model) or active_edits(model) or is_fused(model):
+        others = ", ".join(other_hooks(model))
         raise ModelError(
-            "check needs a model without edits; leave slashpatch.patch and slashpatch.fused first, "
-            f"and remove other hooks ({', '.join(other_hooks(model)) or 'none'})"
+            "check needs a model without edits; leave slashpatch.patch and slashpatch.fused first"
+            + (f", and remove other hooks ({others})" if others else "")
         )
     device = torch.device(model.cfg.device).type
     with kept_frequencies(model), torch.autocast(device, enabled=False):

@@ -76,7 +76,6 @@ def watch(
     kappa: KappaOption = 0.1,
     top: Annotated[int, typer.Option(min=1, help="Number of heads to show at a time.")] = 8,
     as_json: JsonOption = False,
-    seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:

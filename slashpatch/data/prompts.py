@@ -114,7 +114,9 @@ def prompt_set(
         found = PromptSet(_texts(model, prompts, max_tokens), "texts")
     else:
         found = PromptSet(tuple(_token_ids(prompts)), "token ids")
-    if not found.tokens or any(len(prompt) == 0 for prompt in found.tokens):
+    if not found.tokens:
+        raise PromptError("no prompts were given; expected at least one")
+    if any(len(prompt) == 0 for prompt in found.tokens):
         raise PromptError("a prompt is empty; expected at least one token in each prompt")
     for index, prompt in enumerate(found.tokens):
         if len(prompt) > n_ctx:
@@ -138,8 +140,8 @@ def repeated_random_tokens(
     predict the second copy only by copying from the first.
     """
     first = _random_ids(model, n_prompts, n_tokens, seed, "repeated")
-    bos = _bos(model)
-    return torch.cat([torch.tensor([bos] * n_prompts).view(n_prompts, -1), first, first], dim=1)
+    bos = torch.tensor([_bos(model)] * n_prompts, dtype=torch.long)  # also where there is none
+    return torch.cat([bos, first, first], dim=1)
 
 
 def as_path(prompts: Any) -> Path | None:
@@ -225,10 +227,15 @@ def _token_ids(prompts: Any) -> Iterator[Tensor]:
             ids = torch.empty(0, 0, 0)
         if ids.numel() == 0 and ids.ndim == 1:
             ids = ids.long()
+        if ids.ndim == 2 and len(ids) == 1:
+            ids = ids[0]  # as `to_tokens` returns one prompt
         if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            came = (
+                f"{type(row).__name__} {list(row.shape)}" if _has_axis(row) else type(row).__name__
+            )
             raise PromptError(
                 "expected token ids as integers [pos] or [batch, pos], or only texts; "
-                f"got a row of type {type(row).__name__}"
+                f"got a row of type {came}"
             )
         yield ids.detach().cpu().long()
 

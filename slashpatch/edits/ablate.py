@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..bridge import ModelInfo
 from ..bridge.modes import own_passes
+from ..data.prompts import prompt_set
 from ..errors import EditError
 from .base import Edit, HookContext
 
@@ -95,8 +96,6 @@ def _reference_z(
     edit: AblateHeads, model: TransformerBridge, info: ModelInfo
 ) -> dict[int, Float[Tensor, "token head d_head"]]:
     """Return z of the edit's heads at every token of the reference prompts, by layer."""
-    from ..data.prompts import prompt_set
-
     if edit.reference in ("natural", "random"):
         prompts = prompt_set(
             model,

@@ -79,7 +79,7 @@ class _DiagonalEdit(Edit):
     def on_pattern(
         self, ctx: HookContext, pattern: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Return the edited pattern; if renormalised, only zero the rows that lost all keys."""
+        """Return the edited pattern; if renormalised, rows that `on_scores` left no keys are 0."""
         if not self._renormalizes:
             past = ctx.call.cached_columns(pattern.shape[-1])
             return self.diagonal_changes()[0].on_matrix(pattern, past)

@@ -39,7 +39,8 @@ EDITS: dict[str, type[Edit]] = {
 _LONGEST = 1_000_000
 #: A quoted text, or a range of heads outside quotes, which Python would read as a subtraction.
 _QUOTED_OR_RANGE = re.compile(
-    r"""('[^']*'|"[^"]*")|\bL\d+(?:-\d+H\d+(?:-\d+)?|H\d+-\d+)\b""", re.IGNORECASE | re.ASCII
+    r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\bL\d+(?:-\d+(?:H\d+(?:-\d+)?)?|H\d+-\d+)\b""",
+    re.IGNORECASE | re.ASCII | re.DOTALL,
 )
 
 

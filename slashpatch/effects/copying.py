@@ -74,8 +74,13 @@ def _lags(lags: Any, n_tokens: int) -> tuple[int, ...]:
     except OffsetError:
         chosen = ()
     if not chosen or not (chosen[0] >= 1 and chosen[-1] < n_tokens):
-        raise PromptError(f"lags must be integers from 1 to {n_tokens - 1}; got {lags!r}")
+        raise PromptError(f"lags must be integers from 1 to {n_tokens - 1}; got {_shown(lags)}")
     return chosen
+
+
+def _shown(lags: Any) -> str:
+    """Return lags as they are typed at the shell where they are a range."""
+    return f"{lags[0]} to {lags[-1]}" if isinstance(lags, range) and lags else repr(lags)
 
 
 @dataclass(frozen=True)

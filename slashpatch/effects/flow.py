@@ -54,7 +54,7 @@ def flow(
     random_tokens: bool = False,
     n_replaced: int = 16,
     n_prompts: int = 16,
-    max_tokens: int | None = 64,
+    max_tokens: int | None = None,
     batch_size: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
@@ -75,7 +75,8 @@ def flow(
         random_tokens: Use uniform random tokens instead of natural text.
         n_replaced: Number of tokens replaced in each prompt; fewer in short prompts.
         n_prompts: Number of prompts, which are the unit of the intervals.
-        max_tokens: Length of generated prompts.
+        max_tokens: Length of generated prompts, at most the model's context; None: 64, or the
+            context if that is shorter.
         batch_size: Variants per forward pass; None: by memory.
         confidence: Level of the intervals.
         seed: Random seed of prompts, replaced tokens, bootstrap resamples and sign flips.
@@ -103,6 +104,7 @@ def flow(
         random_tokens=random_tokens,
         n_prompts=n_prompts,
         max_tokens=max_tokens,
+        default=64,
         seed=seed,
     )
     replaced = [

@@ -28,24 +28,27 @@ def prompts_for(
     prompts: Any,
     *,
     max_tokens: int | None,
+    default: int = 128,
     **options: Any,
 ) -> PromptSet:
     """Return the prompts of a measurement.
 
     Without `prompts`, they are repeated random tokens if a metric needs copies, and natural text
-    otherwise. `max_tokens` is the length of generated prompts and of the pieces of a file, at most
-    the model's context; the user's texts and token ids are never cut. `options` are passed on to
-    `prompt_set`. Raises PromptError, also for prompts of a single token.
+    otherwise. `max_tokens` is the length of generated prompts and of the pieces of a file; None:
+    `default`, or the context if that is shorter. The user's texts and token ids are never cut.
+    `options` are passed on to `prompt_set`. Raises PromptError, also for prompts of a single token
+    and for a length beyond the context.
     """
-    if prompts is not None and as_path(prompts) is None:
-        max_tokens = None
-    elif max_tokens is not None:
-        max_tokens = min(max_tokens, model.cfg.n_ctx)
+    n_ctx = model.cfg.n_ctx
+    if max_tokens is not None and max_tokens > n_ctx:
+        raise PromptError(f"max_tokens is at most the model's context of {n_ctx}; got {max_tokens}")
+    length = min(default, n_ctx) if max_tokens is None else max_tokens
     if prompts is None and any(map(needs_copies, metrics)) and not options.get("random_tokens"):
-        n_tokens = ((max_tokens or model.cfg.n_ctx) - 1) // 2
+        n_tokens = (length - 1) // 2
         chosen = repeated(model, options["n_prompts"], n_tokens, options["seed"])
     else:
-        chosen = prompt_set(model, prompts, max_tokens=max_tokens, **options)
+        cut = length if prompts is None or as_path(prompts) is not None else None
+        chosen = prompt_set(model, prompts, max_tokens=cut, **options)
     if min(len(tokens) for tokens in chosen.tokens) < 2:
         raise PromptError("a prompt has one token only, so there is no next token to predict")
     return chosen

@@ -67,8 +67,8 @@ def copy_length(tokens: Int[Tensor, "batch pos"]) -> int:
     n = tokens.shape[1] // 2
     if n < 2 or not torch.equal(tokens[:, -n:], tokens[:, -2 * n : -n]):
         raise PromptError(
-            "copying metrics need prompts that hold the same tokens twice over, such as those of "
-            "slashpatch.data.prompts.repeated_random_tokens"
+            "copying metrics need prompts that hold the same tokens twice over; leave the prompts "
+            "out to get such ones, or choose another metric"
         )
     return n
 

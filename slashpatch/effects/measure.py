@@ -32,7 +32,7 @@ def measure(
     *,
     random_tokens: bool = False,
     n_prompts: int = 16,
-    max_tokens: int | None = 128,
+    max_tokens: int | None = None,
     batch_size: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
@@ -49,7 +49,8 @@ def measure(
         controls: Names such as "random-heads:8", "matched-heads", "other-offsets", "random-pairs".
         random_tokens: Use uniform random tokens instead of natural text.
         n_prompts: Number of prompts, which are the unit of all intervals and tests.
-        max_tokens: Length of generated prompts.
+        max_tokens: Length of generated prompts, at most the model's context; None: 128, or the
+            context if that is shorter.
         batch_size: Prompts per forward pass; None: by memory. Changes results by rounding only.
         confidence: Level of the intervals.
         seed: Random seed of prompts, controls, bootstrap resamples and sign flips.
@@ -80,6 +81,7 @@ def measure(
         random_tokens=random_tokens,
         n_prompts=n_prompts,
         max_tokens=max_tokens,
+        default=128,
         seed=seed,
     )
     all_batches = batches(chosen, model.cfg.d_vocab, batch_size, model.cfg.device)

@@ -49,7 +49,7 @@ def paths(
     inputs: str = "qkv",
     random_tokens: bool = False,
     n_prompts: int = 16,
-    max_tokens: int | None = 65,
+    max_tokens: int | None = None,
     batch_size: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
@@ -67,7 +67,8 @@ def paths(
         inputs: Which of q, k and v to try, such as "qk".
         random_tokens: Use uniform random tokens instead of natural text.
         n_prompts: Number of prompts, which are the unit of the intervals.
-        max_tokens: Length of generated prompts.
+        max_tokens: Length of generated prompts, at most the model's context; None: 65, or the
+            context if that is shorter.
         batch_size: Prompts per forward pass; None: by memory.
         confidence: Level of the intervals.
         seed: Random seed of prompts, bootstrap resamples and sign flips.
@@ -105,6 +106,7 @@ def paths(
         random_tokens=random_tokens,
         n_prompts=n_prompts,
         max_tokens=max_tokens,
+        default=65,
         seed=seed,
     )
     all_batches = batches(chosen, model.cfg.d_vocab, batch_size, model.cfg.device)

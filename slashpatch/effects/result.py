@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import write_table, written_whole
+from ..data.files import without_nan, write_table, written_whole
 from ..errors import OutputError
 
 if TYPE_CHECKING:
@@ -57,8 +57,6 @@ class Result:
 
         Raises OutputError for another suffix, or if the file cannot be written.
         """
-        from ..data.files import without_nan
-
         if Path(path).suffix == ".parquet":
             write_table(self.to_dataframe(), path)
         elif Path(path).suffix == ".json":

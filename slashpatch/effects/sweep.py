@@ -38,7 +38,7 @@ def sweep(
     resume: bool = False,
     random_tokens: bool = False,
     n_prompts: int = 16,
-    max_tokens: int | None = 65,
+    max_tokens: int | None = None,
     batch_size: int | None = None,
     per_pass: int | None = None,
     confidence: float = 0.95,
@@ -66,7 +66,8 @@ def sweep(
         random_tokens: Use uniform random tokens instead of natural text.
         n_prompts: Number of prompts, which are the unit of the intervals. With few prompts, no
             p-value is small enough to stand out among many heads.
-        max_tokens: Length of generated prompts.
+        max_tokens: Length of generated prompts, at most the model's context; None: 65, or the
+            context if that is shorter.
         batch_size: Prompts per forward pass; None: by memory.
         per_pass: Number of variants (edits of one layer) that share a forward pass. None: 1 on the
             CPU, where more saves nothing; elsewhere as many as memory allows. More than 1 changes
@@ -94,6 +95,7 @@ def sweep(
         random_tokens=random_tokens,
         n_prompts=n_prompts,
         max_tokens=max_tokens,
+        default=65,
         seed=seed,
     )
     origin = provenance(

@@ -69,7 +69,9 @@ def explain(
     """
     chosen = bridge.read(model).require(head)
     if len(chosen) != 1:
-        raise HeadError(f"explain takes one head, got {head!r}; explain_all takes several")
+        raise HeadError(
+            f"explain takes one head, got {head!r}; explain_all (explain --all) takes several"
+        )
     return next(
         _explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
     )

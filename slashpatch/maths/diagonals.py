@@ -43,7 +43,7 @@ class DiagonalChange:
     def on_matrix(
         self, matrix: Float[Tensor, "*batch query key"], past: int
     ) -> Float[Tensor, "*batch query key"]:
-        """Return a changed copy of a matrix in which row r is the token of column past + r."""
+        """Return a changed copy; row r and column past + r of the matrix are the same token."""
         rest = self.removes_the_rest
         changed = torch.full_like(matrix, self.elsewhere) if rest else matrix.clone()
         for offset in self.offsets:

@@ -71,7 +71,7 @@ class Attachment:
             for name, act in catching:
                 self._add(name, act, mark, layer)
             self._add(scores, rewrite, mark, layer, first=True)
-        self.hooks.sort(key=lambda hook: not hook.first)
+        self.hooks.sort(key=lambda hook: not hook.first)  # a stable sort: else in the order given
 
     def _add(self, name: str, act: Act, mark: Mark, layer: int, first: bool = False) -> None:
         """Note a hook function, which must fire."""
@@ -91,7 +91,7 @@ class Attachment:
             return act(call, tensor)
 
         hook_fn.slashpatch = mark  # type: ignore[attr-defined]
-        hook_fn.goes_first = first  # type: ignore[attr-defined]
+        hook_fn.goes_first = first  # type: ignore[attr-defined]  # see `_require_first`
         hook_fn.__qualname__ = f"slashpatch {what}"
         self.hooks.append(Hook(name, hook_fn, first))
 
@@ -99,7 +99,8 @@ class Attachment:
         if call.past and self.serial not in getattr(call.cache, _FILLED_UNDER, ()):
             raise PatchError(
                 f"{edit} was attached after {call.past} tokens had been cached without it; "
-                "mixing them would be neither model. Start the generation inside the patch"
+                "the result would be that of neither the clean nor the edited model. Start the "
+                "generation inside the patch"
             )
 
     def on_pass_start(self, call: ForwardCall) -> None:
@@ -107,11 +108,13 @@ class Attachment:
 
     def on_pass_end(self, call: ForwardCall, output: Any) -> None:
         """Note on the KV cache under which edits it was filled, and lay per-head keys beside it."""
-        cache = getattr(output, "past_key_values", None)
+        made = _cache_of(output)
+        cache = call.cache if made is None else made
         under = call.state.get(_FILLED_UNDER, set())
         if cache is not None and self.serial in under:
             setattr(cache, _FILLED_UNDER, {*getattr(cache, _FILLED_UNDER, ()), *under})
-            PerHeadKeys.of(call).keep(cache)
+            if output is not None:
+                PerHeadKeys.of(call).keep(cache)
 
     def require_fired(self) -> None:
         """Raise PatchError for the first hook that never fired."""
@@ -125,6 +128,12 @@ class Attachment:
     def close(self) -> None:
         """Stop following the model; the hook functions are removed by whoever attached them."""
         self._watch.unfollow(self)
+
+
+def _cache_of(output: Any) -> Any:
+    """Return the KV cache in a model's output, also where that is a plain tuple; None without."""
+    parts = output if type(output) is tuple else [getattr(output, "past_key_values", None)]
+    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
 def _require_first(hook: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import bridge
 from ..bridge import ModelInfo
 from ..bridge.passes import probe_tokens, run_probe
-from ..errors import FusedError, ModelError
+from ..errors import FusedError, ModelError, SlashpatchError
 from ..maths.precision import MASKED, attention_slack
 from .engine import FusedEngine, refuse_hooks
 
@@ -100,6 +100,11 @@ def require_fusible(model: TransformerBridge) -> None:
             _verify(model, info)
             _fusible[model] = (info, None)
         except (FusedError, ModelError) as error:
+            cause: BaseException | None = error
+            while cause is not None and isinstance(cause, SlashpatchError):
+                cause = cause.__cause__
+            if cause is not None:  # the pass failed, for memory perhaps: it may work next time
+                raise ModelError(str(error)) from error
             _fusible[model] = (info, str(error))
     refusal = _fusible[model][1]
     if refusal is not None:

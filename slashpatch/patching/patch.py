@@ -39,7 +39,8 @@ def patch(model: TransformerBridge, *edits: Edit | str) -> Iterator[TransformerB
     Raises EditError, HeadError or OffsetError for edits that do not fit the model; ModelError for a
     model that slashpatch refuses; PatchError where the KV cache is older than the patch, where
     another thread's patch is active on the model, and on leaving when an edit's hook never fired.
-    A KV cache filled inside the block must not be used after it: that is not noticed.
+    A KV cache filled inside the block must not be used after it: that is not noticed. Do not copy
+    the model inside: the copy would have the patch's hooks, which act on this model only.
     """
     bridge.read(model)
     with _alone(model):

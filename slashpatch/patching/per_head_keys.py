@@ -158,12 +158,17 @@ class PerHeadKeys:
             ([], new[:, :0]) if kept is None else kept.rotated.get(qk.layer, ([], new[:, :0]))
         )
         if kept is None or known != heads or cached.shape[:2] != (call.batch, call.past):
-            lacking = next((head for head in heads if head not in known), heads[0])
-            n_known = cached.shape[1] if lacking in known else 0
+            if known and cached.shape[:2] == (call.batch, call.past):
+                problem = f"the cache was filled under per-head keys of heads {known} there"
+            else:
+                n_known = cached.shape[1] if set(heads) <= set(known) else 0
+                problem = (
+                    f"there are some for {n_known} of {call.past} cached tokens: the cache was "
+                    "cropped, copied, reordered or filled elsewhere"
+                )
             raise PatchError(
-                f"L{qk.layer}H{lacking} has per-head keys for {n_known} of {call.past} "
-                "cached tokens; the cache was cropped, reordered or started elsewhere. Start "
-                "inside the patch"
+                f"heads {heads} of layer {qk.layer} need per-head keys, and {problem}. Start "
+                "inside the patch, and run all of the generation under the same edits"
             )
         keys = call.cache.layers[-1].keys
         # The last layer itself has taken in the new tokens by the time that its scores exist.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,28 @@ class Detection(NamedTuple):
     offset: int
     score: float
     n_rows: int
+
+
+class _PassReader:
+    """A monitor's hooks in one forward pass, and which rows count there."""
+
+    def __init__(self, monitor: SlashMonitor, call: ForwardCall) -> None:
+        self.call = call
+        self.handles: list[tuple[Any, Any]] = []
+        self.rows: Bool[Tensor, "batch query offset"] | None = None
+
+        @reads_diagonals
+        def hook_fn(pattern: Any, hook: Any) -> None:
+            monitor._accumulate(pattern, hook, self)
+
+        self.hook = hook_fn
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model."""
+        for point, handle in self.handles:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
+        self.handles = []
 
 
 class SlashMonitor:
@@ -86,8 +109,8 @@ class SlashMonitor:
         # By layer: sums and sums of squares [head, offset], rows [offset], newest [head, offset]
         self._layers: dict[int, list[Tensor]] = {}
         self._watch: ForwardWatch | None = None
-        self._handles: list[tuple[Any, Any]] = []
-        self._rows: Bool[Tensor, "batch query offset"] | None = None
+        self._lock = threading.Lock()  # of the sums: passes may run in several threads
+        self._readers: list[_PassReader] = []
         self._last = torch.zeros(0, dtype=torch.int64)
         self._finished = torch.zeros(0, dtype=torch.bool)
 
@@ -99,28 +122,32 @@ class SlashMonitor:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._remove_hooks()
+        for reader in self._readers:  # of passes whose end was not seen, as after Ctrl-C
+            reader.remove_hooks()
+        self._readers = []
         if self._watch is not None:
             self._watch.unfollow(self)
         self._watch = None
 
     def on_pass_start(self, call: ForwardCall) -> None:
-        """Attach the hooks that read the pattern."""
+        """Attach the hooks that read the pattern in this pass."""
         # Hooks fire in the order in which they were added, and the monitor must run after all
         # edits, also after edits that are patched in later; so it attaches anew in each pass.
-        self._remove_hooks()
-        self._rows = None
         if call.own:
             return
         self._find_finished(call)
+        reader = _PassReader(self, call)
+        self._readers.append(reader)
         points = self.model.hook_dict
-        for layer in range(self.info.n_layers):
-            point = points[self.info.hook(layer, "pattern")]
-            self._handles.append((point, point.add_hook(self._accumulate, is_permanent=True)))
+        for name in self.info.hooks("pattern"):
+            handle = points[name].add_hook(reader.hook, is_permanent=True)
+            reader.handles.append((points[name], handle))
 
     def on_pass_end(self, call: ForwardCall, output: Any) -> None:
-        """Remove the hooks, and report new detections."""
-        self._remove_hooks()
+        """Remove the hooks of this pass, and report new detections."""
+        for reader in [reader for reader in self._readers if reader.call is call]:
+            reader.remove_hooks()
+            self._readers.remove(reader)
         if not call.own:
             self._detect()
 
@@ -136,36 +163,30 @@ class SlashMonitor:
             self._finished = torch.zeros(call.batch, dtype=torch.bool, device=call.device)
         self._last = call.tokens[:, -1]
 
-    def _remove_hooks(self) -> None:
-        for point, handle in self._handles:
-            handle.hook.remove()
-            point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
-        self._handles = []
-
-    @reads_diagonals
-    def _accumulate(self, pattern: Any, hook: Any) -> None:
+    def _accumulate(self, pattern: Any, hook: Any, reader: _PassReader) -> None:
         """Add the rows of real (unpadded) tokens of one layer's pattern to the sums."""
-        if self._watch is None:
-            return
-        call = self._watch.require()
+        if self._watch is None or self._watch.current is not reader.call:
+            return  # the monitor has ended, or another pass fired the hook of this one
+        call = reader.call
         if hook.layer() < first_layer(self.model):
             return
         call.cached_columns(pattern.shape[-1])  # refuses static KV caches
         offsets = torch.tensor(self.offsets, device=pattern.device)
-        if self._rows is None:
+        if reader.rows is None:
             # Rows i ≥ Δ also count if a sliding-window cache has dropped key i−Δ: attention is 0.
-            self._rows = real_rows(self._real(call), call.n_queries, offsets.to(call.device))
+            reader.rows = real_rows(self._real(call), call.n_queries, offsets.to(call.device))
             if len(self._finished) == call.batch:
-                self._rows = self._rows & ~self._finished[:, None, None]
-        rows = self._rows.to(pattern.device)
+                reader.rows = reader.rows & ~self._finished[:, None, None]
+        rows = reader.rows.to(pattern.device)
         weights = slash_rows(pattern.detach(), offsets)
         weights = weights.to(widest_float(weights)).masked_fill(~rows[:, None], 0)
         newest = weights[:, :, -1].sum(0) / rows[:, -1].sum(0).clamp(min=1)
         parts = [weights.sum((0, 2)), weights.square().sum((0, 2)), rows.sum((0, 1))]
         layer = hook.layer()
-        if layer in self._layers:
-            parts = [old + new for old, new in zip(self._layers[layer], parts, strict=False)]
-        self._layers[layer] = [*parts, newest]
+        with self._lock:
+            if layer in self._layers:
+                parts = [old + new for old, new in zip(self._layers[layer], parts, strict=False)]
+            self._layers[layer] = [*parts, newest]
 
     def _real(self, call: ForwardCall) -> Bool[Tensor, "batch key"]:
         """Return which tokens are real, also in right-padded batches without a mask."""

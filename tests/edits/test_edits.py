@@ -149,6 +149,7 @@ def test_an_edit_needs_a_head():
         ("KnockOut(L0-1H2, 1)", "L0-1H2"),
         ("KnockOut([L0-1H0-1, L2H3], 1)", "L0-1H0-1, L2H3"),
         ("KnockOut('L1H0-3', 1)", "L1H0-3"),
+        ("KnockOut([L0H1,], 1)", "L0H1"),
     ],
 )
 def test_ranges_of_heads_need_no_quotes(text, heads):
@@ -160,3 +161,16 @@ def test_ranges_of_heads_need_no_quotes(text, heads):
 def test_ranges_inside_quoted_texts_stay_text():
     edit = sp.parse_edit("AblateHeads(L0H0, mode=mean, reference='of L1H0-3, \"L1H0-3\"')")
     assert edit.reference == 'of L1H0-3, "L1H0-3"'
+
+
+@pytest.mark.parametrize(
+    "reference", ['it\'s "so" L0H1-2 here', ('it\'s "one"', "L0H1-2"), "a\\", "L0-1"]
+)
+def test_any_reference_text_is_read_back(reference):
+    edit = sp.AblateHeads("L0H0", "mean", reference)
+    assert sp.parse_edit(str(edit)) == edit
+
+
+def test_layers_without_heads_say_what_is_missing():
+    with pytest.raises(sp.SlashpatchError, match="'L0-1' stands for all heads of a layer"):
+        sp.parse_edit("KnockOut(L0-1, 1)")

@@ -7,6 +7,8 @@ from slashpatch.data.prompts import repeated_random_tokens
 from slashpatch.errors import PromptError
 
 from ..planted import induction_model
+from ..tiny import llama
+from ..zoo import zoo
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +77,22 @@ def test_bad_input(tiny):
     ):
         with pytest.raises(PromptError, match=said):
             sp.copying(tiny, **wrong)
+
+
+def test_models_without_bos_copy_too():
+    """Prompts of repeated tokens where no BOS comes first."""
+    model = sp.load(llama(seed=4))
+    assert sp.copied_lags(model, n_prompts=2, n_tokens=12).shape == (2, 3)
+    found = sp.copying(model, "KnockOut(L0H1, 1)", n_prompts=3, n_tokens=12)
+    assert set(found.frame["edit"]) == {"clean", "KnockOut(L0H1, offsets=1)"}
+    assert len(sp.sweep(model, heads="L0H0, L1H0", n_prompts=3, max_tokens=13).frame) == 2
+    assert len(sp.measure(zoo("GLM"), "AblateHeads(L0H0)", "copying", n_prompts=3).frame) == 1
+
+
+@pytest.mark.parametrize("name", ["measure", "flow", "paths", "sweep"])
+def test_lengths_beyond_the_context_are_refused(tiny, name):
+    arguments = () if name in ("flow", "sweep") else ("KnockOut(L0H1, 1)",)
+    with pytest.raises(
+        PromptError, match="max_tokens is at most the model's context of 64; got 65"
+    ):
+        getattr(sp, name)(tiny, *arguments, n_prompts=2, max_tokens=65)

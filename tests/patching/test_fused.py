@@ -579,3 +579,18 @@ def test_a_stand_in_refuses_other_operations(tiny):
         with pytest.raises(FusedError, match="does not form the pattern of layer 0"):
             operation()
     assert math.prod(pattern.shape) == 144
+
+
+def test_a_pass_that_failed_once_is_no_refusal_for_ever(monkeypatch):
+    """Out of memory, say: it is not remembered of the model."""
+    from slashpatch.patching import fused as module
+
+    model = tiny_model(seed=3)
+
+    def fails(*args, **kwargs):
+        raise ModelError("a short forward pass failed") from RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "run_probe", fails)
+        assert "a short forward pass failed" in why_not(model)
+    assert why_not(model) is None

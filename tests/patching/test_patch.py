@@ -269,7 +269,9 @@ def test_another_model_under_the_patch_raises(tiny):
 
 def test_hooks_on_another_model_raise(tiny):
     other = model_of(2)
-    with pytest.raises(PatchError, match="outside a forward pass of its model"):
+    with pytest.raises(
+        PatchError, match="outside a forward pass of the model that it was made for"
+    ):
         other.run_with_hooks(random_tokens(1, 4), fwd_hooks=sp.hooks(tiny, "KnockOut(L0H0, 1)"))
 
 

@@ -230,3 +230,22 @@ def test_filler_after_eos_is_left_out(tiny):
         out = tiny.generate(tokens, max_new_tokens=5, do_sample=False, verbose=False)
     assert out[0, 6:].tolist() == [1] * 5
     assert monitor.n_rows.tolist() == [[(6 + 1) + (6 + 4)]] * 2
+
+
+def test_passes_in_several_threads_are_counted_each_by_itself():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = tiny_model(seed=1)
+    prompts = [random_tokens(1, 8 + seed, seed) for seed in range(6)]
+
+    def gather(run):
+        with sp.SlashMonitor(model, range(3)) as monitor:
+            run(lambda tokens: [model.original_model(tokens) for _ in range(4)])
+        return monitor
+
+    with torch.no_grad(), ThreadPoolExecutor(3) as pool:
+        alone = gather(lambda each: [each(tokens) for tokens in prompts])
+        together = gather(lambda each: list(pool.map(each, prompts)))
+    assert torch.equal(alone.n_rows, together.n_rows)
+    torch.testing.assert_close(alone.scores, together.scores, atol=1e-12, rtol=0)
+    assert not any(point.fwd_hooks for point in model.hook_points())
