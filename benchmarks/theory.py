@@ -32,7 +32,7 @@ def main():
     import torch
 
     from slashpatch import theory
-    from slashpatch.report.theory import over_seeds
+    from slashpatch.reporting.theory import over_seeds
 
     torch.set_num_threads(THREADS)
     figures, lines = {}, []

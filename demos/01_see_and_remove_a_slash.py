@@ -44,7 +44,7 @@ print(
 
 # %%
 if FIGURES:
-    from slashpatch.report.figures import losses_figure, save_figure, scan_figure
+    from slashpatch.reporting.figures import losses_figure, save_figure, scan_figure
 
     save_figure(scan_figure(natural, random), HERE / "01_scan.png")
 

@@ -58,7 +58,7 @@ print(f"{above:.0%} of {len(correlations)} slash heads with Δ ≥ 1 correlate a
 
 # %%
 if FIGURES:
-    from slashpatch.report.figures import profile_figure, save_figure
+    from slashpatch.reporting.figures import profile_figure, save_figure
 
     save_figure(profile_figure(profile, "L16H0"), HERE / "02_profile.png")
 

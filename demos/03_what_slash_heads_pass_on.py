@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import slashpatch as sp
-from slashpatch.report.effects import effects_report
-from slashpatch.report.figures import effects_figure, paths_figure, save_figure
+from slashpatch.reporting.effects import effects_report
+from slashpatch.reporting.figures import effects_figure, paths_figure, save_figure
 
 SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
 FIGURES = "--figures" in sys.argv

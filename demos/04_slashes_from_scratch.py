@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import slashpatch as sp
-from slashpatch.report.figures import save_figure
-from slashpatch.report.theory import phase_figure, phase_report, training_figure, training_report
+from slashpatch.reporting.figures import save_figure
+from slashpatch.reporting.theory import phase_figure, phase_report, training_figure, training_report
 
 SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
 FIGURES = "--figures" in sys.argv

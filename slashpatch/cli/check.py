@@ -30,7 +30,7 @@ def check(
     if as_json:
         print_json(report.to_dict())
     else:
-        from ..report.checks import check_table
+        from ..reporting.checks import check_table
 
         new_console().print(check_table(report))
     if not report.ok:

@@ -298,13 +298,13 @@ def _show(
     if out is not None and not saved:
         result.save(out)
     if plot is not None:
-        from ..report.figures import effects_figure, save_figure
+        from ..reporting.figures import effects_figure, save_figure
 
         save_figure(effects_figure(result), plot)
     if as_json:
         print_json(result.to_dict())
         return
-    from ..report.effects import effects_report
+    from ..reporting.effects import effects_report
 
     console = new_console()
     console.print(effects_report(result, top), highlight=False)

@@ -87,7 +87,7 @@ def explain(
         if as_json:
             print_json(explanation.to_dict())
         else:
-            from ..report.explanation import explanation_report
+            from ..reporting.explanation import explanation_report
 
             console.print(explanation_report(explanation), highlight=False)
         return
@@ -97,7 +97,7 @@ def explain(
     if as_json:
         print_json({"heads": frame.to_dict(orient="records")})
         return
-    from ..report.explanation import explanations_table
+    from ..reporting.explanation import explanations_table
 
     console.print(explanations_table(frame))
     print_written(console, out)

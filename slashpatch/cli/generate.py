@@ -55,7 +55,7 @@ def generate(
         record = {"prompt": prompt, "edits": [str(applied) for applied in edits]}
         print_json({**record, "plain": plain, "edited": edited})
         return
-    from ..report.words import marked_pair
+    from ..reporting.words import marked_pair
 
     top, bottom = marked_pair(plain, edited, new_console().is_terminal)
     console = new_console()
@@ -99,6 +99,6 @@ def watch(
             {"prompt": prompt, "edits": [str(applied) for applied in edits], "steps": list(steps)}
         )
         return
-    from ..report.live import show_live
+    from ..reporting.live import show_live
 
     show_live(prompt, steps, new_console())

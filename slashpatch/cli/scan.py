@@ -93,13 +93,13 @@ def scan(
             frame["random_tokens"] = control.scores.flatten().numpy()
         write_table(frame, out)
     if plot is not None:
-        from ..report.figures import save_figure, scan_figure
+        from ..reporting.figures import save_figure, scan_figure
 
         save_figure(scan_figure(found, control, kappa), plot)
     if as_json:
         print_json(_scan_record(found, control, kappa))
         return
-    from ..report.tables import heatmap, scan_table, side_by_side
+    from ..reporting.tables import heatmap, scan_table, side_by_side
 
     console = new_console()
     left = heatmap(found.scores.nan_to_num(0).amax(-1), _title(found))

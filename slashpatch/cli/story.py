@@ -42,8 +42,8 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
     from rich.text import Text
     from transformer_lens.utilities.statistics import bootstrap_ci, derive_generator
 
-    from ..report.tables import scan_table, strongest
-    from ..report.words import marked_pair
+    from ..reporting.tables import scan_table, strongest
+    from ..reporting.words import marked_pair
 
     def say(*parts: Any) -> None:
         if console is not None:

@@ -108,8 +108,8 @@ def train(
     if out is not None:
         write_table(frame, out)
     if plot is not None:
-        from ..report.figures import save_figure
-        from ..report.theory import training_figure
+        from ..reporting.figures import save_figure
+        from ..reporting.theory import training_figure
 
         save_figure(training_figure(runs, kappa), plot)
     if as_json:
@@ -130,7 +130,7 @@ def train(
             }
         )
         return
-    from ..report.theory import training_report
+    from ..reporting.theory import training_report
 
     console = new_console()
     console.print(training_report(runs, kappa), highlight=False)
@@ -177,14 +177,14 @@ def phase(
         resume=resume,
     )
     if plot is not None:
-        from ..report.figures import save_figure
-        from ..report.theory import phase_figure
+        from ..reporting.figures import save_figure
+        from ..reporting.theory import phase_figure
 
         save_figure(phase_figure(frame, kappa), plot)
     if as_json:
         print_json({"kappa": kappa, "runs": frame.to_dict(orient="records")})
         return
-    from ..report.theory import phase_report
+    from ..reporting.theory import phase_report
 
     console = new_console()
     console.print(phase_report(frame, kappa), highlight=False)

@@ -1,7 +1,7 @@
 """A registry of functions that show results as text.
 
-`slashpatch.report` draws results and imports their classes, so results must not import it. They ask
-this registry instead, which imports `slashpatch.report.looks` by name when it is first used.
+`slashpatch.reporting` draws results and imports their classes, so results must not import it. They
+ask this registry instead, which imports `slashpatch.reporting.looks` by name when it is first used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-_LOOKS = "slashpatch.report.looks"
+_LOOKS = "slashpatch.reporting.looks"
 _texts: dict[type, Callable[..., str]] = {}
 
 

@@ -6,7 +6,7 @@ import torch
 import slashpatch as sp
 from slashpatch.errors import HeadError, ScanError
 from slashpatch.explaining.result import verdict
-from slashpatch.report.explanation import sparkline
+from slashpatch.reporting.explanation import sparkline
 from slashpatch.scanning.moments import Profile
 
 from ..edits.test_rotary_edits import PLANTED

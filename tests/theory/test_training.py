@@ -278,7 +278,7 @@ def test_settings_named_as_measurements_and_settings_that_are_none():
     base = theory.Settings(**SMALL, steps=2)
     from rich.console import Console
 
-    from slashpatch.report.theory import phase_figure, phase_report
+    from slashpatch.reporting.theory import phase_figure, phase_report
 
     for rows, columns, expected in (
         (("matching", (0.5, 2.0)), ("offset", (1, 2)), [0.5, 0.5, 2.0, 2.0]),

@@ -4,10 +4,10 @@ import torch
 
 import slashpatch as sp
 from slashpatch.data.progress import Stages, progress_over
-from slashpatch.report.figures import losses_figure, save_figure, scan_figure
-from slashpatch.report.live import show_live
-from slashpatch.report.tables import heatmap, interval, number, plain, side_by_side, strongest
-from slashpatch.report.words import marked_pair
+from slashpatch.reporting.figures import losses_figure, save_figure, scan_figure
+from slashpatch.reporting.live import show_live
+from slashpatch.reporting.tables import heatmap, interval, number, plain, side_by_side, strongest
+from slashpatch.reporting.words import marked_pair
 
 from ..tiny import random_tokens
 
