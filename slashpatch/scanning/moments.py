@@ -19,7 +19,12 @@ from ..errors import ModelError, ScanError
 from ..heads import Head
 from ..maths.rank import r1, r95
 from ..maths.rotary import Rotary
-from ..maths.spectrum import concentration, logit_terms, predicted_profile
+from ..maths.spectrum import (
+    amplitude_and_phase,
+    concentration,
+    logit_terms,
+    predicted_profile,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,6 +157,16 @@ class Moments:
         """Return the mean pre-RoPE query and key of a head."""
         q = self.sum_q[head.layer, head.head]
         return q / self.n_tokens, self.sum_k[head.layer, self._kv_head(head)] / self.n_tokens
+
+    def amplitude_and_phase(
+        self, head: Head
+    ) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
+        """Return amplitude A_l and phase φ_l of each pair for a head's mean query and mean key.
+
+        `profile(head).predicted` is Σ_l A_l cos(θ_l Δ + φ_l), plus the unrotated dimensions; see
+        `slashpatch.maths.spectrum.amplitude_and_phase`. Raises as `rotary` does.
+        """
+        return amplitude_and_phase(*self.mean(head), self.rotary(head.layer))
 
     def pair_peaks(self, head: Head, offset: int) -> Float[Tensor, "pair"]:
         """Return each pair's term of the predicted logit at an offset, minus its mean over offsets.
