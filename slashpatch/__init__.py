@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .scanning.monitor import SlashMonitor
     from .scanning.result import Scan, SlashHead
     from .scanning.scan import scan
+    from .scanning.top_keys import top_keys
+    from .scanning.top_keys_result import TopKeys
 
 __version__ = "0.1.0"
 
@@ -70,6 +72,8 @@ _HOMES = {
     "scanning.monitor": "SlashMonitor",
     "scanning.result": "Scan SlashHead",
     "scanning.scan": "scan",
+    "scanning.top_keys": "top_keys",
+    "scanning.top_keys_result": "TopKeys",
 }
 _LAZY = {name: home for home, names in _HOMES.items() for name in names.split()}
 _PACKAGES = ("theory",)
@@ -101,6 +105,7 @@ __all__ = [
     "SlashScores",
     "SlashpatchError",
     "SwapBands",
+    "TopKeys",
     "check",
     "copied_lags",
     "copying",
@@ -120,6 +125,7 @@ __all__ = [
     "scan",
     "sweep",
     "theory",
+    "top_keys",
 ]
 
 

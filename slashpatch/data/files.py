@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+#: What reading a damaged or foreign file may raise.
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 TABLE_SUFFIXES = (".csv", ".json", ".parquet")
 
 
@@ -145,7 +147,7 @@ def load_tensors(
         raise error(f"no file {str(path)!r}; expected a file of the format {format}") from None
     except error:
         raise
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as why:
+    except (SafetensorError, *DAMAGED) as why:
         raise error(
             f"{str(path)!r} is no file of the format {format}: {type(why).__name__}: {why}"
         ) from None
