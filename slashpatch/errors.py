@@ -65,3 +65,7 @@ class DownloadError(SlashpatchError, RuntimeError):
 
 class OutputError(SlashpatchError, OSError):
     """Raised for a path that cannot be written."""
+
+
+class ExtraError(SlashpatchError, ImportError):
+    """Raised where a package of one of slashpatch's extras is not installed."""

@@ -259,6 +259,7 @@ def _explanation(
         wavelengths = 2 * torch.pi / rotary.inv_freq
         order = terms.abs().argsort(descending=True)[:8].tolist()
         pairs = [(pair, float(wavelengths[pair]), float(terms[pair])) for pair in order]
+        cosines = moments.cosines(head)
         per_pair = moments.pair_concentration(head)
         masks = {band: band_mask(band, rotary.inv_freq) for band in NAMED_BANDS}
         concentration = {
@@ -266,7 +267,7 @@ def _explanation(
             for band, mask in masks.items()
         }
     except ModelError:  # a layer without RoPE, or whose logits depend on more than the offset
-        profile, pairs, concentration = None, [], {}
+        profile, pairs, cosines, concentration = None, [], [], {}
     of_head = table.loc[str(head)]
     rank = {
         name: (float(of_head[name]), float(np.mean(table[name] < of_head[name])))  # type: ignore[arg-type]
@@ -290,4 +291,5 @@ def _explanation(
         verdict=verdict(score, offset, rank_one["qk"], dropped, profile, kappa),
         kappa=kappa,
         provenance=source,
+        cosines=cosines,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..data import display
 from ..heads import Head
 from ..maths.spectrum import margin
-from ..scanning.moments import Profile
+from ..scanning.moments import Cosine, Profile
 
 #: The thresholds of `RULE`; all *ours*: least correlation of the predicted with the measured
 #: profile, and least shares of the score that stay at rank one and that go with some band.
@@ -46,6 +46,8 @@ class Explanation:
         verdict: "RoPE-made slash", "content-made" or "neither", by `RULE`.
         kappa: Least slash score of a slash head.
         provenance: Model, prompts, seed, versions.
+        cosines: Each rotary pair's cosine in the predicted profile, in the model's order; none
+            without RoPE.
     """
 
     head: Head
@@ -62,6 +64,7 @@ class Explanation:
     verdict: str
     kappa: float
     provenance: dict[str, Any]
+    cosines: list[Cosine] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the explanation as plain JSON values."""
@@ -91,6 +94,7 @@ class Explanation:
                 {"pair": pair, "wavelength": wavelength, "logit": logit}
                 for pair, wavelength, logit in self.pairs
             ],
+            "cosines": [cosine._asdict() for cosine in self.cosines],
             "concentration": {
                 band: {"q": q, "k": k} for band, (q, k) in self.concentration.items()
             },

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ModelError, ScanError
 from ..heads import Head
+from ..maths.bands import named_bands
 from ..maths.rank import r1, r95
 from ..maths.rotary import Rotary
 from ..maths.spectrum import (
@@ -58,6 +59,24 @@ class Profile(NamedTuple):
     def predicted_peak(self) -> int:
         """Offset with the highest predicted logit."""
         return int(self.offsets[self.predicted.argmax()])
+
+
+class Cosine(NamedTuple):
+    """One rotary pair's share of a head's predicted logit, A cos(θΔ + φ) at offset Δ.
+
+    Attributes:
+        pair: Index of the pair, in the model's order.
+        wavelength: 2π/θ in tokens; infinite for a pair that does not rotate.
+        band: "high", "medium" or "low", the pair's third by frequency.
+        amplitude: A ≥ 0.
+        phase: φ in radians, from −π to π.
+    """
+
+    pair: int
+    wavelength: float
+    band: str
+    amplitude: float
+    phase: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +186,13 @@ class Moments:
         `slashpatch.maths.spectrum.amplitude_and_phase`. Raises as `rotary` does.
         """
         return amplitude_and_phase(*self.mean(head), self.rotary(head.layer))
+
+    def cosines(self, head: Head) -> list[Cosine]:
+        """Return each pair's cosine for a head's mean query and mean key. Raises as `rotary`."""
+        inv_freq = self.rotary(head.layer).inv_freq
+        columns = [(2 * torch.pi / inv_freq).tolist(), named_bands(inv_freq)]
+        columns += [values.tolist() for values in self.amplitude_and_phase(head)]
+        return [Cosine(pair, *cells) for pair, cells in enumerate(zip(*columns, strict=True))]
 
     def pair_peaks(self, head: Head, offset: int) -> Float[Tensor, "pair"]:
         """Return each pair's term of the predicted logit at an offset, minus its mean over offsets.
