@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .explaining.result import Explanation
     from .patching.fused import fused
     from .patching.patch import hooks, patch
+    from .reporting.page.report import report
     from .scanning.monitor import SlashMonitor
     from .scanning.result import Scan, SlashHead
     from .scanning.scan import scan
@@ -69,6 +70,7 @@ _HOMES = {
     "explaining.result": "Explanation",
     "patching.fused": "fused",
     "patching.patch": "hooks patch",
+    "reporting.page.report": "report",
     "scanning.monitor": "SlashMonitor",
     "scanning.result": "Scan SlashHead",
     "scanning.scan": "scan",
@@ -122,6 +124,7 @@ __all__ = [
     "parse_edit",
     "patch",
     "paths",
+    "report",
     "scan",
     "sweep",
     "theory",

@@ -73,7 +73,7 @@ def explain(
             f"explain takes one head, got {head!r}; explain_all (explain --all) takes several"
         )
     return next(
-        _explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
+        explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
     )
 
 
@@ -96,22 +96,22 @@ def explain_all(
     import pandas as pd
 
     chosen = None if wanted is None else bridge.read(model).require(wanted)
-    rows = _explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
+    rows = explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
     return pd.DataFrame([row.to_row() for row in rows])
 
 
-def _explanations(
+def explanations(
     model: TransformerBridge,
     wanted: Sequence[Head] | None,
-    prompts: Any,
-    offset: int | None,
-    n_prompts: int,
-    max_tokens: int | None,
-    kappa: float,
-    seed: int,
-    progress: bool | None,
+    prompts: Any = None,
+    offset: int | None = None,
+    n_prompts: int = 8,
+    max_tokens: int | None = None,
+    kappa: float = 0.1,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> Iterator[Explanation]:
-    """Yield the explanation of each head; None: of all heads that reach κ."""
+    """Yield the explanation of each head; None: of all heads that reach κ. Raises as `explain`."""
     require_kappa(kappa)
     if prompts is None and max_tokens is None:
         max_tokens = min(256, model.cfg.n_ctx)

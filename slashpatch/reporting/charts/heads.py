@@ -252,7 +252,8 @@ def pairs(
         panel.background = panel.data = alt.Undefined
         panels.append(panel)
     chart = alt.vconcat(*panels, data=source(data), spacing=8)
-    return finished(chart, description, title)
+    # Each panel has colours of its own, because only one of the two has a legend.
+    return finished(chart.resolve_scale(color="independent"), description, title)
 
 
 def _pair_axis(alt: Any, labels: bool) -> Any:
