@@ -68,7 +68,7 @@ class DownloadError(SlashpatchError, RuntimeError):
 
 
 class OutputError(SlashpatchError, OSError):
-    """Raised for a path that cannot be written."""
+    """Raised for a path that cannot be written, or a file that is not what it should hold."""
 
 
 class ExtraError(SlashpatchError, ImportError):

@@ -28,7 +28,7 @@ from ..patching.fused import fused_where_exact
 from ..patching.patch import patch
 from ..scanning.result import Scan, require_kappa
 from ..scanning.scan import scan
-from .result import Explanation, verdict
+from .result import RANK_MEASURES, Explanation, verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -271,7 +271,7 @@ def _explanation(
     of_head = table.loc[str(head)]
     rank = {
         name: (float(of_head[name]), float(np.mean(table[name] < of_head[name])))  # type: ignore[arg-type]
-        for name in ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k", "cone_x")
+        for name in RANK_MEASURES
     }
     dropped = {band: edited[f"drop {band}"] for band in NAMED_BANDS if f"drop {band}" in edited}
     frozen = {band: edited[f"freeze {band}"] for band in NAMED_BANDS if f"freeze {band}" in edited}
