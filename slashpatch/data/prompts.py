@@ -78,8 +78,8 @@ def prompt_set(
         seed: Seed of the natural and random prompts.
 
     Raises:
-        PromptError for anything empty, unreadable, outside the vocabulary, or longer than the
-        model's context.
+        PromptError: Anything empty, unreadable, outside the vocabulary, or longer than the model's
+            context.
     """
     n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     for name, value in (("n_prompts", n_prompts), ("max_tokens", max_tokens)):

@@ -65,7 +65,10 @@ def explain(
         progress: Whether to show progress bars; None: on a terminal only.
 
     Raises:
-        HeadError, PromptError, ScanError, ModelError.
+        HeadError: More than one head, or one that the model does not have.
+        PromptError: Prompts that are empty or longer than the context.
+        ScanError: κ outside [0, 1].
+        ModelError: A model that slashpatch does not support.
     """
     chosen = bridge.read(model).require(head)
     if len(chosen) != 1:

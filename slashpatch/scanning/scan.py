@@ -76,7 +76,10 @@ def scan(
         A Scan. A prompt that is too short for an offset does not count in that offset's mean.
 
     Raises:
-        ModelError, PromptError, OffsetError, or ScanError for a pattern with NaN.
+        ModelError: A model that slashpatch does not support, or cannot run with this engine.
+        PromptError: Prompts that are empty, unreadable or longer than the context.
+        OffsetError: An offset that no prompt is long enough for.
+        ScanError: An unknown engine, or a pattern with NaN.
     """
     info = bridge.read(model)
     all_offsets = isinstance(offsets, str) and offsets.strip() == "all"
