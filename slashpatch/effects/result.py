@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data import display
 from ..data.files import without_nan, write_table, written_whole
 from ..errors import OutputError
 
@@ -95,8 +96,17 @@ class Result:
                 f"{str(path)!r} is not a result that slashpatch saved: {type(error).__name__}"
             ) from None
 
+    def plot(self, backend: str = "matplotlib", *, top: int = 20) -> Any:
+        """Return the effects, as a matplotlib figure or ("altair") a chart.
+
+        Of `measure`, a forest plot for each metric, with single draws of the controls; of `paths`,
+        the strongest. `top` is the most rows of these. Raises PlotError for another backend or no
+        rows, ExtraError if Altair is not installed.
+        """
+        return display.plot(self, backend, top=top)
+
     def _repr_html_(self) -> str:
-        return str(self.frame.to_html(index=False))
+        return display.html(self)
 
 
 def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
