@@ -1,9 +1,10 @@
-# make demo | test | test-all | fast | lint | format | bench | families | clean.  Needs Python >= 3.10 with venv and pip.
+# make demo | test | test-all | fast | lint | format | bench | families | docs | gallery | reference | clean.
+# Needs Python >= 3.10 with venv and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all fast lint format bench families clean
+.PHONY: demo test test-all fast lint format bench families docs gallery reference clean
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Constraints are the tested versions; where one has no file for this Python, pip says so.
@@ -47,5 +48,15 @@ bench: .venv/developed
 families: .venv/developed
 	$(BIN)/python -m tests.zoo
 
+docs: .venv/developed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+gallery: .venv/developed
+	$(BIN)/python benchmarks/pictures.py
+	$(BIN)/python benchmarks/gallery.py
+
+reference: .venv/developed
+	$(BIN)/python benchmarks/reference.py
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -34,7 +34,7 @@ class Head:
         head: Index among the query heads of the layer, from 0.
 
     Raises:
-        HeadError for negative or non-integer indices.
+        HeadError: Negative or non-integer indices.
     """
 
     layer: int
@@ -83,8 +83,8 @@ def heads(*specs: HeadsLike, n_heads: int | None = None) -> tuple[Head, ...]:
             take a model and heads know it.
 
     Raises:
-        HeadError for what is none of these, a whole layer without `n_heads`, or a mask whose second
-        axis has another length than `n_heads`.
+        HeadError: What is none of these, a whole layer without `n_heads`, or a mask whose second
+            axis has another length than `n_heads`.
     """
     if n_heads is not None and (
         isinstance(n_heads, bool) or not hasattr(n_heads, "__index__") or n_heads < 1

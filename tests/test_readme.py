@@ -5,14 +5,15 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md"]
-by_name = {"ids": lambda path: path.name}
+by_name = {"ids": lambda path: str(path.relative_to(ROOT))}
 
 
 def blocks(page):
@@ -26,17 +27,21 @@ def prose(page):
 
 
 def of_language(wanted):
-    """(page name and number, code) of each block of a language."""
-    for page in PAGES:
-        codes = [code for language, code in blocks(page) if language == wanted]
-        yield from ((f"{page.stem}-{number}", code) for number, code in enumerate(codes, 1))
+    """{page name: its blocks of a language}, of the pages that have any."""
+    found = {
+        str(page.relative_to(ROOT).with_suffix("")): [
+            code for language, code in blocks(page) if language == wanted
+        ]
+        for page in PAGES
+    }
+    return {name: codes for name, codes in found.items() if codes}
 
 
-PYTHON = dict(of_language("python"))
+PYTHON = of_language("python")
 COMMANDS = {
-    f"{block}.{number}-{shlex.split(line)[1]}": line
-    for block, code in of_language("bash")
-    for number, line in enumerate(code.strip().splitlines(), 1)
+    f"{page}.{number}-{shlex.split(line)[1]}": line
+    for page, codes in of_language("bash").items()
+    for number, line in enumerate("".join(codes).strip().splitlines(), 1)
 }
 MAKE = {name: line for name, line in COMMANDS.items() if line.startswith("make ")}
 SLASHPATCH = {name: line for name, line in COMMANDS.items() if name not in MAKE}
@@ -48,17 +53,20 @@ def test_blocks_are_of_known_languages(page):
     assert page.read_text().count("```") == 2 * len(blocks(page))
 
 
-@pytest.mark.parametrize("code", PYTHON.values(), ids=PYTHON)
-def test_python_blocks_are_short(code):
-    assert len(code.strip().splitlines()) <= 15
+@pytest.mark.parametrize("codes", PYTHON.values(), ids=PYTHON)
+def test_python_blocks_are_short(codes):
+    assert all(len(code.strip().splitlines()) <= 15 for code in codes)
 
 
 @pytest.mark.real
 @pytest.mark.usefixtures("unchecked")  # as a reader runs them
 @pytest.mark.parametrize("name", PYTHON)
-def test_python_blocks_run(name, tmp_path, monkeypatch):
+def test_python_blocks_of_a_page_run_in_order(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(PYTHON[name], name, "exec"), {})
+    page = types.ModuleType("page")  # dataclasses look up the module that they are defined in
+    monkeypatch.setitem(sys.modules, page.__name__, page)
+    for number, code in enumerate(PYTHON[name], 1):
+        exec(compile(code, f"{name}, block {number}", "exec"), vars(page))
 
 
 @pytest.mark.parametrize("command", MAKE.values(), ids=MAKE)
@@ -123,7 +131,8 @@ def test_every_page_and_picture_is_linked():
         for page in PAGES
         for target in re.findall(r"\]\(([^)\s]+)\)", prose(page))
     }
-    assert set((ROOT / "docs").iterdir()) <= linked
+    files = {path for path in (ROOT / "docs").rglob("*") if path.is_file()}
+    assert files <= linked
 
 
 def tree():

@@ -54,9 +54,9 @@ def load(
         trust_remote_code: Whether a hub model may run code of its own.
 
     Raises:
-        ModelError for a missing path, a model that cannot be read, an architecture that
-        TransformerLens does not support, or an object that is no model; DownloadError where the
-        default model cannot be fetched or is not the expected file.
+        ModelError: A missing path, a model that cannot be read, an architecture that
+            TransformerLens does not support, or an object that is no model.
+        DownloadError: The default model cannot be fetched, or is not the expected file.
     """
     _require_tokenizer(tokenizer)
     if model is None:

@@ -78,8 +78,8 @@ def prompt_set(
         seed: Seed of the natural and random prompts.
 
     Raises:
-        PromptError for anything empty, unreadable, outside the vocabulary, or longer than the
-        model's context.
+        PromptError: Anything empty, unreadable, outside the vocabulary, or longer than the model's
+            context.
     """
     n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
     for name, value in (("n_prompts", n_prompts), ("max_tokens", max_tokens)):
@@ -142,6 +142,25 @@ def repeated_random_tokens(
     first = _random_ids(model, n_prompts, n_tokens, seed, "repeated")
     bos = torch.tensor([_bos(model)] * n_prompts, dtype=torch.long)  # also where there is none
     return torch.cat([bos, first, first], dim=1)
+
+
+def token_texts(model: TransformerBridge, tokens: Tensor) -> tuple[str, ...]:
+    """Return each token's text, decoded by itself.
+
+    A byte that is no whole character shows as U+FFFD. A token id that the tokenizer does not know,
+    or any without a tokenizer, shows as the id in brackets.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return tuple(f"[{token}]" for token in tokens.tolist())
+    texts = []
+    for token in tokens.tolist():
+        piece = tokenizer.convert_ids_to_tokens(token)
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # SentencePiece decodes no space at the start of a text, but a token may begin with one.
+        space = piece is not None and piece.startswith("\u2581") and not text.startswith(" ")
+        texts.append(f"[{token}]" if piece is None else " " * space + text)
+    return tuple(texts)
 
 
 def as_path(prompts: Any) -> Path | None:

@@ -148,8 +148,10 @@ def fit_rank_one(
         seed: Random seed of the prompts.
 
     Raises:
-        HeadError, PromptError, ModelError, or EditError for a rank outside 1 to d_head and where
-        active edits use per-head keys.
+        EditError: A rank outside 1 to d_head, or active edits that use per-head keys.
+        HeadError: Heads that the model does not have.
+        PromptError: Prompts that are empty or longer than the context.
+        ModelError: A model whose queries and keys cannot be read.
     """
     info = bridge.read(model)
     chosen = tuple(sorted(info.require(wanted)))

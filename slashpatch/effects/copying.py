@@ -154,7 +154,9 @@ def copying(
         the lag that they match best.
 
     Raises:
-        EditError, PromptError, and what `patch` raises.
+        EditError: An edit that does not fit the model.
+        PromptError: Two copies that exceed the context, or lags outside 1 to `n_tokens` − 1.
+        PatchError: As `patch` raises it.
     """
     require_options(seed, confidence, n_prompts=n_prompts, n_tokens=n_tokens)
     wanted = () if isinstance(edits, (list, tuple)) and not edits else conditions(edits)

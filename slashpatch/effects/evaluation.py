@@ -106,7 +106,7 @@ class MetricRunner:
                 are those of the clean run.
 
         Raises:
-            MetricError for a metric that returns something else than numbers per prompt.
+            MetricError: A metric that returns something else than numbers per prompt.
         """
         known = {} if clean is None else clean.attention
         attention = {key: values for key, values in known.items() if key[1] < from_layer}

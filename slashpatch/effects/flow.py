@@ -88,7 +88,9 @@ def flow(
         an edit lowers or raises the flow, compared with the offsets that it edits.
 
     Raises:
-        EditError, OffsetError, and PromptError for prompts too short for the largest offset.
+        EditError: An edit that does not fit the model.
+        OffsetError: Offsets that are negative or not integers.
+        PromptError: Prompts that are too short for the largest offset.
     """
     require_options(
         seed, confidence, n_prompts=n_prompts, n_replaced=n_replaced, batch_size=batch_size

@@ -64,7 +64,11 @@ def measure(
         (Benjamini-Hochberg). `tables` has the control's `draws` and each prompt's `values`.
 
     Raises:
-        EditError, MetricError, ControlError, PromptError, and what `patch` raises.
+        EditError: An edit that does not fit the model.
+        MetricError: A metric that is misspelt, or whose values are not finite.
+        ControlError: A control that is misspelt, or that cannot be drawn for an edit.
+        PromptError: Prompts that are empty, longer than the context, or unfit for a metric.
+        PatchError: As `patch` raises it.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size)
     wanted = conditions(edits)

@@ -79,9 +79,11 @@ def paths(
         paths. Then follows a row per reader and input, the largest effect first.
 
     Raises:
-        EditError for edits of several layers or of the last layer; HeadError for readers that are
-        not in later layers; ModelError for layers whose queries and keys cannot be read;
-        MetricError.
+        EditError: Edits of several layers or of the last layer, or active edits that use per-head
+            keys.
+        HeadError: Readers that are not in later layers.
+        ModelError: Layers whose queries and keys cannot be read.
+        MetricError: A metric that is misspelt or gives something else than finite numbers.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size)
     edits = _edits(edit)

@@ -80,8 +80,13 @@ def sweep(
         A Result; `frame` has a row per head (and offset), the largest effect first.
 
     Raises:
-        EditError, HeadError, OffsetError, MetricError, PromptError, OutputError, or SweepError if
-        the file at `path` holds another sweep.
+        EditError: A `make_edit` that gives no edit, or one that does not fit the model.
+        HeadError: Heads that the model does not have.
+        OffsetError: Offsets beyond the context.
+        MetricError: A metric that is misspelt, or gives several numbers per prompt.
+        PromptError: Prompts that are empty or longer than the context.
+        OutputError: A path that cannot be written.
+        SweepError: The file at `path` holds another sweep.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size, per_pass=per_pass)
     variants = sweep_variants(model, make_edit, heads, offsets)

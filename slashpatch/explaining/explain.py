@@ -28,7 +28,7 @@ from ..patching.fused import fused_where_exact
 from ..patching.patch import patch
 from ..scanning.result import Scan, require_kappa
 from ..scanning.scan import scan
-from .result import Explanation, verdict
+from .result import RANK_MEASURES, Explanation, verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,10 @@ def explain(
         progress: Whether to show progress bars; None: on a terminal only.
 
     Raises:
-        HeadError, PromptError, ScanError, ModelError.
+        HeadError: More than one head, or one that the model does not have.
+        PromptError: Prompts that are empty or longer than the context.
+        ScanError: κ outside [0, 1].
+        ModelError: A model that slashpatch does not support.
     """
     chosen = bridge.read(model).require(head)
     if len(chosen) != 1:
@@ -73,7 +76,7 @@ def explain(
             f"explain takes one head, got {head!r}; explain_all (explain --all) takes several"
         )
     return next(
-        _explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
+        explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
     )
 
 
@@ -96,22 +99,22 @@ def explain_all(
     import pandas as pd
 
     chosen = None if wanted is None else bridge.read(model).require(wanted)
-    rows = _explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
+    rows = explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
     return pd.DataFrame([row.to_row() for row in rows])
 
 
-def _explanations(
+def explanations(
     model: TransformerBridge,
     wanted: Sequence[Head] | None,
-    prompts: Any,
-    offset: int | None,
-    n_prompts: int,
-    max_tokens: int | None,
-    kappa: float,
-    seed: int,
-    progress: bool | None,
+    prompts: Any = None,
+    offset: int | None = None,
+    n_prompts: int = 8,
+    max_tokens: int | None = None,
+    kappa: float = 0.1,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> Iterator[Explanation]:
-    """Yield the explanation of each head; None: of all heads that reach κ."""
+    """Yield the explanation of each head; None: of all heads that reach κ. Raises as `explain`."""
     require_kappa(kappa)
     if prompts is None and max_tokens is None:
         max_tokens = min(256, model.cfg.n_ctx)
@@ -271,7 +274,7 @@ def _explanation(
     of_head = table.loc[str(head)]
     rank = {
         name: (float(of_head[name]), float(np.mean(table[name] < of_head[name])))  # type: ignore[arg-type]
-        for name in ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k", "cone_x")
+        for name in RANK_MEASURES
     }
     dropped = {band: edited[f"drop {band}"] for band in NAMED_BANDS if f"drop {band}" in edited}
     frozen = {band: edited[f"freeze {band}"] for band in NAMED_BANDS if f"freeze {band}" in edited}

@@ -88,8 +88,10 @@ class SlashMonitor:
         detections: The detections so far, in order.
 
     Raises:
-        ModelError, OffsetError, ScanError for κ outside [0, 1]; PromptError in a forward pass whose
-        attention mask has a gap inside a prompt.
+        ModelError: A model that slashpatch does not support.
+        OffsetError: Offsets beyond the context.
+        ScanError: κ outside [0, 1].
+        PromptError: In a forward pass, an attention mask with a gap inside a prompt.
     """
 
     def __init__(

@@ -54,8 +54,9 @@ def phase_diagram(
         answer; `final_margin` the margin of the predicted profile (see `Run.history`).
 
     Raises:
-        TheoryError for an unknown setting or value, SweepError for an unfinished file of another
-        diagram, OutputError for a path that cannot be written.
+        TheoryError: An unknown setting or value.
+        SweepError: An unfinished file of another diagram.
+        OutputError: A path that cannot be written.
     """
     base = Settings() if settings is None else settings
     as_number("kappa", kappa, 0.0, 1.0)

@@ -47,8 +47,8 @@ def train(
         The run: final weights, and measurements taken during training.
 
     Raises:
-        TheoryError for invalid settings, a checkpoint with other settings, or a loss that is not
-        finite.
+        TheoryError: Invalid settings, a checkpoint with other settings, or a loss that is not
+            finite.
     """
     if settings is None:
         known = [field.name for field in dataclasses.fields(Settings)]

@@ -122,7 +122,8 @@ def pairs(
     for panel in panels:
         panel.background = panel.data = alt.Undefined  # only the whole has them
     chart = alt.vconcat(*panels, data=rows, spacing=8)
-    return finished(chart, description, title)
+    # Each panel has colours of its own, because only one of the two has a legend.
+    return finished(chart.resolve_scale(color="independent"), description, title)
 
 
 def _pair_axis(alt: Any, labels: bool) -> Any:
