@@ -71,5 +71,9 @@ class OutputError(SlashpatchError, OSError):
     """Raised for a path that cannot be written, or a file that is not what it should hold."""
 
 
+class PlotError(SlashpatchError, ValueError):
+    """Raised for an unknown plotting backend, or a result that has nothing to plot."""
+
+
 class ExtraError(SlashpatchError, ImportError):
     """Raised where a package of one of slashpatch's extras is not installed."""

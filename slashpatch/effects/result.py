@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data import display
 from ..data.files import DAMAGED, load_json, said, write_json, write_table
 from ..errors import OutputError
 
@@ -85,8 +86,17 @@ class Result:
         result: Result = load_json(path, _from_record, _WHAT)
         return result
 
+    def plot(self, backend: str = "matplotlib", *, top: int = 20) -> Any:
+        """Return the effects, as a matplotlib figure or ("altair") a chart.
+
+        Of `measure`, a forest plot for each metric, with single draws of the controls; of `paths`,
+        the strongest. `top` is the most rows of these. Raises PlotError for another backend or no
+        rows, ExtraError if Altair is not installed.
+        """
+        return display.plot(self, backend, top=top)
+
     def _repr_html_(self) -> str:
-        return str(self.frame.to_html(index=False))
+        return display.html(self)
 
 
 def _from_record(record: dict[str, Any]) -> Result:

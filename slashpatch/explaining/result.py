@@ -166,6 +166,16 @@ class Explanation:
         at = (self.profile.offsets == self.offset).nonzero()
         return margin(self.profile.predicted, int(at[0])) if len(at) else None
 
+    def plot(self, backend: str = "matplotlib") -> Any:
+        """Return scores, profile and cosines, as a matplotlib figure or ("altair") a chart.
+
+        Raises PlotError for another backend, ExtraError if Altair is not installed.
+        """
+        return display.plot(self, backend)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
+
     def __str__(self) -> str:
         return display.text(self)
 

@@ -69,7 +69,8 @@ def forest(
 
 
 def _intervals(data: Any, quantity: str, tips: list[Any], told: dict[str, Any]) -> list[Any]:
-    """Return two layers: a rule from low to high, and a point at the effect."""
+    """Return two layers: a point at the effect, and a rule from low to high."""
+    # The points come first: Vega-Lite orders the rows by the first layer, without invalid ones.
     alt = require_altair()
     color = {"color": told["color"]} if told else {}
     rules = (
@@ -84,7 +85,7 @@ def _intervals(data: Any, quantity: str, tips: list[Any], told: dict[str, Any]) 
         .mark_point(filled=True, size=70, opacity=1)
         .encode(x=alt.X("effect:Q", title=quantity), y=row_labels(), tooltip=tips, **told)
     )
-    return [rules, points]
+    return [points, rules]
 
 
 def paths(
@@ -204,7 +205,7 @@ def sweep(
         data: Columns layer, head, name, effect, low, high, q; a row per head.
         quantity: Title of the legend, with the unit.
         level: A dot marks heads whose q is below it.
-        width: In pixels, or "container".
+        width: In pixels, "container", or an alt.Step for each layer.
         cell: Height of a row of heads, in pixels.
         title: The title, if any.
         description: What is seen, for screen readers.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .palette import DARK_TEXT_FROM
 from .parts import (
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from .parts import Rows, Width
 
-#: Bands of rotary pairs, and groups of the edits that `explain` tries, in the order of legends.
-BANDS = ("high", "medium", "low")
+#: Groups of the edits that `explain` tries, in the order of legends.
 GROUPS = ("rank one", "band dropped", "band not rotated")
 
 
@@ -44,7 +43,7 @@ def head_grid(
     Args:
         data: Columns layer, head, name, score (in [0, 1]), offset; a row per head.
         kappa: Least score of a head whose offset is written.
-        width: In pixels, or "container".
+        width: In pixels, "container", or an alt.Step for each layer.
         cell: Height of a row of heads, in pixels.
         title: The title, if any.
         description: What is seen, for screen readers.
@@ -142,139 +141,6 @@ def logit_by_offset(
     points = points.encode(**where, **of(told, "color", "shape"))
     chart = alt.layer(lines, points, data=source(data))
     return finished(chart, description, title, width, height)
-
-
-def amplitudes(
-    data: Rows,
-    *,
-    width: Width = 420,
-    height: int = 140,
-    title: str | None = None,
-    description: str = "Amplitude of each rotary pair's cosine, and the bands of pairs.",
-) -> alt.LayerChart:
-    """Return bars of the amplitudes A_l, the highest frequency first, with the bands' names.
-
-    Arguments as for `pairs`; `width` may be "container".
-    """
-    alt = require_altair()
-    bars = (
-        alt.Chart()
-        .mark_bar()
-        .encode(
-            x=_pair_axis(alt, labels=False),
-            y=alt.Y("amplitude:Q", title="amplitude A (logit)"),
-            color=kinds("band", BANDS)["color"].legend(None),
-            tooltip=_pair_tips(),
-        )
-    )
-    # A band's name stands at its middle pair.
-    names = (
-        alt.Chart()
-        .transform_window(
-            place="row_number()",
-            groupby=["band"],
-            sort=[alt.SortField("wavelength", order="ascending")],
-        )
-        .transform_joinaggregate(pairs="count()", groupby=["band"])
-        .transform_filter("datum.place == ceil(datum.pairs / 2)")
-        .mark_text(fontStyle="italic", dy=-6)
-        .encode(
-            x=_pair_axis(alt, labels=False),
-            y=alt.value(0),
-            text="band:N",
-            tooltip=tooltip(band="band:N"),
-        )
-    )
-    chart = alt.layer(bars, names, data=source(data))
-    return finished(chart, description, title, width, height)
-
-
-def phases_of_pairs(
-    data: Rows,
-    *,
-    width: Width = 420,
-    height: int = 140,
-    title: str | None = None,
-    description: str = "Phase of each rotary pair's cosine; larger points have larger amplitudes.",
-) -> alt.Chart:
-    """Return points of the phases φ_l from −π to π; the area of a point grows with its amplitude.
-
-    Arguments as for `pairs`; `width` may be "container".
-    """
-    alt = require_altair()
-    names = {-2: "−π", -1: "−π/2", 0: "0", 1: "π/2", 2: "π"}
-    told = of(kinds("band", BANDS), "color", "shape")
-    label = "".join(
-        f"round(datum.value * 2 / PI) == {at} ? '{name}' : " for at, name in names.items()
-    )
-    chart = (
-        alt.Chart(source(data))
-        .mark_point(filled=True, opacity=1)
-        .encode(
-            x=_pair_axis(alt, labels=True),
-            y=alt.Y(
-                "phase:Q",
-                title="phase φ (rad)",
-                scale=alt.Scale(domain=[-3.1416, 3.1416], nice=False),
-                axis=alt.Axis(values=[-3.1416, -1.5708, 0, 1.5708, 3.1416], labelExpr=label + "''"),
-            ),
-            **told,
-            size=alt.Size("amplitude:Q", legend=None, scale=alt.Scale(range=[12, 140])),
-            tooltip=_pair_tips(),
-        )
-    )
-    return finished(chart, description, title, width, height)
-
-
-def pairs(
-    data: Rows,
-    *,
-    width: int = 420,
-    title: str | None = None,
-    description: str = "Amplitude and phase of each rotary pair's cosine, by band.",
-) -> alt.VConcatChart:
-    """Return two panels, amplitudes above phases, of a head's rotary pairs.
-
-    The predicted logit at offset Δ is Σ_l A_l cos(θ_l Δ + φ_l), plus the unrotated dimensions.
-
-    Args:
-        data: Columns pair (its index), wavelength (tokens), band ("high", "medium" or "low"),
-            amplitude (A_l ≥ 0, in logits), phase (φ_l, radians from −π to π).
-        width: In pixels. Vega-Lite has no "container" for several panels; `amplitudes` and
-            `phases_of_pairs` have.
-        title: The title, if any.
-        description: What is seen, for screen readers.
-    """
-    alt = require_altair()
-    named = alt.NamedData("rows") if not isinstance(data, alt.NamedData) else data
-    panels = []
-    for panel in (amplitudes(named, width=width), phases_of_pairs(named, width=width)):
-        panel.background = panel.data = alt.Undefined
-        panels.append(panel)
-    chart = alt.vconcat(*panels, data=source(data), spacing=8)
-    # Each panel has colours of its own, because only one of the two has a legend.
-    return finished(chart.resolve_scale(color="independent"), description, title)
-
-
-def _pair_axis(alt: Any, labels: bool) -> Any:
-    return alt.X(
-        "pair:O",
-        title="rotary pair, highest frequency first" if labels else None,
-        sort=alt.EncodingSortField("wavelength", op="min", order="ascending"),
-        axis=alt.Axis(
-            labelOverlap=True, labelSeparation=4, labelAngle=0, labels=labels, ticks=labels
-        ),
-    )
-
-
-def _pair_tips() -> list[Any]:
-    return tooltip(
-        pair="pair:Q",
-        wavelength_in_tokens="wavelength:Q:.4~g",
-        band="band:N",
-        amplitude="amplitude:Q:.3f",
-        phase="phase:Q:.3f",
-    )
 
 
 def edits_of_explanation(

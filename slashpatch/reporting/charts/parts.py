@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import altair as alt
     import pandas as pd
 
-    Rows: TypeAlias = pd.DataFrame | alt.NamedData
-    Width: TypeAlias = int | str
+    Rows: TypeAlias = pd.DataFrame | alt.NamedData | alt.Data
+    Width: TypeAlias = int | str | alt.Step
 
 #: Height of one row of a chart whose rows have labels, in pixels.
 ROW_HEIGHT = 24
@@ -33,7 +33,10 @@ def require_altair() -> Any:
 
 
 def source(data: Rows, name: str = "rows") -> alt.Data:
-    """Return rows as a chart's data under a name; NaN and infinities become null."""
+    """Return rows as a chart's data under a name; NaN and infinities become null.
+
+    Data that have a name are returned as they are. Charts that are combined need different names.
+    """
     import pandas as pd
 
     alt = require_altair()
@@ -63,6 +66,17 @@ def finished(
         description=description,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def stacked(*charts: Any) -> alt.VConcatChart:
+    """Return charts one below the other, each with its own scales."""
+    alt = require_altair()
+    panels = [chart.copy() for chart in charts]
+    for panel in panels:
+        panel.background = alt.Undefined  # only the whole has one
+    channels = ("color", "shape", "strokeDash", "size")
+    chart = alt.vconcat(*panels).resolve_scale(**dict.fromkeys(channels, "independent"))
+    return chart.properties(background="transparent")
 
 
 def tooltip(**fields: str) -> list[alt.Tooltip]:

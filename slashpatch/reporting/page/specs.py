@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..charts import effects, heads
+from ..charts import pairs as of_pairs
 from ..charts.palette import (
     DARK_DIVERGING,
     DIVERGING,
@@ -26,7 +27,7 @@ def specs() -> dict[str, dict[str, Any]]:
     charts: dict[str, Any] = {
         "score_by_offset": heads.score_by_offset(rows, width=_WIDTH),
         "logit_by_offset": heads.logit_by_offset(rows, width=_WIDTH),
-        "pairs": heads.pairs(rows, width=_WIDTH),
+        "pairs": of_pairs.pairs(rows, width=_WIDTH),
         "edits_of_explanation": heads.edits_of_explanation(rows, width=_WIDTH),
         "forest": effects.forest(rows, draws, width=_WIDTH),
         "flow": effects.flow(rows, width=_WIDTH),
