@@ -64,7 +64,8 @@ def times(path):
             page.wait_for_timeout(100)
             moved = f"""async () => {{ const slider = document.getElementById('kappa');
               const start = performance.now();
-              slider.value = {0.01 + number / 50}; slider.dispatchEvent(new Event('input', {{bubbles: true}}));
+              slider.value = {0.01 + number / 50};
+              slider.dispatchEvent(new Event('input', {{bubbles: true}}));
               const frame = () => new Promise((done) => requestAnimationFrame(done));
               await frame(); await frame(); return performance.now() - start; }}"""
             found["the slider of κ"].append(page.evaluate(moved))

@@ -1,4 +1,4 @@
-"""The site of docs/ builds without a warning, needs no network, and misses no page, name or edit."""
+"""The site of docs/ builds without a warning or a network, and misses no page, name or edit."""
 
 import os
 import re

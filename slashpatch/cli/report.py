@@ -195,7 +195,7 @@ def _run(
         if wanted
         else []
     )
-    reading = {"heads": strongest, "offsets": offsets}
+    reading: dict[str, Any] = {"heads": strongest, "offsets": offsets}
     if look_at:
         texts = [top_keys(bridge, path, **reading) for path in look_at]
     else:

@@ -16,7 +16,10 @@ from slashpatch.scanning.result import Scan
 from slashpatch.scanning.top_keys_result import TopKeys
 
 #: Text that would act, or mislead, where it is not escaped.
-HOSTILE = '<script>alert(1)</script>"onerror=alert(2)//\u202egnp.\u2066</script><img src=x onerror=alert(3)>'
+HOSTILE = (
+    '<script>alert(1)</script>"onerror=alert(2)//\u202egnp.\u2066</script>'
+    "<img src=x onerror=alert(3)>"
+)
 
 
 def origin(model="tiny/model", fingerprint="f" * 64, **details):

@@ -1,4 +1,4 @@
-"""The report in a real browser: every view by mouse and keyboard, nothing fetched, all text shown."""
+"""The report in a real browser: every view by mouse and keyboard, and nothing is fetched."""
 
 import json
 
@@ -32,7 +32,8 @@ def path(tmp_path_factory):
 
 def shown_view(page):
     return page.evaluate(
-        "[...document.querySelectorAll('main > section')].filter((s) => !s.hidden).map((s) => s.id.slice(5)).join()"
+        "[...document.querySelectorAll('main > section')]"
+        ".filter((section) => !section.hidden).map((section) => section.id.slice(5)).join()"
     )
 
 
@@ -188,7 +189,7 @@ def test_the_table_sorts_and_filters(path, opened):
     assert scores == sorted(scores, reverse=True)
     button = page.locator("#heads button[data-key=score]")
     button.click()
-    assert [float(row[2]) for row in rows_of(page, "#heads")][0] <= scores[-1]
+    assert float(rows_of(page, "#heads")[0][2]) <= scores[-1]
     assert page.locator("#heads th[aria-sort]").get_attribute("aria-sort") == "ascending"
     page.locator("#heads button[data-key=name]").focus()
     page.keyboard.press("Enter")
@@ -327,7 +328,8 @@ def test_the_policy_forbids_scripts_that_are_not_the_pages(path, browser):
     page = context.new_page()
     page.goto(path.resolve().as_uri())
     page.evaluate(
-        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))"
+        "document.body.append("
+        "Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))"
     )
     assert page.evaluate("window.ran") is None
     context.close()
@@ -383,7 +385,8 @@ def test_a_click_touches_few_elements(tmp_path, opened):
     page.evaluate(
         """() => { window.touched = 0;
         new MutationObserver((all) => { window.touched += all.length })
-          .observe(document.querySelector('#tokens'), {subtree: true, attributes: true, childList: true}) }"""
+          .observe(document.querySelector('#tokens'),
+            {subtree: true, attributes: true, childList: true}) }"""
     )
     page.locator("#token-2000").click()
     first = page.evaluate("window.touched")  # the shading of the diagonal goes away, once

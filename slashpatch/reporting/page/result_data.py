@@ -75,9 +75,7 @@ def _subject(result: Result) -> str:
     origin = result.provenance
     of = origin.get("measured") or []
     if result.kind == "sweep":  # the edit at one head stands for all
-        of = [
-            str(row.edit).replace(row.name, "{head}") for row in result.frame.head(1).itertuples()
-        ]
+        of = [_HEAD.sub("{head}", edit) for edit in result.frame["edit"].head(1).astype(str)]
     metric = origin.get("metric") or ", ".join(origin.get("metrics", ()))
     return "; ".join(str(one) for one in of if one) + (f" ({metric})" if metric else "")
 
@@ -134,24 +132,24 @@ def _forest_caption(rows: pd.DataFrame, n_draws: int) -> str:
 
 def _caption(result: Result, frame: pd.DataFrame) -> str:
     """Return what a chart shows, with its largest number."""
-    if not len(frame):
+    measured = {"flow": "flow", "copying": "top1"}.get(result.kind, "effect")
+    frame = frame[frame[measured].notna()].sort_values(measured, key=abs, ascending=False)
+    rows = frame.to_dict(orient="records")
+    if not rows:
         return "Nothing was measured."
+    top = rows[0]
     if result.kind == "flow":
-        top = frame.loc[frame["flow"].idxmax()]
         return (
             f"Largest at Δ={top['offset']} ({top['flow']:.3g} nats, {top['edit']}). Bands are "
             "intervals over prompts."
         )
     if result.kind == "copying":
-        top = frame.loc[frame.groupby("edit", sort=False)["top1"].idxmax()]
-        each = "; ".join(f"{row.edit}: lag {row.lag} ({row.top1:.2f})" for row in top.itertuples())
-        return f"The lag that is copied most often, by edit: {each}."
-    strongest = frame.loc[frame["effect"].abs().idxmax()]
-    name = strongest["name"] if result.kind == "sweep" else strongest["row"]
-    return (
-        f"Largest: {name}, {strongest['effect']:+.3g} "
-        f"({strongest['low']:+.3g} to {strongest['high']:+.3g} over prompts)."
-    )
+        best = {row["edit"]: row for row in reversed(rows)}
+        each = [f"{edit}: lag {row['lag']} ({row['top1']:.2f})" for edit, row in best.items()]
+        return f"The lag that is copied most often, by edit: {'; '.join(reversed(each))}."
+    name = top["name"] if result.kind == "sweep" else top["row"]
+    interval = f" ({top['low']:+.3g} to {top['high']:+.3g} over prompts)"
+    return f"Largest: {name}, {top['effect']:+.3g}{interval if top['low'] == top['low'] else ''}."
 
 
 def sweep_values(

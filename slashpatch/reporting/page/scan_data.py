@@ -30,7 +30,7 @@ def scan_data(scan: Scan, columns: list[int]) -> dict[str, Any]:
     """Return score and interval of each head and offset, as [head of the model][offset]."""
     low, high = scan.intervals()
     return {
-        name: numbers(values[:, :, columns].flatten(0, 1), 4)
+        name: fixed(values[:, :, columns].flatten(0, 1), 4)
         for name, values in (("score", scan.scores), ("low", low), ("high", high))
     } | {"source": ", ".join(part["source"] for part in scan.provenance["prompts"])}
 
@@ -117,6 +117,13 @@ def numbers(values: Tensor, digits: int) -> Any:
     if values.ndim > 1:
         return [numbers(row, digits) for row in values]
     return [number(value, digits) for value in values.tolist()]
+
+
+def fixed(values: Tensor, decimals: int) -> Any:
+    """Return a tensor as nested lists of numbers with some decimals; NaN is None."""
+    if values.ndim > 1:
+        return [fixed(row, decimals) for row in values]
+    return [number(round(value, decimals), 15) for value in values.tolist()]
 
 
 def number(value: Any, digits: int = 4) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...scanning.top_keys_result import TopKeys
-from .scan_data import numbers
+from .scan_data import fixed
 
 
 def text_data(text: TopKeys) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def text_data(text: TopKeys) -> dict[str, Any]:
             {
                 "name": str(head),
                 "back": back[index].tolist(),
-                "weights": numbers(text.weights[index], 3),
-                "diagonals": numbers(text.diagonals[index], 3),
+                "weights": fixed(text.weights[index], 3),
+                "diagonals": fixed(text.diagonals[index], 3),
             }
             for index, head in enumerate(text.heads)
         ],

@@ -23,7 +23,7 @@ async function draw(place, spec, sets) {
     {
       ast: true, // expressions are interpreted: the page's policy forbids compiling them
       renderer: "svg",
-      logLevel: window.vega.Error, // rows without any interval, for instance, are no mistake
+      logLevel: 1, // errors only: rows without any interval, for instance, are none
       config: theme().config,
       actions: { export: true, source: false, compiled: false, editor: false },
       i18n: { SVG_ACTION: "Save as SVG", PNG_ACTION: "Save as PNG", CLICK_TO_VIEW_ACTIONS: "Save this chart" },

@@ -118,7 +118,7 @@ function showKeys() {
     made.style.width = `${(6 * weight).toFixed(2)}rem`;
     return made;
   };
-  const cell = (weight) => { const made = element("span", {}, shown(weight)); made.append(bar(weight)); return made; };
+  const cell = (weight) => { const made = element("span", {}, weight.toFixed(3)); made.append(bar(weight)); return made; };
   const keys = head.back[token].map((back, at) => ({ back, weight: head.weights[token][at] })).filter((row) => row.back >= 0);
   const rest = 1 - keys.reduce((sum, row) => sum + row.weight, 0);
   byId("keys").replaceChildren(
@@ -129,7 +129,7 @@ function showKeys() {
       { label: "Δ", number: true, cell: (row) => String(row.back) },
       { label: "weight", cell: (row) => cell(row.weight) },
     ], keys, "Keys with the largest weights"),
-    element("p", { class: "dim" }, `All other keys together: ${shown(Math.max(0, rest))}.`),
+    element("p", { class: "dim" }, `All other keys together: ${Math.max(0, rest).toFixed(3)}.`),
     element("h3", {}, "Diagonals"),
     table([
       { label: "Δ", number: true, cell: (row) => String(row.offset) },
