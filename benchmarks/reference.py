@@ -78,7 +78,7 @@ PAGES = {
         "SlashpatchError errors.HeadError errors.OffsetError errors.BandError errors.PromptError "
         "errors.ModelError errors.EditError errors.PatchError errors.FusedError errors.ScanError "
         "errors.MetricError errors.ControlError errors.SweepError errors.TheoryError "
-        "errors.DownloadError errors.OutputError",
+        "errors.DownloadError errors.OutputError errors.ExtraError errors.PlotError",
     ),
 }
 
