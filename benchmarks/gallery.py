@@ -173,8 +173,8 @@ ENTRIES = (
         "logit'(Δ) = scale · Σ_l a_l cos(θ'_l Δ + φ_l)",
         "Any frequencies: a function of θ, numbers, or those of another head's layer (a name such "
         "as `L3H0`).",
-        "With every θ a quarter, one token back looks like four: the slash lies at Δ=4, and is four "
-        "times as wide. At Δ=4 {before:.2f} before, {after:.2f} after.",
+        "With every θ a quarter, four tokens back look like one: the slash lies at Δ=4, and is "
+        "four times as wide. At Δ=4 {before:.2f} before, {after:.2f} after.",
         4,
     ),
     Entry(

@@ -1,7 +1,7 @@
 """What `mkdocs build` does beside mkdocs.yml, so that docs/ reads well on a forge too.
 
-Links that leave docs/ get the files that they name; the demos come in as notebooks; reference pages,
-which are tables of names, get the docstrings of these names.
+Links that leave docs/ get the files that they name; the demos come in as notebooks; reference
+pages, which are tables of names, get the docstrings of these names.
 """
 
 from __future__ import annotations
