@@ -43,9 +43,12 @@ if TYPE_CHECKING:
     from .explaining.result import Explanation
     from .patching.fused import fused
     from .patching.patch import hooks, patch
+    from .reporting.page.report import report
     from .scanning.monitor import SlashMonitor
     from .scanning.result import Scan, SlashHead
     from .scanning.scan import scan
+    from .scanning.top_keys import top_keys
+    from .scanning.top_keys_result import TopKeys
 
 __version__ = "0.1.0"
 
@@ -67,9 +70,12 @@ _HOMES = {
     "explaining.result": "Explanation",
     "patching.fused": "fused",
     "patching.patch": "hooks patch",
+    "reporting.page.report": "report",
     "scanning.monitor": "SlashMonitor",
     "scanning.result": "Scan SlashHead",
     "scanning.scan": "scan",
+    "scanning.top_keys": "top_keys",
+    "scanning.top_keys_result": "TopKeys",
 }
 _LAZY = {name: home for home, names in _HOMES.items() for name in names.split()}
 _PACKAGES = ("theory",)
@@ -101,6 +107,7 @@ __all__ = [
     "SlashScores",
     "SlashpatchError",
     "SwapBands",
+    "TopKeys",
     "check",
     "copied_lags",
     "copying",
@@ -117,9 +124,11 @@ __all__ = [
     "parse_edit",
     "patch",
     "paths",
+    "report",
     "scan",
     "sweep",
     "theory",
+    "top_keys",
 ]
 
 

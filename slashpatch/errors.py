@@ -55,6 +55,10 @@ class SweepError(SlashpatchError, RuntimeError):
     """Raised for a file that belongs to another sweep, is damaged, or is not a sweep at all."""
 
 
+class ReportError(SlashpatchError, ValueError):
+    """Raised for parts that make no report: of another class, or of different models."""
+
+
 class TheoryError(SlashpatchError, ValueError):
     """Raised for an invalid setting of the shallow transformer, or another run's checkpoint."""
 
@@ -64,4 +68,12 @@ class DownloadError(SlashpatchError, RuntimeError):
 
 
 class OutputError(SlashpatchError, OSError):
-    """Raised for a path that cannot be written."""
+    """Raised for a path that cannot be written, or a file that is not what it should hold."""
+
+
+class PlotError(SlashpatchError, ValueError):
+    """Raised for an unknown plotting backend, or a result that has nothing to plot."""
+
+
+class ExtraError(SlashpatchError, ImportError):
+    """Raised where a package of one of slashpatch's extras is not installed."""

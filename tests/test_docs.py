@@ -51,7 +51,7 @@ def test_the_navigation_has_every_page():
 
 def test_every_demo_is_listed():
     listed = (DOCS / "demos.md").read_text(encoding="utf-8")
-    assert {path.stem for path in (ROOT / "demos").glob("*.py")} == set(
+    assert {path.stem for path in (ROOT / "demos").glob("[0-9]*.py")} == set(
         re.findall(r"\.\./demos/(\w+)\.(?:py|ipynb)", listed)
     )
 

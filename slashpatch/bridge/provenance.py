@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-def _name(model: TransformerBridge) -> str:
+def model_name(model: TransformerBridge) -> str:
     """Return the model's hub id, or the folder's name for a model loaded from a folder."""
     name = str(model.cfg.model_name)
     return Path(name).name if Path(name).is_dir() else name
@@ -35,7 +35,7 @@ def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "model": _name(model),
+        "model": model_name(model),
         "fingerprint": fingerprint(model),
         "architecture": str(model.cfg.architecture),
         "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),

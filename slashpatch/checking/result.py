@@ -83,5 +83,15 @@ class Report:
 
         return pd.DataFrame([asdict(check) for check in self.checks])
 
+    def plot(self, backend: str = "matplotlib") -> Any:
+        """Return the number of checks by outcome, as a matplotlib figure or ("altair") a chart.
+
+        Raises PlotError for another backend, ExtraError if Altair is not installed.
+        """
+        return display.plot(self, backend)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
+
     def __str__(self) -> str:
         return display.text(self)

@@ -14,6 +14,7 @@ from .demo import demo
 from .effects import copying, flow, measure, sweep
 from .explain import explain
 from .generate import generate, watch
+from .report import report
 from .scan import scan
 from .theory import theory
 
@@ -47,7 +48,7 @@ def _root(
 
 
 for _command in (
-    scan, explain, generate, watch, demo, measure, flow, copying, sweep, check,
+    scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, check,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(theory, name="theory")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data.files import require_output
-from ..errors import EditError, OutputError
+from ..errors import EditError
 from .length import announce_long_run, tokens_per_prompt
 from .options import (
     DeviceOption,
@@ -48,7 +48,9 @@ def explain(
     kappa: KappaOption = 0.1,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --all: save as .parquet, .csv or .json."),
+        typer.Option(
+            metavar="FILE", help="Save one head as .json; --all as .parquet, .csv or .json."
+        ),
     ] = None,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
@@ -69,9 +71,7 @@ def explain(
     if head is not None:
         require_readable(head)
     if out is not None:
-        if not every:
-            raise OutputError("--out goes with --all")
-        require_output(out, TABLE_SUFFIXES)
+        require_output(out, TABLE_SUFFIXES if every else (".json",))
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 256)
     announce_long_run(bridge, prompts, n_tokens, _PASSES)
@@ -84,12 +84,15 @@ def explain(
     console = new_console()
     if head is not None:
         explanation = explain_one(bridge, head, text, offset=offset, **common)
+        if out is not None:
+            explanation.save(out)
         if as_json:
             print_json(explanation.to_dict())
         else:
             from ..reporting.explanation import explanation_report
 
             console.print(explanation_report(explanation), highlight=False)
+            print_written(console, out)
         return
     frame = explain_all(bridge, None, text, **common)
     if out is not None:

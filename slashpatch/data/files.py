@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+#: What reading a damaged or foreign file may raise.
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError)
 TABLE_SUFFIXES = (".csv", ".json", ".parquet")
 
 
@@ -109,6 +111,40 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         writers[suffix](file)
 
 
+def write_json(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Write a .json file; NaN and infinities, which JSON lacks, become null. Raises OutputError."""
+    with written_whole(path) as file:
+        text = json.dumps(without_nan(record), ensure_ascii=False, indent=1, allow_nan=False)
+        file.write_text(text, encoding="utf-8")
+
+
+def load_json(
+    path: str | os.PathLike[str], build: Callable[[dict[str, Any]], Any], what: str
+) -> Any:
+    """Return `build(record)` for the JSON object in a file.
+
+    Raises OutputError, which says that the file is not `what`, for other files and those for whose
+    record `build` raises.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise TypeError(f"expected a JSON object, got {type(record).__name__}")
+        return build(record)
+    except FileNotFoundError:
+        raise OutputError(f"no file {str(path)!r}; expected {what}") from None
+    except OutputError:
+        raise
+    except DAMAGED as why:
+        raise OutputError(f"{str(path)!r} is not {what}: {said(why)}") from None
+
+
+def said(why: BaseException) -> str:
+    """Return an error's type and message on one line, cut where it is long."""
+    message = " ".join(str(why).split())
+    return f"{type(why).__name__}: {message if len(message) <= 200 else message[:200] + '…'}"
+
+
 def save_tensors(
     path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
@@ -145,10 +181,8 @@ def load_tensors(
         raise error(f"no file {str(path)!r}; expected a file of the format {format}") from None
     except error:
         raise
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as why:
-        raise error(
-            f"{str(path)!r} is no file of the format {format}: {type(why).__name__}: {why}"
-        ) from None
+    except (SafetensorError, *DAMAGED) as why:
+        raise error(f"{str(path)!r} is no file of the format {format}: {said(why)}") from None
 
 
 def without_nan(value: Any) -> Any:

@@ -144,6 +144,25 @@ def repeated_random_tokens(
     return torch.cat([bos, first, first], dim=1)
 
 
+def token_texts(model: TransformerBridge, tokens: Tensor) -> tuple[str, ...]:
+    """Return each token's text, decoded by itself.
+
+    A byte that is no whole character shows as U+FFFD. A token id that the tokenizer does not know,
+    or any without a tokenizer, shows as the id in brackets.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return tuple(f"[{token}]" for token in tokens.tolist())
+    texts = []
+    for token in tokens.tolist():
+        piece = tokenizer.convert_ids_to_tokens(token)
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # SentencePiece decodes no space at the start of a text, but a token may begin with one.
+        space = piece is not None and piece.startswith("\u2581") and not text.startswith(" ")
+        texts.append(f"[{token}]" if piece is None else " " * space + text)
+    return tuple(texts)
+
+
 def as_path(prompts: Any) -> Path | None:
     """Return the file that `prompts` names, or None if it is not a path.
 

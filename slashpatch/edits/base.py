@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bridge import ModelInfo
 from ..bridge.forward_call import ForwardCall
 from ..bridge.qk import LayerQK
+from ..data import display
 from ..errors import EditError, HeadError
 from ..heads import Head, HeadsLike, heads
 from ..maths.diagonals import DiagonalChange
@@ -189,6 +190,9 @@ class Edit:
             for stage in STAGES
             if getattr(type(self), f"on_{stage}") is not getattr(Edit, f"on_{stage}")
         }
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
 
     def __str__(self) -> str:
         first, *others = dataclasses.fields(self)

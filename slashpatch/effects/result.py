@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import without_nan, write_table, written_whole
+from ..data import display
+from ..data.files import DAMAGED, load_json, said, write_json, write_table
 from ..errors import OutputError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 #: File formats that store the provenance as well.
 SUFFIXES = (".parquet", ".json")
+_WHAT = "a result that slashpatch saved"
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ class Result:
         if Path(path).suffix == ".parquet":
             write_table(self.to_dataframe(), path)
         elif Path(path).suffix == ".json":
-            with written_whole(path) as file:
-                text = json.dumps(without_nan(self.to_dict()), ensure_ascii=False, indent=1)
-                file.write_text(text, encoding="utf-8")
+            write_json(path, self.to_dict())
         else:
             raise OutputError(
                 f"cannot write {str(path)!r}: expected one of {', '.join(SUFFIXES)}, which keep "
@@ -77,26 +76,47 @@ class Result:
         """
         import pandas as pd
 
-        try:
-            if Path(path).suffix == ".parquet":
+        if Path(path).suffix == ".parquet" and Path(path).is_file():
+            try:
                 frame = pd.read_parquet(path)
-                attrs = frame.attrs
-                kind, origin, frame.attrs = attrs["slashpatch"], attrs["provenance"], {}
-                return cls(kind, frame, provenance=origin)
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            remarks, origin = tuple(record.pop("remarks")), record.pop("provenance")
-            kind = record.pop("kind")
-            frames = {name: _numbers(pd.DataFrame(rows)) for name, rows in record.items()}
-            return cls(kind, frames.pop("effects"), frames, remarks, origin)
-        except FileNotFoundError:
-            raise OutputError(f"no file {str(path)!r}") from None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{str(path)!r} is not a result that slashpatch saved: {type(error).__name__}"
-            ) from None
+                attrs, frame.attrs = frame.attrs, {}
+                return _checked(cls(attrs["slashpatch"], frame, provenance=attrs["provenance"]))
+            except DAMAGED as why:
+                raise OutputError(f"{str(path)!r} is not {_WHAT}: {said(why)}") from None
+        result: Result = load_json(path, _from_record, _WHAT)
+        return result
+
+    def plot(self, backend: str = "matplotlib", *, top: int = 20) -> Any:
+        """Return the effects, as a matplotlib figure or ("altair") a chart.
+
+        Of `measure`, a forest plot for each metric, with single draws of the controls; of `paths`,
+        the strongest. `top` is the most rows of these. Raises PlotError for another backend or no
+        rows, ExtraError if Altair is not installed.
+        """
+        return display.plot(self, backend, top=top)
 
     def _repr_html_(self) -> str:
-        return str(self.frame.to_html(index=False))
+        return display.html(self)
+
+
+def _from_record(record: dict[str, Any]) -> Result:
+    """Return the result whose `to_dict` a file holds. Raises as bad JSON values do."""
+    import pandas as pd
+
+    kind, remarks, origin = (record.pop(name) for name in ("kind", "remarks", "provenance"))
+    if not isinstance(remarks, list) or not all(isinstance(text, str) for text in remarks):
+        raise TypeError("its remarks are no texts")
+    if not all(isinstance(row, dict) for rows in record.values() for row in rows):
+        raise TypeError("its tables are no rows with named columns")
+    frames = {name: _numbers(pd.DataFrame(rows)) for name, rows in record.items()}
+    return _checked(Result(kind, frames.pop("effects"), frames, tuple(remarks), origin))
+
+
+def _checked(result: Result) -> Result:
+    """Return the result. Raises TypeError unless its kind is a text, its provenance a dict."""
+    if not isinstance(result.kind, str) or not isinstance(result.provenance, dict):
+        raise TypeError("its kind is no text, or its provenance holds no names")
+    return result
 
 
 def _numbers(frame: pd.DataFrame) -> pd.DataFrame:

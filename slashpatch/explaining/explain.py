@@ -28,7 +28,7 @@ from ..patching.fused import fused_where_exact
 from ..patching.patch import patch
 from ..scanning.result import Scan, require_kappa
 from ..scanning.scan import scan
-from .result import Explanation, verdict
+from .result import RANK_MEASURES, Explanation, verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,7 @@ def explain(
             f"explain takes one head, got {head!r}; explain_all (explain --all) takes several"
         )
     return next(
-        _explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
+        explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
     )
 
 
@@ -99,22 +99,22 @@ def explain_all(
     import pandas as pd
 
     chosen = None if wanted is None else bridge.read(model).require(wanted)
-    rows = _explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
+    rows = explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
     return pd.DataFrame([row.to_row() for row in rows])
 
 
-def _explanations(
+def explanations(
     model: TransformerBridge,
     wanted: Sequence[Head] | None,
-    prompts: Any,
-    offset: int | None,
-    n_prompts: int,
-    max_tokens: int | None,
-    kappa: float,
-    seed: int,
-    progress: bool | None,
+    prompts: Any = None,
+    offset: int | None = None,
+    n_prompts: int = 8,
+    max_tokens: int | None = None,
+    kappa: float = 0.1,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> Iterator[Explanation]:
-    """Yield the explanation of each head; None: of all heads that reach κ."""
+    """Yield the explanation of each head; None: of all heads that reach κ. Raises as `explain`."""
     require_kappa(kappa)
     if prompts is None and max_tokens is None:
         max_tokens = min(256, model.cfg.n_ctx)
@@ -262,6 +262,7 @@ def _explanation(
         wavelengths = 2 * torch.pi / rotary.inv_freq
         order = terms.abs().argsort(descending=True)[:8].tolist()
         pairs = [(pair, float(wavelengths[pair]), float(terms[pair])) for pair in order]
+        cosines = moments.cosines(head)
         per_pair = moments.pair_concentration(head)
         masks = {band: band_mask(band, rotary.inv_freq) for band in NAMED_BANDS}
         concentration = {
@@ -269,11 +270,11 @@ def _explanation(
             for band, mask in masks.items()
         }
     except ModelError:  # a layer without RoPE, or whose logits depend on more than the offset
-        profile, pairs, concentration = None, [], {}
+        profile, pairs, cosines, concentration = None, [], [], {}
     of_head = table.loc[str(head)]
     rank = {
         name: (float(of_head[name]), float(np.mean(table[name] < of_head[name])))  # type: ignore[arg-type]
-        for name in ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k", "cone_x")
+        for name in RANK_MEASURES
     }
     dropped = {band: edited[f"drop {band}"] for band in NAMED_BANDS if f"drop {band}" in edited}
     frozen = {band: edited[f"freeze {band}"] for band in NAMED_BANDS if f"freeze {band}" in edited}
@@ -293,4 +294,5 @@ def _explanation(
         verdict=verdict(score, offset, rank_one["qk"], dropped, profile, kappa),
         kappa=kappa,
         provenance=source,
+        cosines=cosines,
     )

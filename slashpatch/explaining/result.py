@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data import display
+from ..data.files import load_json, write_json
+from ..errors import OutputError
 from ..heads import Head
+from ..maths.bands import NAMED_BANDS
+from ..maths.offsets import as_offsets
 from ..maths.spectrum import margin
-from ..scanning.moments import Profile
+from ..scanning.moments import Cosine, Profile
 
 #: The thresholds of `RULE`; all *ours*: least correlation of the predicted with the measured
 #: profile, and least shares of the score that stay at rank one and that go with some band.
@@ -16,8 +25,11 @@ PREDICTION_FITS = 0.9
 STAYS = 0.5
 GOES = 0.5
 
-#: The rule of the verdict, in words.
+VERDICTS = ("RoPE-made slash", "content-made", "neither")
+#: Names in `Explanation.rank`: columns of `Scan.rank_one`.
+RANK_MEASURES = ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k", "cone_x")
 
+#: The rule of the verdict, in words.
 RULE = (
     "RoPE-made slash: the score is at least κ; with Q and K at rank one at least half of it stays; "
     "the profile predicted from mean q and k correlates above 0.9 with the measured one and peaks "
@@ -46,6 +58,8 @@ class Explanation:
         verdict: "RoPE-made slash", "content-made" or "neither", by `RULE`.
         kappa: Least slash score of a slash head.
         provenance: Model, prompts, seed, versions.
+        cosines: Each rotary pair's cosine in the predicted profile, in the model's order; none
+            without RoPE.
     """
 
     head: Head
@@ -62,6 +76,7 @@ class Explanation:
     verdict: str
     kappa: float
     provenance: dict[str, Any]
+    cosines: list[Cosine] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the explanation as plain JSON values."""
@@ -80,6 +95,7 @@ class Explanation:
             "profile": None
             if profile is None
             else {
+                "offsets": profile.offsets.tolist(),
                 "measured": profile.measured.tolist(),
                 "predicted": profile.predicted.tolist(),
                 "correlation": profile.correlation,
@@ -91,6 +107,7 @@ class Explanation:
                 {"pair": pair, "wavelength": wavelength, "logit": logit}
                 for pair, wavelength, logit in self.pairs
             ],
+            "cosines": [cosine._asdict() for cosine in self.cosines],
             "concentration": {
                 band: {"q": q, "k": k} for band, (q, k) in self.concentration.items()
             },
@@ -99,6 +116,22 @@ class Explanation:
             "kappa": self.kappa,
             "provenance": self.provenance,
         }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as a .json file, as `slashpatch explain HEAD --json` prints it.
+
+        Raises OutputError for another suffix, or if the file cannot be written.
+        """
+        if Path(path).suffix != ".json":
+            raise OutputError(f"an explanation is saved as a .json file; got {str(path)!r}")
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+        """Load what `save` or `slashpatch explain HEAD --json` wrote. Raises OutputError."""
+        what = "an explanation of one head, from Explanation.save or `slashpatch explain --json`"
+        explanation: Explanation = load_json(path, _from_record, what)
+        return explanation
 
     def to_row(self) -> dict[str, Any]:
         """Return one flat row, for a table of many heads."""
@@ -133,6 +166,16 @@ class Explanation:
         at = (self.profile.offsets == self.offset).nonzero()
         return margin(self.profile.predicted, int(at[0])) if len(at) else None
 
+    def plot(self, backend: str = "matplotlib") -> Any:
+        """Return scores, profile and cosines, as a matplotlib figure or ("altair") a chart.
+
+        Raises PlotError for another backend, ExtraError if Altair is not installed.
+        """
+        return display.plot(self, backend)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
+
     def __str__(self) -> str:
         return display.text(self)
 
@@ -157,3 +200,91 @@ def verdict(
     )
     needs_a_band = bool(dropped) and min(dropped.values()) < GOES * score
     return "RoPE-made slash" if predicted and needs_a_band else "neither"
+
+
+def _from_record(record: dict[str, Any]) -> Explanation:
+    """Return the explanation whose `to_dict` a file holds. Raises as bad JSON values do."""
+    if record["rule"] != RULE:
+        raise ValueError("its verdict follows another rule than this version's; explain it again")
+    dropped, frozen, rank_one = (
+        {name: _number(value) for name, value in record[key].items()}
+        for key in ("score_with_band_dropped", "score_with_band_frozen", "score_at_rank_one")
+    )
+    score = record["score"]
+    explanation = Explanation(
+        head=Head.parse(record["head"]),
+        offset=_index(record["offset"]),
+        natural=_number(score["natural"]),
+        random=_number(score["random"]),
+        rank={
+            name: (_number(entry["value"]), _number(entry["share_of_heads_below"]))
+            for name, entry in record["rank"].items()
+        },
+        dropped=dropped,
+        frozen=frozen,
+        rank_one=rank_one,
+        profile=None if record["profile"] is None else _profile(record["profile"]),
+        pairs=[
+            (_index(term["pair"]), _wavelength(term), _number(term["logit"]))
+            for term in record["pairs"]
+        ],
+        concentration={
+            band: (_number(entry["q"]), _number(entry["k"]))
+            for band, entry in record["concentration"].items()
+        },
+        verdict=record["verdict"],
+        kappa=_number(record["kappa"]),
+        provenance=dict(record["provenance"]),
+        cosines=[_cosine(term) for term in record["cosines"]],
+    )
+    bands: tuple[set[str], ...] = (set(), set(NAMED_BANDS))
+    if not (
+        set(explanation.rank) == set(RANK_MEASURES)
+        and set(rank_one) == {"q", "k", "qk"}
+        and all(set(part) in bands for part in (dropped, frozen, explanation.concentration))
+        and explanation.verdict in VERDICTS
+        and {"model", "fingerprint", "dtype", "edits", "prompts"} <= set(explanation.provenance)
+    ):
+        raise ValueError(
+            "its measures, bands, verdict or provenance are not those of an explanation"
+        )
+    return explanation
+
+
+def _profile(record: dict[str, Any]) -> Profile:
+    offsets = as_offsets(record["offsets"])
+    measured, predicted = (
+        torch.tensor([_number(value) for value in record[name]], dtype=torch.float64)
+        for name in ("measured", "predicted")
+    )
+    if list(offsets) != record["offsets"] or not len(offsets) == len(measured) == len(predicted):
+        raise ValueError("its profile's offsets and logits do not agree")
+    return Profile(torch.tensor(offsets), measured, predicted, _number(record["correlation"]))
+
+
+def _cosine(record: dict[str, Any]) -> Cosine:
+    if record["band"] not in NAMED_BANDS:
+        raise ValueError(f"expected one of {', '.join(NAMED_BANDS)}, got {record['band']!r}")
+    amplitude, phase = _number(record["amplitude"]), _number(record["phase"])
+    return Cosine(_index(record["pair"]), _wavelength(record), record["band"], amplitude, phase)
+
+
+def _wavelength(record: dict[str, Any]) -> float:
+    """Return a pair's wavelength, which is infinite (null) if the pair does not rotate."""
+    return _number(record["wavelength"], math.inf)
+
+
+def _number(value: Any, missing: float = math.nan) -> float:
+    """Return a number of a file; `missing` for null."""
+    if value is None:
+        return missing
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _index(value: Any) -> int:
+    """Return an integer from 0 of a file."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(f"expected an integer from 0, got {value!r}")
+    return value

@@ -75,12 +75,12 @@ def band_pairs(band: Any, inv_freq: Float[Tensor, "pair"]) -> tuple[int, ...]:
     Raises BandError for a pair index that the head does not have, and for a band without pairs.
     """
     order = inv_freq.argsort(descending=True, stable=True).tolist()
-    thirds = torch.tensor(order).tensor_split(3)
+    names = named_bands(inv_freq)
     chosen: set[int] = set()
     for part in canonical_band(band).split("+"):
         kind, _, ends = part.partition(" ")
         if kind in NAMED_BANDS:
-            pairs = set(thirds[NAMED_BANDS.index(kind)].tolist())
+            pairs = {pair for pair, name in enumerate(names) if name == kind}
         elif kind == "pairs":
             first, last = (int(end) for end in ends.split("-"))
             if last >= len(order):
@@ -96,6 +96,16 @@ def band_pairs(band: Any, inv_freq: Float[Tensor, "pair"]) -> tuple[int, ...]:
             raise BandError(f"the band {part!r} holds none of the {len(order)} rotary pairs")
         chosen |= pairs
     return tuple(pair for pair in order if pair in chosen)
+
+
+def named_bands(inv_freq: Float[Tensor, "pair"]) -> list[str]:
+    """Return the name of the third by frequency that each rotary pair is in."""
+    names = [""] * len(inv_freq)
+    order = inv_freq.argsort(descending=True, stable=True)
+    for name, pairs in zip(NAMED_BANDS, order.tensor_split(3), strict=True):
+        for pair in pairs.tolist():
+            names[pair] = name
+    return names
 
 
 def band_mask(band: Any, inv_freq: Float[Tensor, "pair"]) -> Tensor:

@@ -29,6 +29,23 @@ def logit_terms(
     return terms, rotary.scale * (q_rest * k_rest).sum(-1)
 
 
+def amplitude_and_phase(
+    q: Float[Tensor, "*rows d_head"], k: Float[Tensor, "*rows d_head"], rotary: Rotary
+) -> tuple[Float[Tensor, "*rows pair"], Float[Tensor, "*rows pair"]]:
+    """Return amplitude A_l ≥ 0 and phase φ_l of each rotary pair's share of a logit.
+
+    `q` and `k` are before RoPE. Their logit at offset Δ is Σ_l A_l cos(θ_l Δ + φ_l), plus the
+    unrotated part of `logit_terms`, with A_l = |c_l| and φ_l = arg c_l of
+    c_l = scale · gain² · q_l k*_l. Phases are in radians, from −π to π. Source: the sum of cosines
+    of arXiv 2601.08297; for a head's mean query and mean key it is `predicted_profile` (*ours*).
+    """
+    (q_re, q_im, _), (k_re, k_im, _) = rotary.split(q), rotary.split(k)
+    factor = rotary.scale * rotary.gain**2
+    real = factor * (q_re * k_re + q_im * k_im)
+    imag = factor * (q_im * k_re - q_re * k_im)
+    return torch.hypot(real, imag), torch.atan2(imag, real)
+
+
 def predicted_profile(
     q_mean: Float[Tensor, "d_head"],
     k_mean: Float[Tensor, "d_head"],

@@ -9,7 +9,7 @@ matrix. All other hooks fire as usual, and the product with the values is comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -237,6 +237,12 @@ class Pattern(_StandIn):
     ) -> Float[Tensor, "batch head offset"]:
         """Return the sum of attention i → i−Δ over the queries where `rows` is True."""
         return self.attention.weight_sums(offsets, rows)
+
+    def pattern_blocks(
+        self, heads: Sequence[int]
+    ) -> Iterator[tuple[int, Float[Tensor, "batch head row key"]]]:
+        """Yield blocks of rows of some heads' pattern, each with the key of its first column."""
+        return self.attention.pattern_blocks(heads)
 
 
 def record_changes(

@@ -22,7 +22,9 @@ _COLUMNS = {
     "paths": ("reader", "input", "baseline", "edited", "effect", "q"),
     "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
 }
-_TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
+#: Titles of columns that differ from their names, and the columns that hold texts.
+TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
+TEXTS = ("edit", "metric", "of", "against", "name", "reader", "input")
 #: Largest number of heads in the table of matching heads.
 _HEADS = 6
 #: Columns that are shown with an interval, and the columns of its ends.
@@ -44,18 +46,8 @@ _UNITS = {
 def effects_report(result: Result, top: int = 40) -> Group:
     """Return the main table with at most `top` rows, the table of heads, and remarks."""
     frame = result.frame
-    if "of" in frame and not frame["of"].any():
-        frame = frame.drop(columns="of")
-    origin = result.provenance
-    parts: list[Any] = [
-        Text(f"{origin['model']}: {_UNITS[result.kind]}", style="bold"),
-        Text(
-            f"{origin['prompts']['n']} prompts ({origin['prompts']['source']}); "
-            f"{origin['confidence']:.0%} intervals over prompts; q: p adjusted for all rows",
-            style="dim",
-        ),
-        _table(frame.head(top), result.kind),
-    ]
+    title, line = headings(result)
+    parts: list[Any] = [Text(title, style="bold"), Text(line, style="dim"), _table(result, top)]
     if len(frame) > top:
         parts.append(Text(f"{len(frame) - top} more rows: --out or --json has them", style="dim"))
     if len(result.tables.get("heads", ())):
@@ -69,23 +61,46 @@ def effects_report(result: Result, top: int = 40) -> Group:
     return Group(*parts)
 
 
-def _table(frame: pd.DataFrame, kind: str) -> Table:
-    shown = [name for name in _COLUMNS[kind] if name in frame]
-    table = Table()
-    for name in shown:
-        text = name in ("edit", "metric", "of", "against", "name", "reader", "input")
-        table.add_column(
-            _TITLES.get(name, name),
-            justify="left" if text else "right",
-            overflow="fold",
-            no_wrap=name not in ("edit", "against"),
-        )
-    previous = None
+def headings(result: Result) -> tuple[str, str]:
+    """Return what is measured, and on how many prompts, as two lines."""
+    origin = result.provenance
+    return (
+        f"{origin['model']}: {_UNITS[result.kind]}",
+        f"{origin['prompts']['n']} prompts ({origin['prompts']['source']}); "
+        f"{origin['confidence']:.0%} intervals over prompts; q: p adjusted for all rows",
+    )
+
+
+def effect_cells(result: Result, top: int) -> tuple[list[str], list[list[str]]]:
+    """Return the columns that are shown for a result's kind, and the cells of its first rows.
+
+    An edit is named in the first of its rows only.
+    """
+    frame = result.frame.head(top)
+    shown = [name for name in _COLUMNS[result.kind] if name in frame]
+    if "of" in shown and not result.frame["of"].any():
+        shown.remove("of")
+    rows, previous = [], None
     for row in frame.to_dict(orient="records"):
         cells = [_cell(name, row) for name in shown]
         if "edit" in shown and row["edit"] == previous:
             cells[shown.index("edit")] = ""
         previous = row.get("edit")
+        rows.append(cells)
+    return shown, rows
+
+
+def _table(result: Result, top: int) -> Table:
+    shown, rows = effect_cells(result, top)
+    table = Table()
+    for name in shown:
+        table.add_column(
+            TITLES.get(name, name),
+            justify="left" if name in TEXTS else "right",
+            overflow="fold",
+            no_wrap=name not in ("edit", "against"),
+        )
+    for cells in rows:
         table.add_row(*(Text(cell) for cell in cells))
     return table
 

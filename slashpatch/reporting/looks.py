@@ -1,16 +1,23 @@
-"""Registers how each class of result is shown as plain text; see `slashpatch.data.display`."""
+"""Registers how each class of result looks; see `slashpatch.data.display`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from ..checking.result import Report
-from ..data.display import register
-from ..explaining.result import Explanation
-from ..scanning.result import Scan
+from ..data.display import Look, register
 from .checks import check_table
 from .explanation import explanation_report
+from .notebook.results import explanation_html, report_html, result_html, run_html
+from .notebook.scans import edit_html, monitor_html, scan_html
+from .plots import (
+    plot_explanation,
+    plot_monitor,
+    plot_report,
+    plot_result,
+    plot_run,
+    plot_scan,
+)
 from .tables import plain, scan_table
 
 
@@ -18,6 +25,13 @@ def _plain(look: Callable[..., Any]) -> Callable[..., str]:
     return lambda result, **options: plain(look(result, **options))
 
 
-register(Scan, _plain(scan_table))
-register(Explanation, _plain(explanation_report))
-register(Report, _plain(check_table))
+register("scanning.result.Scan", Look(_plain(scan_table), scan_html, plot_scan))
+register("scanning.monitor.SlashMonitor", Look(None, monitor_html, plot_monitor))
+register(
+    "explaining.result.Explanation",
+    Look(_plain(explanation_report), explanation_html, plot_explanation),
+)
+register("checking.result.Report", Look(_plain(check_table), report_html, plot_report))
+register("effects.result.Result", Look(None, result_html, plot_result))
+register("theory.run.Run", Look(None, run_html, plot_run))
+register("edits.base.Edit", Look(None, edit_html, None))

@@ -10,6 +10,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from .charts.palette import CATEGORIES, SCORES
+from .style import ink, new_figure, styled
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -47,21 +50,10 @@ def training_report(runs: Sequence[Run], kappa: float) -> Group:
     Below it are the steps until layers 1 and 2 reach κ, and the out-of-distribution score.
     """
     settings = runs[0].settings
-    offset = settings.offset
-    columns = {
-        "loss": "loss",
-        f"score_{offset}": f"slash score at Δ={offset}",
-        "matching": "layer 2 matches",
-        "r1_q": "r1 Q",
-        "r1_k": "r1 K",
-        "margin": "margin",
-    }
-    table = Table("step", *columns.values())
-    rows = runs[0].rows
-    chosen = sorted({round(at * (len(rows) - 1) / (_SHOWN - 1)) for at in range(_SHOWN)})
-    for at in chosen:
-        cells = [over_seeds([run.rows[at][name] for run in runs]) for name in columns]
-        table.add_row(f"{rows[at]['step']:.0f}", *cells)
+    names, rows = training_cells(runs)
+    table = Table(*names)
+    for cells in rows:
+        table.add_row(*cells)
     outside = [run.out_of_distribution() for run in runs]
     lines = [
         f"the slash passes {kappa:g} after (steps): "
@@ -72,27 +64,47 @@ def training_report(runs: Sequence[Run], kappa: float) -> Group:
         + over_seeds(outside),
     ]
     title = (
-        f"{settings.task}, Δ={offset}, cone {settings.cone:g}, frequencies "
+        f"{settings.task}, Δ={settings.offset}, cone {settings.cone:g}, frequencies "
         f"{settings.frequencies}, {settings.optimizer} at {settings.rate:g}: "
         + (f"mean ± half the 95 % interval over {len(runs)} seeds" if len(runs) > 1 else "one seed")
     )
     return Group(Text(title, style="bold"), table, *map(Text, lines))
 
 
+def training_cells(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and cells of a table of some steps, mean ± half the interval over seeds."""
+    offset = runs[0].settings.offset
+    columns = {
+        "loss": "loss",
+        f"score_{offset}": f"slash score at Δ={offset}",
+        "matching": "layer 2 matches",
+        "r1_q": "r1 Q",
+        "r1_k": "r1 K",
+        "margin": "margin",
+    }
+    rows = runs[0].rows
+    chosen = sorted({round(at * (len(rows) - 1) / (_SHOWN - 1)) for at in range(_SHOWN)})
+    cells = [
+        [f"{rows[at]['step']:.0f}"]
+        + [over_seeds([run.rows[at][name] for run in runs]) for name in columns]
+        for at in chosen
+    ]
+    return ["step", *columns.values()], cells
+
+
+@styled
 def training_figure(runs: Sequence[Run], kappa: float) -> Figure:
     """Draw slash score and layer 2's matching over steps, and the final predicted profile.
 
     Thin lines are single seeds.
     """
-    from matplotlib.figure import Figure
-
     settings = runs[0].settings
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     others = [d for d in range(4) if d != settings.offset]
     styles = {
-        f"score_{settings.offset}": ("tab:red", "-", f"slash score at Δ={settings.offset}"),
-        "matching": ("tab:blue", "-", "layer 2 attends to the answer"),
+        f"score_{settings.offset}": (CATEGORIES[0], "-", f"slash score at Δ={settings.offset}"),
+        "matching": (CATEGORIES[1], "--", "layer 2 attends to the answer"),
         **{f"score_{d}": ("grey", ":", f"score at Δ={d}") for d in others},
     }
     for column, (color, line, label) in styles.items():
@@ -101,20 +113,21 @@ def training_figure(runs: Sequence[Run], kappa: float) -> Figure:
             left.plot(frame["step"], frame[column], line, color=color, alpha=0.35, lw=1)
         mean = sum(frame[column].to_numpy() for frame in frames) / len(frames)
         left.plot(frames[0]["step"], mean, line, color=color, lw=2, label=label)
-    left.axhline(kappa, color="black", lw=0.6)
+    left.axhline(kappa, color=ink(), lw=0.6)
     left.set_xscale("symlog", linthresh=8)
     left.set_xlim(left=0)
     left.set_ylim(0, 1.02)
     left.set_xlabel("step")
+    seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else f"seed {settings.seed}"
     left.set_title(
         f"{settings.task}, cone {settings.cone:g}, frequencies {settings.frequencies}, "
-        f"{settings.optimizer}: mean of {len(runs)} seeds",
-        fontsize=10,
+        f"{settings.optimizer}: {seeds}",
+        fontsize=9,
     )
     left.legend(fontsize=8, loc="upper left")
     for run in runs:
-        right.plot(run.profile(), color="tab:red", alpha=0.6, lw=1)
-    right.axvline(settings.offset, color="black", lw=0.6)
+        right.plot(run.profile(), color=CATEGORIES[0], alpha=0.6, lw=1)
+    right.axvline(settings.offset, color=ink(), lw=0.6)
     right.set_xlabel("offset Δ")
     right.set_title("logit that mean q and k predict", fontsize=10)
     for axis in (left, right):
@@ -122,14 +135,14 @@ def training_figure(runs: Sequence[Run], kappa: float) -> Figure:
     return figure
 
 
+@styled
 def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
     """Draw median steps to a slash and mean final score over the values of two settings."""
     import numpy as np
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     rows, columns = frame.columns[:2]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     panels = (
         ("time_to_slash", "median", f"median steps to a score of {kappa:g} (none: not reached)"),
         ("final_score", "mean", "mean final score"),
@@ -139,10 +152,10 @@ def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
         numbers = table.to_numpy(dtype=float)
         shown = np.where(np.isfinite(numbers), numbers, np.nan)
         if value == "final_score":
-            image = axis.imshow(shown, vmin=0, vmax=1, cmap="magma", aspect="auto")
+            image = axis.imshow(shown, vmin=0, vmax=1, cmap=SCORES, aspect="auto")
         else:
             norm = LogNorm(1, max(2.0, float(frame["steps"].max())))
-            image = axis.imshow(shown, norm=norm, cmap="viridis_r", aspect="auto")
+            image = axis.imshow(shown, norm=norm, cmap=f"{SCORES}_r", aspect="auto")
         for (i, j), number in np.ndenumerate(numbers):
             form = ".2f" if value == "final_score" else ".0f"
             text = f"{number:{form}}" if np.isfinite(number) else "none"
@@ -153,6 +166,7 @@ def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
                 ha="center",
                 va="center",
                 fontsize=8,
+                color="black",
                 bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1},
             )
         axis.set_xticks(range(table.shape[1]), [str(value) for value in table.columns], fontsize=8)

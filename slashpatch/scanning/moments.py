@@ -17,9 +17,15 @@ from torch import Tensor
 
 from ..errors import ModelError, ScanError
 from ..heads import Head
+from ..maths.bands import named_bands
 from ..maths.rank import r1, r95
 from ..maths.rotary import Rotary
-from ..maths.spectrum import concentration, logit_terms, predicted_profile
+from ..maths.spectrum import (
+    amplitude_and_phase,
+    concentration,
+    logit_terms,
+    predicted_profile,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +59,24 @@ class Profile(NamedTuple):
     def predicted_peak(self) -> int:
         """Offset with the highest predicted logit."""
         return int(self.offsets[self.predicted.argmax()])
+
+
+class Cosine(NamedTuple):
+    """One rotary pair's share of a head's predicted logit, A cos(θΔ + φ) at offset Δ.
+
+    Attributes:
+        pair: Index of the pair, in the model's order.
+        wavelength: 2π/θ in tokens; infinite for a pair that does not rotate.
+        band: "high", "medium" or "low", the pair's third by frequency.
+        amplitude: A ≥ 0.
+        phase: φ in radians, from −π to π.
+    """
+
+    pair: int
+    wavelength: float
+    band: str
+    amplitude: float
+    phase: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +176,23 @@ class Moments:
         """Return the mean pre-RoPE query and key of a head."""
         q = self.sum_q[head.layer, head.head]
         return q / self.n_tokens, self.sum_k[head.layer, self._kv_head(head)] / self.n_tokens
+
+    def amplitude_and_phase(
+        self, head: Head
+    ) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
+        """Return amplitude A_l and phase φ_l of each pair for a head's mean query and mean key.
+
+        `profile(head).predicted` is Σ_l A_l cos(θ_l Δ + φ_l), plus the unrotated dimensions; see
+        `slashpatch.maths.spectrum.amplitude_and_phase`. Raises as `rotary` does.
+        """
+        return amplitude_and_phase(*self.mean(head), self.rotary(head.layer))
+
+    def cosines(self, head: Head) -> list[Cosine]:
+        """Return each pair's cosine for a head's mean query and mean key. Raises as `rotary`."""
+        inv_freq = self.rotary(head.layer).inv_freq
+        columns = [(2 * torch.pi / inv_freq).tolist(), named_bands(inv_freq)]
+        columns += [values.tolist() for values in self.amplitude_and_phase(head)]
+        return [Cosine(pair, *cells) for pair, cells in enumerate(zip(*columns, strict=True))]
 
     def pair_peaks(self, head: Head, offset: int) -> Float[Tensor, "pair"]:
         """Return each pair's term of the predicted logit at an offset, minus its mean over offsets.

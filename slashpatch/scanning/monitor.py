@@ -15,6 +15,7 @@ from ..bridge.attached import reads_diagonals
 from ..bridge.forward_call import ForwardCall
 from ..bridge.passes import first_layer
 from ..bridge.watch import ForwardWatch, watch
+from ..data import display
 from ..errors import PatchError
 from ..heads import Head
 from ..maths.slash_scores import real_rows, slash_rows
@@ -246,6 +247,16 @@ class SlashMonitor:
         kappa = self.kappa if kappa is None else kappa
         require_kappa(kappa)
         return self._entries((self.scores >= kappa).nonzero().tolist())
+
+    def plot(self, backend: str = "matplotlib") -> Any:
+        """Return the grid of heads so far, as a matplotlib figure or ("altair") a chart.
+
+        Raises PlotError for another backend, ExtraError if Altair is not installed.
+        """
+        return display.plot(self, backend)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
 
     def _entries(self, indices: list[list[int]]) -> list[Detection]:
         """Return detections for indices [layer, head, offset column], the highest score first."""

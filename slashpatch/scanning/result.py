@@ -159,6 +159,20 @@ class Scan:
         """Return the slash heads as plain text, the highest score first."""
         return display.text(self, kappa=kappa, top=top)
 
+    def plot(
+        self, backend: str = "matplotlib", *, control: Scan | None = None, kappa: float = 0.1
+    ) -> Any:
+        """Return the grid of heads, as a matplotlib figure or ("altair") a chart.
+
+        `control`, such as a scan of random tokens, is drawn below. Cells of heads whose score
+        reaches κ show the offset. Raises PlotError for another backend, ExtraError if Altair is not
+        installed.
+        """
+        return display.plot(self, backend, control=control, kappa=kappa)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
+
     def __str__(self) -> str:
         return self.table()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,8 +84,7 @@ def scan(
     info = bridge.read(model)
     all_offsets = isinstance(offsets, str) and offsets.strip() == "all"
     deltas = (0,) if all_offsets else as_offsets(offsets)
-    if engine not in _ENGINES:
-        raise ScanError(f"engine must be one of {', '.join(_ENGINES)}; got {engine!r}")
+    engine = which_engine(model, engine)
     chosen = prompt_set(
         model,
         prompts,
@@ -120,12 +120,10 @@ def scan(
     shape = (info.n_layers, info.n_heads, len(deltas))
     sums, squares = torch.zeros(2, *shape, dtype=torch.float64)
     counts = torch.zeros(len(deltas), dtype=torch.int64)
-    if engine == "auto":
-        engine = "bridge" if why_not(model) else "fused"
     # Where RoPE follows a batch's length, a long prompt would change the others of its batch.
     batch_size = 1 if info.rope_follows_length else batch_size
     batches = list(_batches(chosen, batch_size, info.n_heads, engine))
-    with fused(model) if engine == "fused" else forming_matrices():
+    with run_by(model, engine):
         for indices in progress_over(
             batches, "scanning", show=progress, n=[len(b) for b in batches]
         ):
@@ -152,6 +150,25 @@ def scan(
         provenance(model, **details),
         None if moment_sums is None else moment_sums.finish(),
     )
+
+
+def which_engine(model: TransformerBridge, engine: str) -> str:
+    """Return "fused" or "bridge": the one that was asked for, or that "auto" stands for.
+
+    Raises ScanError for another name.
+    """
+    if engine not in _ENGINES:
+        raise ScanError(f"engine must be one of {', '.join(_ENGINES)}; got {engine!r}")
+    if engine == "auto":
+        return "bridge" if why_not(model) else "fused"
+    return engine
+
+
+@contextmanager
+def run_by(model: TransformerBridge, engine: str) -> Iterator[None]:
+    """Run the model by one of the engines "fused" and "bridge"."""
+    with fused(model) if engine == "fused" else forming_matrices():
+        yield
 
 
 def _batches(

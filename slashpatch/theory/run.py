@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..data import display
 from ..data.files import load_tensors, save_tensors
 from ..errors import TheoryError
 from ..maths.rank import r1
@@ -117,6 +118,17 @@ class Run:
         with torch.no_grad():
             result = self.model.forward(self.settings, measurement_examples(self.settings))
         return _profile(result, self.settings, n)
+
+    def plot(self, backend: str = "matplotlib", *, kappa: float = 0.3) -> Any:
+        """Return the curves of training, as a matplotlib figure or ("altair") a chart.
+
+        `kappa` is drawn as a rule. Raises PlotError for another backend or before any step is
+        measured, ExtraError if Altair is not installed.
+        """
+        return display.plot(self, backend, kappa=kappa)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors checkpoint, from which training continues bit for bit."""

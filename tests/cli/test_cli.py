@@ -149,6 +149,12 @@ def test_explain(call, model, tmp_path):
     assert "Rule (ours)" in out
     record = json.loads(call("explain", "L1H2", *arguments, "--offset", 1, "--json")[1])
     assert (record["head"], record["offset"]) == ("L1H2", 1)
+    (tmp_path / "printed.json").write_text(json.dumps(record))
+    out = tmp_path / "one.json"
+    code, text, _ = call("explain", "L1H2", *arguments, "--offset", 1, "--out", out)
+    assert (code, text.splitlines()[-1]) == (0, f"wrote {out}")
+    saved, printed = (sp.Explanation.load(path) for path in (out, tmp_path / "printed.json"))
+    assert saved.to_dict() == printed.to_dict() == record
     table = tmp_path / "heads.csv"
     code, out, _ = call("explain", "--all", *arguments, "--kappa", 0.15, "--out", table)
     assert code == 0
@@ -167,7 +173,8 @@ def test_explain(call, model, tmp_path):
         (("explain", "--all", "--offset", "3"), "--offset goes with one head"),
         (("explain", "16.", "-m", "MODEL"), "expected a head"),
         (("explain", "L9H9", "-m", "MODEL"), "L9H9 does not exist"),
-        (("explain", "L1H1", "--out", "x.csv"), "--out goes with --all"),
+        (("explain", "L1H1", "--out", "x.csv"), "expected a name that ends in .json"),
+        (("explain", "L1H1", "--out", "/absent/x.json"), "there is no directory"),
         (("explain", "--all", "--out", "x.pt"), "expected a name that ends in"),
         (("generate", "the", "-m", "MODEL", "-e", "DropBand(L1H1, pairs 5-9)"), "expected an edit"),
         (("generate", "the", "-m", "MODEL", "-e", "DropBand(L1H1, 'pairs 5-9')"), "outside the 4"),

@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch.data.prompts import prompt_set, repeated_random_tokens
+from slashpatch.data.prompts import prompt_set, repeated_random_tokens, token_texts
 from slashpatch.errors import PromptError
 
 from ..tiny import D_VOCAB, N_CTX, random_tokens
@@ -195,3 +196,23 @@ def test_rows_as_to_tokens_returns_them_are_rows(tiny):
         prompt_set(tiny, [])
     with pytest.raises(PromptError, match=r"got a row of type Tensor \[2, 5\]"):
         prompt_set(tiny, [random_tokens(2, 5)])
+
+
+def test_the_text_of_each_token(tiny):
+    tokens = torch.tensor([0, 4, 5, 3, 4])
+    assert token_texts(tiny, tokens) == ("<s>", "the", "of", "<unk>", "the")
+    assert token_texts(SimpleNamespace(tokenizer=None), tokens[:2]) == ("[0]", "[4]")
+    assert token_texts(tiny, torch.tensor([D_VOCAB + 7])) == (f"[{D_VOCAB + 7}]",)
+
+
+def test_a_sentencepiece_token_keeps_its_space():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"\u2581the": 0, "s": 1, "<0xE2>": 2}, unk_token="s"))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    model = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=made))
+    assert token_texts(model, torch.tensor([0, 1, 2])) == (" the", "s", "\ufffd")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import slashpatch as sp
+from slashpatch.data.files import without_nan
 from slashpatch.effects import controls
 from slashpatch.effects.conditions import conditions
 from slashpatch.effects.head_controls import output_norms
@@ -331,6 +332,41 @@ def test_saved_and_loaded(tiny, tmp_path):
             sp.Result.load(tmp_path / name)
     with pytest.raises(OutputError, match="no file"):
         sp.Result.load(tmp_path / "none.json")
+
+
+def test_files_that_are_no_result(tiny, tmp_path):
+    """Damaged, or of something else: one line each."""
+    found = sp.measure(tiny, "KnockOut(L0H1, 1)", "loss", random_tokens(2, 8))
+    for name in ("a.json", "a.parquet"):
+        found.save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        for n_bytes in (0, 4, len(whole) // 2, len(whole) - 9):
+            (tmp_path / f"cut-{n_bytes}-{name}").write_bytes(whole[:n_bytes])
+        (tmp_path / name).unlink()
+    scan = sp.scan(tiny, random_tokens(1, 9), [1])
+    scan.save(tmp_path / "scan.safetensors")
+    for suffix in (".json", ".parquet"):
+        data = (tmp_path / "scan.safetensors").read_bytes()
+        (tmp_path / f"scan{suffix}").write_bytes(data)
+        (tmp_path / f"folder{suffix}").mkdir()
+    sp.explain(tiny, "L0H1", random_tokens(1, 9)).save(tmp_path / "explanation.json")
+    record = json.loads(json.dumps(without_nan(found.to_dict())))
+    for number, change in enumerate(
+        [{"kind": 5}, {"remarks": "text"}, {"remarks": [1]}, {"provenance": []}, {"effects": 3},
+         {"effects": [1, 2]}, {"values": {"a": 1}}, {"effects": None}]
+    ):  # fmt: skip
+        (tmp_path / f"changed-{number}.json").write_text(json.dumps(record | change))
+    (tmp_path / "number.json").write_text("3")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for attrs in ({"slashpatch": 3, "provenance": {}}, {"slashpatch": "measure"},
+                  {"slashpatch": "measure", "provenance": 3}):  # fmt: skip
+        frame = pd.DataFrame({"a": [1]})
+        frame.attrs = attrs
+        frame.to_parquet(tmp_path / f"attrs-{len(list(tmp_path.iterdir()))}.parquet")
+    for entry in tmp_path.iterdir():
+        with pytest.raises(OutputError, match="is not a result that slashpatch saved") as caught:
+            sp.Result.load(entry)
+        assert len(str(caught.value).splitlines()) == 1, entry.name
 
 
 def test_in_the_fused_engine(tiny):

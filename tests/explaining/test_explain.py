@@ -1,10 +1,14 @@
+import copy
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch.errors import HeadError, ScanError
+from slashpatch.data.files import without_nan
+from slashpatch.errors import HeadError, OutputError, ScanError
 from slashpatch.explaining.result import verdict
 from slashpatch.reporting.explanation import sparkline
 from slashpatch.scanning.moments import Profile
@@ -80,17 +84,130 @@ def test_explaining_another_offset(planted):
 
 
 def test_a_model_without_rope_is_explained_as_far_as_it_goes():
+    one = sp.explain(gpt2(), "L1H2", random_tokens(2, 30), kappa=0.0)
+    assert one.profile is None
+    assert one.dropped == {}
+    assert one.verdict in ("content-made", "neither")
+    assert "no RoPE" in str(one)
+
+
+def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from ..tiny import bridge
 
     config = GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    gpt2 = bridge(GPT2LMHeadModel(config).eval(), "2")
-    one = sp.explain(gpt2, "L1H2", random_tokens(2, 30), kappa=0.0)
-    assert one.profile is None
-    assert one.dropped == {}
-    assert one.verdict in ("content-made", "neither")
-    assert "no RoPE" in str(one)
+    return bridge(GPT2LMHeadModel(config).eval(), "2")
+
+
+def saved_and_loaded(one, folder):
+    one.save(folder / "one.json")
+    return sp.Explanation.load(folder / "one.json")
+
+
+@pytest.mark.parametrize("kind", ["planted", "tiny", "one token", "removed", "no RoPE"])
+def test_saved_and_loaded(planted, tiny, tmp_path, kind):
+    """Every number as it was; also where some are NaN or infinite, or offsets are missing."""
+    if kind == "removed":
+        with sp.patch(planted, sp.KnockOut("L0H1", 3)):
+            one = sp.explain(planted, "L0H1", random_tokens(2, 40), kappa=0.0)
+        assert 3 not in one.profile.offsets
+    elif kind == "one token":
+        one = sp.explain(tiny, "L0H1", random_tokens(1, 1), kappa=0.0)
+        assert math.isnan(one.profile.correlation)
+        assert one.margin == math.inf
+    else:
+        model = {"planted": planted, "tiny": tiny}.get(kind) or gpt2()
+        one = sp.explain(model, "L0H1", random_tokens(2, 40))
+    again = saved_and_loaded(one, tmp_path)
+    assert repr(again.to_dict()) == repr(one.to_dict())
+    assert repr(again.to_row()) == repr(one.to_row())
+    assert str(again) == str(one)
+    assert (again.head, again.provenance) == (one.head, one.provenance)
+
+
+def test_numbers_that_json_lacks(planted, tmp_path):
+    one = sp.explain(planted, "L0H1", random_tokens(2, 40))
+    pairs = [(0, math.inf, 0.5), *one.pairs[1:]]
+    cosines = [one.cosines[0]._replace(wavelength=math.inf), *one.cosines[1:]]
+    odd = dataclasses.replace(one, random=math.nan, pairs=pairs, cosines=cosines)
+    assert repr(saved_and_loaded(odd, tmp_path).to_dict()) == repr(odd.to_dict())
+
+
+@pytest.fixture(scope="module")
+def record(planted):
+    """What is in the file of an explanation."""
+    return without_nan(sp.explain(planted, "L0H1", random_tokens(2, 20)).to_dict())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r.pop("head"),
+        lambda r: r.update(head="16."),
+        lambda r: r.update(head=7),
+        lambda r: r.update(offset=-1),
+        lambda r: r.update(offset=True),
+        lambda r: r.update(verdict="perhaps"),
+        lambda r: r.update(verdict=[]),
+        lambda r: r.update(rule="another"),
+        lambda r: r.update(kappa="high"),
+        lambda r: r.update(provenance=[]),
+        lambda r: r.update(provenance=3),
+        lambda r: r.update(pairs=[[1, 2, 3]]),
+        lambda r: r["pairs"][0].update(pair=0.5),
+        lambda r: r.pop("cosines"),
+        lambda r: r["cosines"][0].update(band="middle"),
+        lambda r: r["cosines"][0].update(band=["low"]),
+        lambda r: r["cosines"][0].update(amplitude="large"),
+        lambda r: r["rank"].pop("r1_q"),
+        lambda r: r["rank"].update(r1_q=0.9),
+        lambda r: r["score"].update(natural=10**400),
+        lambda r: r["score_with_band_dropped"].pop("low"),
+        lambda r: r["score_at_rank_one"].update(v=0.1),
+        lambda r: r["concentration"].update(middle={"q": 1.0, "k": 1.0}),
+        lambda r: r["profile"]["offsets"].pop(),
+        lambda r: r["profile"]["offsets"].reverse(),
+        lambda r: r["profile"]["offsets"].__setitem__(-1, 10**30),
+        lambda r: r["profile"].update(measured=3),
+        lambda r: r["profile"]["predicted"].__setitem__(0, "x"),
+        lambda r: r.update(profile={}),
+    ],
+)
+def test_damaged_files(record, tmp_path, damage):
+    broken = copy.deepcopy(record)
+    damage(broken)
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(broken))
+    with pytest.raises(OutputError, match="is not an explanation of one head") as caught:
+        sp.Explanation.load(file)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_other_files(record, tiny, tmp_path):
+    whole = json.dumps(record)
+    sp.scan(tiny, random_tokens(1, 9), [1]).save(tmp_path / "scan.safetensors")
+    for name, text in (
+        ("cut.json", whole[: len(whole) // 2]),
+        ("list.json", "[]"),
+        ("empty.json", ""),
+        ("deep.json", "[" * 100_000),
+        ("all.json", json.dumps({"heads": [{"name": "L0H0"}]})),
+    ):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "folder.json").mkdir()
+    for entry in tmp_path.iterdir():
+        with pytest.raises(OutputError, match="is not an explanation of one head") as caught:
+            sp.Explanation.load(entry)
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(OutputError, match="no file"):
+        sp.Explanation.load(tmp_path / "none.json")
+    one = sp.explain(tiny, "L0H1", random_tokens(1, 9))
+    with pytest.raises(OutputError, match="is saved as a .json file"):
+        one.save(tmp_path / "one.csv")
+    with pytest.raises(OutputError, match="there is no directory"):
+        one.save(tmp_path / "absent" / "one.json")
 
 
 def profile(correlation, peak):

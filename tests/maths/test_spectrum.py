@@ -1,8 +1,15 @@
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slashpatch.maths.spectrum import concentration, logit_terms, predicted_profile
+from slashpatch.maths.spectrum import (
+    amplitude_and_phase,
+    concentration,
+    logit_terms,
+    predicted_profile,
+)
 
 from .test_rotary import rotaries, rotary, vectors
 
@@ -23,6 +30,31 @@ def test_the_profile_of_constant_tokens_is_their_logit(r, seed):
     for offset in range(10):
         terms, rest = logit_terms(q[None], k[None], torch.tensor([offset]), r)
         torch.testing.assert_close(profile[offset], (terms.sum(-1) + rest)[0])
+
+
+@given(rotaries, st.integers(0, 99), st.integers(0, 3))
+def test_amplitudes_and_phases_make_the_profile(r, seed, unrotated):
+    q, k = (vectors(r, seed + more, unrotated=unrotated) for more in (0, 1))
+    amplitude, phase = amplitude_and_phase(q, k, r)
+    assert (amplitude >= 0).all()
+    assert (phase.abs() <= math.pi).all()
+    offsets = torch.arange(50)
+    angle = r.inv_freq * offsets[:, None, None] + phase
+    rest = r.scale * (q[:, 2 * r.n_pairs :] * k[:, 2 * r.n_pairs :]).sum(-1)
+    found = (amplitude * angle.cos()).sum(-1) + rest
+    for row in range(len(q)):
+        expected = predicted_profile(q[row], k[row], offsets, r)
+        torch.testing.assert_close(found[:, row], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_a_phase_moves_the_peak_of_its_cosine():
+    """A query turned back by θ·3 finds the same key three tokens before it."""
+    r = rotary(n_pairs=1)
+    k = vectors(r, 0, rows=1, unrotated=0)
+    q = r.rotate_by(k, -3 * r.inv_freq)
+    amplitude, phase = amplitude_and_phase(q, k, r)
+    torch.testing.assert_close(phase[0], -3 * r.inv_freq)
+    torch.testing.assert_close(amplitude[0], r.scale * (k**2).sum(-1))
 
 
 def test_concentration_is_one_for_constant_pairs_and_small_for_scattered_ones():

@@ -61,6 +61,16 @@ def test_constant_tokens_are_predicted_exactly(tiny):
     assert profile.predicted_peak == profile.measured_peak
 
 
+def test_amplitudes_and_phases_make_the_predicted_profile(tiny):
+    scan = sp.scan(tiny, random_tokens(2, 20), [0])
+    for head in (sp.Head(0, 1), sp.Head(1, 3)):
+        amplitude, phase = scan.moments.amplitude_and_phase(head)
+        profile = scan.profile(head)
+        angle = scan.moments.inv_freq[head.layer] * profile.offsets[:, None] + phase
+        found = (amplitude * angle.cos()).sum(-1)  # this model rotates all dimensions
+        torch.testing.assert_close(found, profile.predicted, atol=1e-9, rtol=1e-9)
+
+
 @given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 3))
 def test_moments_of_merged_scans_are_those_of_one(tiny, seed, n, m):
     prompts = list(random_tokens(n + m, 9, seed))
@@ -100,6 +110,8 @@ def test_what_a_scan_cannot_tell(tiny):
     assert len(gpt2.rank_one) == 8
     with pytest.raises(ModelError, match="layer 1 has no RoPE"):
         gpt2.profile("L1H0")
+    with pytest.raises(ModelError, match="layer 1 has no RoPE"):
+        gpt2.moments.amplitude_and_phase(sp.Head(1, 0))
 
 
 def test_a_model_whose_queries_cannot_be_read_still_scans(monkeypatch):

@@ -9,7 +9,7 @@ do not flow through the log-sum-exp.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,14 +124,19 @@ class EditedAttention(Attention):
         return sums[..., torch.tensor(offsets, device=sums.device)]
 
     def _changed_matrix(
-        self, matrix: Float[Tensor, "batch head row key"], stage: str, past: int
+        self,
+        matrix: Float[Tensor, "batch head row key"],
+        stage: str,
+        past: int,
+        heads: Sequence[int],
     ) -> Float[Tensor, "batch head row key"]:
-        """Change rows of scores or pattern in place; row r is the token of column past + r."""
-        for heads, changes in self._heads_by_changes():
-            part = matrix[:, heads]
+        """Change rows of some heads' scores or pattern in place; row r is token past + r."""
+        for changed, changes in self._heads_by_changes():
+            places = [place for place, head in enumerate(heads) if head in changed]
+            part = matrix[:, places]
             for change in changes:
                 part = change.on_matrix(part, past) if change.stage == stage else part
-            matrix[:, heads] = part
+            matrix[:, places] = part
         return matrix
 
     def _heads_by_changes(self) -> list[tuple[list[int], tuple[DiagonalChange, ...]]]:
@@ -272,25 +277,40 @@ class EditedAttention(Attention):
     def _sums_by_blocks(self, rows: Tensor | None) -> Float[Tensor, "batch head offset"]:
         """Return the sum along every diagonal of the changed pattern, by blocks of rows."""
         mask, heads = self.mask, range(self.q.shape[1])
-        lse = self._after_changes()[1].detach()
-        if rows is not None:
-            lse = lse.masked_fill(~rows.to(lse.device)[:, None], math.inf)
-        q, k = at_least_float32(self.q.detach()), at_least_float32(self.k.detach())
-        sums = torch.zeros(
-            mask.batch, len(heads), mask.n_keys, dtype=sum_dtype(q.device), device=q.device
-        )
-        needs_no_mask = mask.plain and mask.real is None  # entries in the future are never read
-        for block, (left, right) in self.blocks():
-            first, last = int(block[0]), int(block[-1]) + 1
-            right = min(right, mask.past + last)  # keys in the future have no offset Δ
-            if needs_no_mask:
+        device = self.q.device
+        shape = (mask.batch, len(heads), mask.n_keys)
+        sums = torch.zeros(shape, dtype=sum_dtype(device), device=device)
+        start = 0
+        for _, pattern in self.pattern_blocks(heads):
+            n_rows, n_columns = pattern.shape[-2:]
+            if rows is not None:
+                chosen = rows[:, None, start : start + n_rows, None].to(device)
+                pattern.masked_fill_(~chosen, 0)
+            block_sums = diagonal_sums(pattern, n_columns - n_rows)
+            sums[..., : block_sums.shape[-1]] += block_sums
+            start += n_rows
+        return sums
+
+    def pattern_blocks(
+        self, heads: Sequence[int]
+    ) -> Iterator[tuple[int, Float[Tensor, "batch head row key"]]]:
+        """Yield the changed pattern of some heads by blocks of consecutive rows.
+
+        Each block comes with the key column of its first column; its last column is the token of
+        its last row. Entries after a row's own token mean nothing. Keys before the first column
+        have no weight.
+        """
+        mask, lse = self.mask, self.of_heads(self._after_changes()[1].detach(), heads)
+        q, k = (at_least_float32(self.of_heads(x.detach(), heads)) for x in (self.q, self.k))
+        for rows, (left, right) in self.blocks():
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            right = min(right, mask.past + last)
+            if mask.plain and mask.real is None:
                 logits = self._capped(q[:, :, first:last] @ k[:, :, left:right].mT)
             else:
-                logits = self.dense_logits(heads, block[None, None], (left, right)).detach()
+                logits = self.dense_logits(heads, rows[None, None], (left, right)).detach()
             past = mask.past + first - left
-            logits = self._changed_matrix(logits, "scores", past)
-            pattern = logits.sub_(lse[:, :, first:last, None]).exp_()
-            pattern = self._changed_matrix(pattern, "pattern", past)
-            block_sums = diagonal_sums(pattern, past)
-            sums[..., : block_sums.shape[-1]] += block_sums
-        return sums
+            logits = self._changed_matrix(logits, "scores", past, heads)
+            # Rounding of logit and log-sum-exp could make a weight slightly larger than 1.
+            pattern = logits.sub_(lse[:, :, first:last, None]).clamp_(max=0).exp_()
+            yield left, self._changed_matrix(pattern, "pattern", past, heads)

@@ -1,0 +1,110 @@
+"""Rows of the charts of effects, from results of measure, flow, copying, paths and sweep."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ...effects.result import Result
+
+
+def metrics_of(result: Result) -> list[str]:
+    """Return the metrics of a result of `measure`, in order."""
+    return list(dict.fromkeys(result.frame["metric"]))
+
+
+def forest_rows(result: Result, metric: str) -> pd.DataFrame:
+    """Return one metric's effects in a result of `measure`, each edit before its controls.
+
+    Columns row (the label), effect, low, high, what ("edit" or "control"), edit, of, against, q and
+    as_large. A control's effect is the mean over its draws, without an interval; its `q` and
+    `as_large` compare the edit with it.
+    """
+    import pandas as pd
+
+    frame = result.frame[result.frame["metric"] == metric]
+    several = frame["edit"].nunique() > 1 or frame["of"].nunique() > 1
+    rows: list[dict[str, Any]] = []
+    for (edit, of), group in frame.groupby(["edit", "of"], sort=False):
+        name = f"{edit} {of}".strip()
+        clean = group[group["against"] == "clean"].iloc[0]
+        for row in group.to_dict(orient="records"):
+            is_edit = row["against"] == "clean"
+            label = (
+                name if is_edit else f"{row['against']} for {name}" if several else row["against"]
+            )
+            # The row against a control holds the effect beyond the mean of its draws.
+            effect = clean["effect"] - (0.0 if is_edit else row["effect"])
+            nothing = float("nan")
+            rows.append(
+                {
+                    "row": name if is_edit else label,
+                    "effect": effect,
+                    "low": row["low"] if is_edit else nothing,
+                    "high": row["high"] if is_edit else nothing,
+                    "what": "edit" if is_edit else "control",
+                    "edit": edit,
+                    "of": of,
+                    "against": row["against"],
+                    "q": row.get("q", nothing),
+                    "as_large": row.get("as_large", nothing),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def draw_rows(result: Result, metric: str) -> pd.DataFrame:
+    """Return the effect of each draw of each control: columns row, effect, drawn.
+
+    `row` is the control's label in `forest_rows`. Empty if the result has no draws.
+    """
+    import pandas as pd
+
+    draws, rows = result.tables.get("draws"), []
+    if draws is not None:
+        left = draws[draws["metric"] == metric]
+        for row in forest_rows(result, metric).to_dict(orient="records"):
+            name, _, n = str(row["against"]).rpartition(":")
+            same = (left["edit"] == row["edit"]) & (left["of"] == row["of"])
+            mine = left[same & (left["control"] == name)].head(int(n) if n.isdigit() else 0)
+            left = left.drop(mine.index)
+            cells = zip(mine["effect"], mine["drawn"], strict=True)
+            rows += [(row["row"], *effect_and_draw) for effect_and_draw in cells]
+    return pd.DataFrame(rows, columns=["row", "effect", "drawn"])
+
+
+def flow_rows(result: Result) -> pd.DataFrame:
+    """Return flow by offset: columns edit, offset, flow, low, high."""
+    frame = result.frame[["edit", "offset", "flow", "flow_low", "flow_high"]]
+    return frame.rename(columns={"flow_low": "low", "flow_high": "high"})
+
+
+def lag_rows(result: Result) -> pd.DataFrame:
+    """Return how often each lag is copied: columns edit, lag, top1, low, high."""
+    frame = result.frame[["edit", "lag", "top1", "top1_low", "top1_high"]]
+    return frame.rename(columns={"top1_low": "low", "top1_high": "high"})
+
+
+def path_rows(result: Result, top: int | None = None) -> pd.DataFrame:
+    """Return the effect through each input of each reader: columns row, effect, low, high, q.
+
+    The first row is the total effect; `top` is the number of rows after it.
+    """
+    frame = result.frame if top is None else result.frame.head(top + 1)
+    labels = [f"{row.reader} {row.input}".strip() for row in frame.itertuples()]
+    return frame[["effect", "low", "high", "q"]].assign(
+        row=["all paths" if label == "all" else label for label in labels]
+    )
+
+
+def sweep_rows(result: Result) -> pd.DataFrame:
+    """Return one row for each head of a sweep: its largest effect over the offsets.
+
+    Columns layer, head, name, effect, low, high, q, and offset if offsets were swept.
+    """
+    names = ["layer", "head", "name", "effect", "low", "high", "q"]
+    names += ["offset"] if "offset" in result.frame else []
+    frame = result.frame.sort_values("effect", key=lambda e: -e.abs(), kind="stable")
+    return frame.drop_duplicates("name")[names].sort_values(["layer", "head"], ignore_index=True)

@@ -1,0 +1,1 @@
+"""What results show in notebooks: small tables and inline SVG, without scripts."""

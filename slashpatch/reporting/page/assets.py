@@ -1,0 +1,111 @@
+"""The HTML file itself: template, style, JavaScript, and the compressed data."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Any
+
+from ...data.files import without_nan
+from ...errors import ExtraError
+from .inputs import Inputs
+from .provenance_data import definitions, sources
+from .text_data import visible
+
+#: The page's own JavaScript, in the order in which it is joined.
+_SCRIPTS = ("elements", "charts", "overview", "head", "text", "effects", "start")
+_MODULES = {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2"}
+
+
+def require_extra() -> None:
+    """Raise ExtraError unless the libraries that draw a report are installed."""
+    missing = [package for module, package in _MODULES.items() if find_spec(module) is None]
+    if missing:
+        raise ExtraError(
+            f"a report needs {' and '.join(missing)}, not installed here; install with: "
+            "pip install 'slashpatch[report]'"
+        )
+
+
+def page(found: Inputs, data: dict[str, Any], title: str | None, command: str | None) -> str:
+    """Return the page as text.
+
+    Its content security policy allows the two scripts below by their checksums, and no request at
+    all. The data is gzipped JSON, so that the file stays small.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("slashpatch.reporting.page", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    scripts = [_inline(script) for script in (vega(), own_script())]
+    return environment.get_template("report.html.j2").render(
+        title=title or data["model"],
+        model=data["model"],
+        data=Markup(compressed(data)),
+        style=Markup(_own("report.css")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[_checksum(script) for script in scripts],
+        n_results=len(found.results),
+        n_texts=len(found.texts),
+        first=first_head(data),
+        sources=sources(found),
+        definitions=definitions(),
+        command=command,
+    )
+
+
+def compressed(data: dict[str, Any]) -> str:
+    """Return JSON values as gzipped JSON in base64; the same values give the same text."""
+    text = json.dumps(without_nan(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def first_head(data: dict[str, Any]) -> str:
+    """Return the name of the head with the highest score at an offset above 0, if there is one."""
+    best, name = -1.0, "L0H0"
+    n_heads = data["shape"][1]
+    for index, row in enumerate(data["scores"]["natural"]["score"]):
+        for offset, score in zip(data["offsets"], row, strict=True):
+            if score is not None and score > best and (offset or data["offsets"] == [0]):
+                best, name = score, f"L{index // n_heads}H{index % n_heads}"
+    return name
+
+
+@cache
+def vega() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script that sets `window.vegaEmbed`."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def own_script() -> str:
+    """Return the page's own JavaScript: the files of js/ in one function."""
+    parts = "\n".join(_own(f"js/{name}.js") for name in _SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
+
+
+def _own(name: str) -> str:
+    return (files("slashpatch.reporting.page") / name).read_text(encoding="utf-8")
+
+
+def _inline(script: str) -> str:
+    """Return a script that may stand between script tags: nothing in it ends them."""
+    safe = script.replace("\r\n", "\n").replace("</script", "<\\/script")
+    return "\n" + safe.replace("<!--", "<\\!--") + "\n"
+
+
+def _checksum(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,216 @@
+"""Measured effects as JSON values for the page: charts with their rows, tables, remarks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...effects.result import Result
+from ...heads import Head
+from ..charts import effect_rows
+from .scan_data import number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: The largest number of rows of a table on the page, the largest effects first.
+MOST_ROWS = 500
+_TITLES = {
+    "measure": "Effects of edits",
+    "flow": "Flow between tokens",
+    "copying": "Which token is copied",
+    "paths": "Paths of an effect",
+    "sweep": "One edit at every head",
+}
+_ABOUT = {
+    "measure": "Edited minus clean run, paired by prompt; rows against a control hold what is "
+    "beyond the mean of its draws.",
+    "flow": "KL divergence in nats of a prediction when the token Δ before it is replaced.",
+    "copying": "Repeated random tokens: how often the token at a lag in the first copy is the "
+    "likeliest next token.",
+    "paths": "What the edit changes through one input (q, k or v) of one later head alone.",
+    "sweep": "The same edit at one head at a time, the largest effect first.",
+}
+_TEXT = ("edit", "metric", "of", "against", "name", "reader", "input")
+_LABELS = {
+    "name": "head",
+    "offset": "Δ",
+    "as_large": "draws at least as large",
+    "n": "prompts",
+    "top1": "how often likeliest",
+    "q": "q",
+    "p": "p",
+}
+#: Columns with an interval, and the columns of its ends.
+_ENDS = {
+    "effect": ("low", "high"),
+    "flow": ("flow_low", "flow_high"),
+    "top1": ("top1_low", "top1_high"),
+    "loss": ("loss_low", "loss_high"),
+}
+_HEAD = re.compile(r"L\d+H\d+")
+#: Columns of a forest plot's table.
+_FOREST = ("row", "effect", "low", "high", "what", "q", "as_large")
+#: Number of paths in their chart, beside the total.
+_PATHS = 12
+
+
+def result_data(result: Result) -> dict[str, Any]:
+    """Return what the page shows of one result."""
+    origin = result.provenance
+    prompts = origin.get("prompts", {})
+    about = f"{_ABOUT[result.kind]} {prompts.get('n', '?')} prompts ({prompts.get('source', '?')})."
+    return {
+        "kind": result.kind,
+        "title": f"{_TITLES[result.kind]}: {_subject(result)}",
+        "about": about,
+        "charts": list(_charts(result)),
+        "tables": [table_data(result.frame, "All rows")],
+        "remarks": list(result.remarks),
+    }
+
+
+def _subject(result: Result) -> str:
+    origin = result.provenance
+    of = origin.get("measured") or []
+    if result.kind == "sweep":  # the edit at one head stands for all
+        of = [_HEAD.sub("{head}", edit) for edit in result.frame["edit"].head(1).astype(str)]
+    metric = origin.get("metric") or ", ".join(origin.get("metrics", ()))
+    return "; ".join(str(one) for one in of if one) + (f" ({metric})" if metric else "")
+
+
+def _charts(result: Result) -> Iterator[dict[str, Any]]:
+    """Yield the charts of a result: which specification, its rows, a title and a caption."""
+    if result.kind == "measure":
+        yield from _forests(result)
+        return
+    rows, spec, title = {
+        "flow": (effect_rows.flow_rows, "flow", "Flow by offset"),
+        "copying": (effect_rows.lag_rows, "lags", "How often each lag is copied"),
+        "paths": (lambda result: effect_rows.path_rows(result, _PATHS), "paths", "Strongest paths"),
+        "sweep": (effect_rows.sweep_rows, "sweep", "Effect of the edit at each head"),
+    }[result.kind]
+    frame = rows(result)
+    yield {
+        "title": title,
+        "spec": spec,
+        "sets": {"rows": records(frame)},
+        "caption": _caption(result, frame),
+    }
+
+
+def _forests(result: Result, head: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield a forest plot for each metric; with `head`, of the edits that name it."""
+    for metric in effect_rows.metrics_of(result):
+        rows, draws = effect_rows.forest_rows(result, metric), effect_rows.draw_rows(result, metric)
+        if head is not None:
+            rows = rows[[head in _HEAD.findall(str(edit)) for edit in rows["edit"]]]
+            draws = draws[draws["row"].isin(rows["row"])]
+        if len(rows):
+            yield {
+                "title": f"Effects on {metric}",
+                "spec": "forest",
+                "sets": {"rows": records(rows[list(_FOREST)]), "draws": records(draws)},
+                "caption": _forest_caption(rows, len(draws)),
+            }
+
+
+def _forest_caption(rows: pd.DataFrame, n_draws: int) -> str:
+    edits = rows[rows["what"] == "edit"]
+    clear = int(((edits["low"] > 0) | (edits["high"] < 0)).sum())
+    controls = (
+        f" A control is the mean of its draws, and ticks are the {n_draws} single draws."
+        if n_draws
+        else ""
+    )
+    return (
+        f"Edited minus clean, with intervals over prompts; {clear} of {len(edits)} exclude zero."
+        f"{controls}"
+    )
+
+
+def _caption(result: Result, frame: pd.DataFrame) -> str:
+    """Return what a chart shows, with its largest number."""
+    measured = {"flow": "flow", "copying": "top1"}.get(result.kind, "effect")
+    frame = frame[frame[measured].notna()].sort_values(measured, key=abs, ascending=False)
+    rows = frame.to_dict(orient="records")
+    if not rows:
+        return "Nothing was measured."
+    top = rows[0]
+    if result.kind == "flow":
+        return (
+            f"Largest at Δ={top['offset']} ({top['flow']:.3g} nats, {top['edit']}). Bands are "
+            "intervals over prompts."
+        )
+    if result.kind == "copying":
+        best = {row["edit"]: row for row in reversed(rows)}
+        each = [f"{edit}: lag {row['lag']} ({row['top1']:.2f})" for edit, row in best.items()]
+        return f"The lag that is copied most often, by edit: {'; '.join(reversed(each))}."
+    name = top["name"] if result.kind == "sweep" else top["row"]
+    interval = f" ({top['low']:+.3g} to {top['high']:+.3g} over prompts)"
+    return f"Largest: {name}, {top['effect']:+.3g}{interval if top['low'] == top['low'] else ''}."
+
+
+def sweep_values(
+    result: Result, shape: tuple[int, int]
+) -> Iterator[tuple[str, list[dict[str, Any] | None]]]:
+    """Yield a sweep's label and, for each head of the model, its largest effect and the offset."""
+    frame = result.frame.sort_values("effect", key=abs, ascending=False)
+    values: list[dict[str, Any] | None] = [None] * (shape[0] * shape[1])
+    for row in frame.drop_duplicates("name").to_dict(orient="records"):
+        at = row["layer"] * shape[1] + row["head"]
+        values[at] = {"effect": number(row["effect"]), "offset": row.get("offset")}
+    yield _subject(result), values
+
+
+def effects_by_head(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Return, for each head that an edit acts on, its forest plots and its rows of each result."""
+    named: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for name, rows in _rows_by_head(result).items():
+            entry = named.setdefault(name, {"charts": [], "tables": []})
+            entry["tables"].append(table_data(rows, f"{_TITLES[result.kind]}: rows of {name}"))
+            if result.kind == "measure":
+                entry["charts"] += _forests(result, name)
+    return named
+
+
+def _rows_by_head(result: Result) -> dict[str, pd.DataFrame]:
+    """Return the rows of a result for each head that their edits (or readers) name."""
+    frame = result.frame
+    column = {"sweep": "name", "paths": "reader"}.get(result.kind, "edit")
+    names = [set(_HEAD.findall(str(value))) for value in frame[column]]
+    found = sorted(set().union(*names), key=Head.parse) if names else []
+    return {name: frame[[name in row for row in names]] for name in found}
+
+
+def table_data(frame: pd.DataFrame, title: str) -> dict[str, Any]:
+    """Return a table for the page: columns, at most `MOST_ROWS` rows, and how many are left out."""
+    ends = {end for pair in _ENDS.values() for end in pair}
+    columns = [
+        {
+            "key": name,
+            "label": _LABELS.get(name, name.replace("_", " ")),
+            "number": name not in _TEXT,
+            "signed": name == "effect",
+            "ends": list(_ENDS[name]) if name in _ENDS and _ENDS[name][0] in frame else None,
+        }
+        for name in map(str, frame.columns)
+        if name not in ends and not (name == "of" and not frame["of"].any())
+    ]
+    left_out = len(frame) - MOST_ROWS
+    return {
+        "title": title,
+        "columns": columns,
+        "rows": records(frame.head(MOST_ROWS)),
+        "note": f"{left_out} more rows are in the result's own file." if left_out > 0 else "",
+    }
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return rows as JSON values, numbers with four significant digits."""
+    return [
+        {str(name): number(value) for name, value in row.items()}
+        for row in frame.to_dict(orient="records")
+    ]

@@ -1,0 +1,139 @@
+"""A scan as JSON values for the page: scores, ranks, profiles, rotary pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ModelError
+from ...heads import Head
+from ...maths.bands import NAMED_BANDS, band_pairs
+from ...scanning.moments import Moments
+from ...scanning.result import Scan
+
+#: The largest number of offsets on the page; of more, those with the highest scores are kept.
+MOST_OFFSETS = 128
+
+
+def shown_columns(scan: Scan) -> list[int]:
+    """Return the columns of the offsets on the page: all, or those where some head scores most."""
+    if len(scan.offsets) <= MOST_OFFSETS:
+        return list(range(len(scan.offsets)))
+    best = scan.scores.nan_to_num(-1).flatten(0, 1).amax(0)
+    return sorted(best.argsort(descending=True, stable=True)[:MOST_OFFSETS].tolist())
+
+
+def scan_data(scan: Scan, columns: list[int]) -> dict[str, Any]:
+    """Return score and interval of each head and offset, as [head of the model][offset]."""
+    low, high = scan.intervals()
+    return {
+        name: fixed(values[:, :, columns].flatten(0, 1), 4)
+        for name, values in (("score", scan.scores), ("low", low), ("high", high))
+    } | {"source": ", ".join(part["source"] for part in scan.provenance["prompts"])}
+
+
+def rank_data(scan: Scan) -> dict[str, Any] | None:
+    """Return the rank measures of each head by name; None for a scan without moments."""
+    if scan.moments is None:
+        return None
+    table = scan.rank_one
+    names = ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k")
+    return {name: numbers(torch.as_tensor(table[name].to_numpy().copy()), 4) for name in names}
+
+
+def profile_data(scan: Scan) -> dict[str, Any] | None:
+    """Return the mean logit of each head by offset, measured and predicted, and why it lacks one.
+
+    None for a scan without moments. A head whose layer has no profile has None, and `why` says why,
+    by layer.
+    """
+    moments = scan.moments
+    if moments is None:
+        return None
+    heads: list[dict[str, Any] | None] = []
+    why: dict[str, str] = {}
+    for head in _heads(scan):
+        try:
+            profile = moments.profile(head)
+        except ModelError as error:
+            heads.append(None)
+            why[str(head.layer)] = str(error)
+            continue
+        heads.append(
+            {
+                "offsets": _or_range(profile.offsets.tolist()),
+                "measured": numbers(profile.measured, 4),
+                "predicted": numbers(profile.predicted, 4),
+                "correlation": number(profile.correlation, 5),
+            }
+        )
+    return {"heads": heads, "why": why}
+
+
+def pair_data(scan: Scan) -> dict[str, Any] | None:
+    """Return amplitude and phase of each head's rotary pairs; None for a scan without moments."""
+    moments = scan.moments
+    if moments is None:
+        return None
+    layers = [_layer_pairs(moments, layer) for layer in range(scan.sums.shape[0])]
+    heads: list[dict[str, Any] | None] = []
+    for head in _heads(scan):
+        if layers[head.layer] is None:
+            heads.append(None)
+            continue
+        amplitude, phase = moments.amplitude_and_phase(head)
+        heads.append({"amplitude": numbers(amplitude, 4), "phase": numbers(phase, 4)})
+    return {"layers": layers, "heads": heads}
+
+
+def _layer_pairs(moments: Moments, layer: int) -> dict[str, Any] | None:
+    """Return wavelength and band of each pair of a layer; None for a layer without a profile."""
+    try:
+        frequencies = moments.rotary(layer).inv_freq
+    except ModelError:
+        return None
+    bands = [""] * len(frequencies)
+    for band in NAMED_BANDS:
+        for pair in band_pairs(band, frequencies):
+            bands[pair] = band
+    return {"wavelength": numbers(2 * math.pi / frequencies, 4), "band": bands}
+
+
+def _heads(scan: Scan) -> list[Head]:
+    n_layers, n_heads, _ = scan.sums.shape
+    return [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+
+
+def _or_range(offsets: list[int]) -> list[int] | int:
+    """Return offsets 0, 1, …, n − 1 as n, which is how most profiles are written."""
+    return len(offsets) if offsets == list(range(len(offsets))) else offsets
+
+
+def numbers(values: Tensor, digits: int) -> Any:
+    """Return a tensor as nested lists of numbers with some significant digits; NaN is None."""
+    if values.ndim > 1:
+        return [numbers(row, digits) for row in values]
+    return [number(value, digits) for value in values.tolist()]
+
+
+def fixed(values: Tensor, decimals: int) -> Any:
+    """Return a tensor as nested lists of numbers with some decimals; NaN is None."""
+    if values.ndim > 1:
+        return [fixed(row, decimals) for row in values]
+    return [number(round(value, decimals), 15) for value in values.tolist()]
+
+
+def number(value: Any, digits: int = 4) -> Any:
+    """Return a number with some significant digits; None for NaN, infinities and no number."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded

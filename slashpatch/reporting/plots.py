@@ -1,0 +1,157 @@
+"""Each result as a matplotlib figure or as an Altair chart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PlotError
+from .charts import effect_rows, effects, heads, pairs, rows, training, training_rows
+from .charts.palette import theme
+from .charts.parts import require_altair, source, stacked
+from .checks import check_figure
+from .explanation_figure import explanation_figure
+from .figures import effects_figure, grid_figure, scan_figure
+from .style import shortened
+from .theory import training_figure
+
+if TYPE_CHECKING:
+    from ..checking.result import Report
+    from ..effects.result import Result
+    from ..explaining.result import Explanation
+    from ..scanning.monitor import SlashMonitor
+    from ..scanning.result import Scan
+    from ..theory import Run
+
+BACKENDS = ("matplotlib", "altair")
+
+
+def _drawn(backend: str, figure: Callable[[], Any], chart: Callable[[], Any]) -> Any:
+    """Return `figure()` or, on a white background and in the light theme, `chart()`."""
+    if backend not in BACKENDS:
+        raise PlotError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "matplotlib":
+        return figure()
+    require_altair()
+    config = {key: value for key, value in theme().items() if key != "background"}
+    return chart().configure(**config).properties(background="white")
+
+
+def _step() -> Any:
+    """Return the width of a grid: as wide as it is high for each head."""
+    return require_altair().Step(18)
+
+
+def plot_scan(scan: Scan, backend: str, control: Scan | None = None, kappa: float = 0.1) -> Any:
+    """Return the grid of heads of a scan, and below it that of its control."""
+
+    def chart() -> Any:
+        grids = []
+        for name, each in (("rows", scan), ("control", control)):
+            if each is not None:
+                frame = source(rows.grid_rows(each.scores, each.offsets), name)
+                title = shortened(f"{each.provenance['model']}, {rows.tokens_of(each)}", 80)
+                grids.append(heads.head_grid(frame, kappa=kappa, title=title, width=_step()))
+        return grids[0] if control is None else stacked(*grids)
+
+    return _drawn(backend, lambda: scan_figure(scan, control, kappa), chart)
+
+
+def plot_monitor(monitor: SlashMonitor, backend: str) -> Any:
+    """Return the grid of heads that a monitor has seen so far."""
+    title = f"so far, {int(monitor.n_rows.max())} rows"
+
+    def chart() -> Any:
+        frame = rows.grid_rows(monitor.scores, monitor.offsets)
+        return heads.head_grid(frame, kappa=monitor.kappa, title=title, width=_step())
+
+    def figure() -> Any:
+        return grid_figure({title: (monitor.scores, monitor.offsets)}, None, monitor.kappa)
+
+    return _drawn(backend, figure, chart)
+
+
+def plot_explanation(explanation: Explanation, backend: str) -> Any:
+    """Return the scores under edits, the mean logit by offset, and each pair's cosine."""
+
+    def chart() -> Any:
+        title = f"{explanation.head} at Δ={explanation.offset}: {explanation.verdict}"
+        tried = source(rows.edit_rows(explanation), "edits")
+        parts: list[Any] = [heads.edits_of_explanation(tried, title=title)]
+        if explanation.profile is not None:
+            logits = source(rows.profile_rows(explanation.profile), "logits")
+            parts.append(heads.logit_by_offset(logits))
+            parts.append(pairs.pairs(source(rows.pair_rows(explanation.cosines), "pairs")))
+        return stacked(*parts)
+
+    return _drawn(backend, lambda: explanation_figure(explanation), chart)
+
+
+def plot_report(report: Report, backend: str) -> Any:
+    """Return how many checks of each contract passed, failed or were refused."""
+
+    def chart() -> Any:
+        title = shortened(str(report.provenance["model"]), 80)
+        return training.checks(training_rows.check_rows(report), title=title)
+
+    return _drawn(backend, lambda: check_figure(report), chart)
+
+
+def plot_run(run: Run, backend: str, kappa: float = 0.3) -> Any:
+    """Return slash score and layer 2's attention by training step."""
+
+    def chart() -> Any:
+        settings = run.settings
+        title = (
+            f"{settings.task}, Δ={settings.offset}, cone {settings.cone:g}, seed {settings.seed}"
+        )
+        return training.training(training_rows.training_rows([run]), kappa=kappa, title=title)
+
+    if not run.rows:
+        raise PlotError("the run has no measurements yet; train it before plotting")
+    return _drawn(backend, lambda: training_figure([run], kappa), chart)
+
+
+def plot_result(result: Result, backend: str, top: int = 20) -> Any:
+    """Return a forest plot, curves, bars, paths or a grid, by the result's kind."""
+    if result.frame.empty:
+        raise PlotError(f"this result of {result.kind} has no rows to plot")
+    charts: dict[str, Callable[[], Any]] = {
+        "measure": lambda: _forests(result, top),
+        "flow": lambda: effects.flow(
+            effect_rows.flow_rows(result), log=float(result.frame["flow"].min()) > 0
+        ),
+        "copying": lambda: effects.lags(effect_rows.lag_rows(result)),
+        "paths": lambda: effects.paths(
+            effect_rows.path_rows(result, top),
+            title=shortened(result.provenance["measured"][0], 60),
+        ),
+        "sweep": lambda: effects.sweep(
+            effect_rows.sweep_rows(result),
+            quantity=f"effect on {shortened(result.provenance['metric'], 24)}",
+            width=_step(),
+        ),
+    }
+    if result.kind not in charts:
+        raise PlotError(
+            f"there is no plot of a result of kind {result.kind!r}; expected one of "
+            f"{', '.join(charts)}"
+        )
+    return _drawn(backend, lambda: effects_figure(result, top), charts[result.kind])
+
+
+def _forests(result: Result, top: int) -> Any:
+    """Return a forest plot for each metric, one below the other."""
+    plots = []
+    for index, metric in enumerate(effect_rows.metrics_of(result)):
+        shown = effect_rows.forest_rows(result, metric).head(top)
+        draws = effect_rows.draw_rows(result, metric)
+        draws = draws[draws["row"].isin(shown["row"])]
+        plots.append(
+            effects.forest(
+                source(shown, f"rows{index}"),
+                None if draws.empty else source(draws, f"draws{index}"),
+                quantity=f"effect on {shortened(metric)} (edited − clean)",
+            )
+        )
+    return plots[0] if len(plots) == 1 else stacked(*plots)

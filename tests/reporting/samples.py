@@ -1,0 +1,273 @@
+"""Made-up results of a model that does not exist, for tests of what people look at.
+
+They have the shapes, names and columns of real ones; the numbers are drawn from a seed.
+"""
+
+import math
+
+import pandas as pd
+import torch
+
+from slashpatch.effects.result import Result
+from slashpatch.explaining.result import Explanation
+from slashpatch.heads import Head
+from slashpatch.scanning.moments import Moments
+from slashpatch.scanning.result import Scan
+from slashpatch.scanning.top_keys_result import TopKeys
+
+#: Text that would act, or mislead, where it is not escaped.
+HOSTILE = (
+    '<script>alert(1)</script>"onerror=alert(2)//\u202egnp.\u2066</script>'
+    "<img src=x onerror=alert(3)>"
+)
+
+
+def origin(model="tiny/model", fingerprint="f" * 64, **details):
+    return {
+        "model": model,
+        "fingerprint": fingerprint,
+        "architecture": "TinyForCausalLM",
+        "dtype": "float32",
+        "device": "cpu",
+        "edits": [],
+        "other_hooks": [],
+        "versions": {"python": "3.11", "slashpatch": "0.1.0", "torch": "2.13.0"},
+        **details,
+    }
+
+
+def scan(
+    layers=3,
+    heads=4,
+    offsets=range(8),
+    *,
+    kv=2,
+    d_head=16,
+    n=4,
+    seed=0,
+    moments=True,
+    source="natural",
+    **of,
+):
+    """A scan in which head L1H0 slashes at Δ=1."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = tuple(offsets)
+    means = 0.05 * torch.rand(layers, heads, len(offsets), generator=generator, dtype=torch.float64)
+    if 1 in offsets and layers > 1:
+        means[1, 0, offsets.index(1)] = 0.8
+    spread = 0.01 * torch.rand(means.shape, generator=generator, dtype=torch.float64)
+    prompts = [{"source": f"{source} text", "n": n, "digest": "d" * 16}]
+    return Scan(
+        offsets,
+        means * n,
+        (means**2 + spread**2) * n,
+        torch.full((len(offsets),), n),
+        n * 64,
+        origin(prompts=prompts, seed=seed, **of),
+        made_up_moments(layers, heads, kv, d_head, generator) if moments else None,
+    )
+
+
+def made_up_moments(layers, heads, kv, d_head, generator, n_tokens=256, n_profile=64):
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    pairs = d_head // 2
+    q, k = draw(layers, heads, d_head), draw(layers, kv, d_head)
+    noise_q, noise_k = draw(layers, heads, d_head, d_head), draw(layers, kv, d_head, d_head)
+    inv_freq = 10_000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    return Moments(
+        n_tokens=torch.tensor(n_tokens),
+        gram_q=q[..., None] * q[..., None, :] * n_tokens + noise_q @ noise_q.mT,
+        gram_k=k[..., None] * k[..., None, :] * n_tokens + noise_k @ noise_k.mT,
+        sum_q=q * n_tokens,
+        sum_k=k * n_tokens,
+        sum_x=draw(layers, d_head) * n_tokens,
+        unit_q=q * n_tokens / 8,
+        unit_k=k * n_tokens / 8,
+        unit_x=draw(layers, d_head) * n_tokens / 8,
+        abs_q=torch.hypot(q[..., :pairs], q[..., pairs:]) * n_tokens * 1.2,
+        abs_k=torch.hypot(k[..., :pairs], k[..., pairs:]) * n_tokens * 1.2,
+        logits=draw(layers, heads, n_profile) * n_tokens,
+        logit_rows=torch.full((layers, heads, n_profile), n_tokens),
+        inv_freq=inv_freq.expand(layers, -1).clone(),
+        gain=torch.ones(layers, dtype=torch.float64),
+        scale=torch.full((layers,), 1 / math.sqrt(d_head), dtype=torch.float64),
+        pairing=("half",) * layers,
+    )
+
+
+def explanation(head="L1H0", of=None, **details):
+    """An explanation of a head of `scan()`."""
+    of = of or scan()
+    name = Head.parse(head)
+    bands = {"high": 0.02, "medium": 0.5, "low": 0.8}
+    return Explanation(
+        head=name,
+        offset=1,
+        natural=float(of.scores[name.layer, name.head, of.offsets.index(1)]),
+        random=0.6,
+        rank=dict.fromkeys(
+            ("r1_q", "r95_q", "cone_q", "r1_k", "r95_k", "cone_k", "cone_x"), (0.9, 0.75)
+        ),
+        dropped=bands,
+        frozen=bands,
+        rank_one={"q": 0.7, "k": 0.75, "qk": 0.72},
+        profile=None if of.moments is None else of.profile(head),
+        pairs=[(0, 6.28, 1.5), (1, 12.5, 0.5)],
+        concentration=dict.fromkeys(bands, (0.9, 0.8)),
+        verdict="RoPE-made slash",
+        kappa=0.1,
+        provenance=origin(
+            prompts=[{"source": "natural text", "n": 4, "digest": "d"}], seed=0, **details
+        ),
+    )
+
+
+def _effect(value, width=0.3):
+    return {"effect": value, "low": value - width, "high": value + width, "p": 0.01, "q": 0.02}
+
+
+def result(kind, **of):
+    """A result of `measure`, `flow`, `copying`, `paths` or `sweep`."""
+    edit = "KnockOut(L1H0, 1)"
+    details = {
+        "confidence": 0.95,
+        "seed": 0,
+        "prompts": {"n": 4, "source": "repeated random tokens"},
+    }
+    tables, remarks = {}, ("The edit raises the loss.",)
+    if kind == "measure":
+        base = {"edit": edit, "metric": "copying", "of": "", "n": 4, "baseline": 2.0, "edited": 8.0}
+        frame = pd.DataFrame(
+            [
+                {**base, "against": "clean", **_effect(6.0), "as_large": float("nan")},
+                {**base, "against": "random-heads:2", **_effect(5.9), "as_large": 0.0},
+            ]
+        )
+        tables["draws"] = pd.DataFrame(
+            [
+                {
+                    "edit": edit,
+                    "control": "random-heads",
+                    "drawn": f"KnockOut(L1H{head}, 1)",
+                    "metric": "copying",
+                    "of": "",
+                    "effect": 0.05 * head,
+                }
+                for head in (2, 3)
+            ]
+        )
+        details |= {"measured": [edit], "metrics": ["copying"], "controls": ["random-heads:2"]}
+    elif kind == "flow":
+        frame = pd.DataFrame(
+            [
+                {
+                    "edit": name,
+                    "offset": offset,
+                    "flow": flow / offset,
+                    "flow_low": 0.8 * flow / offset,
+                    "flow_high": 1.2 * flow / offset,
+                    **(
+                        _effect(-0.2)
+                        if name != "clean"
+                        else dict.fromkeys(_effect(0), float("nan"))
+                    ),
+                }
+                for name, flow in (("clean", 1.5), (edit, 0.8))
+                for offset in range(1, 9)
+            ]
+        )
+        details |= {"measured": [edit]}
+    elif kind == "copying":
+        frame = pd.DataFrame(
+            [
+                {
+                    "edit": name,
+                    "lag": lag,
+                    "top1": share,
+                    "top1_low": share - 0.02,
+                    "top1_high": share + 0.02,
+                    "loss": 3.0,
+                    "loss_low": 2.5,
+                    "loss_high": 3.5,
+                    **(
+                        _effect(0.5) if name != "clean" else dict.fromkeys(_effect(0), float("nan"))
+                    ),
+                }
+                for name, shares in (("clean", (0.6, 0.1)), (edit, (0.1, 0.3)))
+                for lag, share in enumerate(shares, 1)
+            ]
+        )
+        details |= {"measured": [edit]}
+    elif kind == "paths":
+        frame = pd.DataFrame(
+            [
+                {
+                    "edit": edit,
+                    "reader": reader,
+                    "input": part,
+                    "metric": "copying",
+                    "baseline": 2.0,
+                    "edited": 2.0 + value,
+                    **_effect(value),
+                }
+                for reader, part, value in (
+                    ("L2H1", "k", 3.0),
+                    ("L2H1", "q", 0.1),
+                    ("L2H3", "v", -0.1),
+                )
+            ]
+        )
+        details |= {"measured": [edit], "metric": "copying"}
+    else:
+        frame = pd.DataFrame(
+            [
+                {
+                    "name": f"L{layer}H{head}",
+                    "layer": layer,
+                    "head": head,
+                    "edit": f"KnockOut(L{layer}H{head}, offsets=1)",
+                    "metric": "copying",
+                    "n": 4,
+                    "baseline": 2.0,
+                    "edited": 2.5,
+                    **_effect(5.0 if (layer, head) == (1, 0) else 0.01 * head),
+                }
+                for layer in range(3)
+                for head in range(4)
+            ]
+        )
+        details |= {"metric": "copying"}
+    return Result(kind, frame, tables, remarks, origin(**details, **of))
+
+
+def text(n=40, heads=("L1H0", "L2H3"), tokens=None, top=4, offsets=range(8), seed=0, **of):
+    """A text of n tokens in which each token reads the one before most."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = tuple(tokens or (f" word{i}" if i % 9 else "\n" for i in range(n)))
+    n = len(tokens)
+    keys = torch.full((len(heads), n, top), -1)
+    weights = torch.zeros(len(heads), n, top)
+    for place in range(top):
+        keys[:, place + 1 :, place] = torch.arange(n - place - 1)
+        weights[:, place + 1 :, place] = 0.5 / 2**place
+        keys[:, place + 1 :, place] = torch.arange(place + 1, n) - (place + 1)
+    diagonals = torch.zeros(len(heads), n, len(offsets))
+    for column, offset in enumerate(offsets):
+        diagonals[:, offset:, column] = 0.1 * torch.rand(
+            len(heads), n - offset, generator=generator
+        )
+    if 1 in offsets:
+        diagonals[:, 1:, tuple(offsets).index(1)] = 0.5
+    details = origin(prompts=[{"source": "a text", "n": 1, "digest": "d"}], seed=seed, **of)
+    return TopKeys(
+        tuple(Head.parse(name) for name in heads),
+        tokens,
+        torch.arange(n),
+        keys,
+        weights,
+        tuple(offsets),
+        diagonals,
+        details,
+    )
