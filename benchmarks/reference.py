@@ -74,7 +74,7 @@ PAGES = {
     ),
     "reporting": (
         "Reporting",
-        "Scans, results, explanations, checks, training runs and monitors have a method `plot`, and "
+        "Scans, results, explanations, checks, training runs and monitors have a method `plot` and "
         "show themselves in notebooks. How to: [show results](../how-to/report.md).",
         "report reporting.figures.scan_figure reporting.figures.profile_figure "
         "reporting.figures.effects_figure reporting.figures.paths_figure "
