@@ -258,7 +258,7 @@ def paths_figure(result: Result, top: int = 12) -> Figure:
         capsize=2,
     )
     axis.axvline(0, color=ink(), lw=0.8, ls="--")
-    axis.set_yticks(range(len(rows)), rows["row"], fontsize=8)
+    axis.set_yticks(range(len(rows)), [shortened(label) for label in rows["row"]], fontsize=8)
     metric = shortened(", ".join(dict.fromkeys(result.frame["metric"])))
     axis.set_xlabel(f"effect on {metric} through this input alone")
     measured = ", ".join(result.provenance["measured"])

@@ -69,7 +69,7 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float | int, height: float | int) -> Figure:
     """Return an empty figure, in inches."""
     from matplotlib.figure import Figure
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .parts import (
     ROW_HEIGHT,
+    axis_title,
     curves,
     finished,
     head_axes,
@@ -49,6 +50,7 @@ def forest(
         description: What is seen, for screen readers.
     """
     alt = require_altair()
+    quantity = axis_title(quantity)
     tips = tooltip(
         row="row:N", effect="effect:Q:+.4f", low="low:Q:+.4f", high="high:Q:+.4f", what="what:N"
     )
@@ -106,6 +108,7 @@ def paths(
         description: What is seen, for screen readers.
     """
     alt = require_altair()
+    quantity = axis_title(quantity)
     tips = tooltip(path="row:N", effect="effect:Q:+.4f", low="low:Q:+.4f", high="high:Q:+.4f")
     layers = [zero_rule(quantity), *_intervals(source(data), quantity, tips, {})]
     return finished(alt.layer(*layers), description, title, width, alt.Step(ROW_HEIGHT))
@@ -222,7 +225,7 @@ def sweep(
     )
     x, y = head_axes()
     legend = alt.Legend(gradientLength=120, tickCount=5)
-    color = alt.Color("effect:Q", title=quantity, scale=scale, legend=legend)
+    color = alt.Color("effect:Q", title=axis_title(quantity), scale=scale, legend=legend)
     cells = alt.Chart().mark_rect().encode(x=x, y=y, color=color, tooltip=tips)
     dots = (
         alt.Chart()

@@ -68,6 +68,15 @@ def finished(
     )
 
 
+def axis_title(text: str) -> str:
+    """Return an untrusted text as the title of an axis or legend.
+
+    Vega-Lite puts these titles into expressions, where it escapes quotes but not backslashes, so a
+    backslash could end the text and begin an expression; another sign takes its place.
+    """
+    return text.replace("\\", "\N{SET MINUS}")
+
+
 def stacked(*charts: Any) -> alt.VConcatChart:
     """Return charts one below the other, each with its own scales."""
     alt = require_altair()

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .parts import ROW_HEIGHT, finished, kinds, of, require_altair, seen, source, tooltip
+from .parts import (
+    ROW_HEIGHT,
+    axis_title,
+    finished,
+    kinds,
+    of,
+    require_altair,
+    seen,
+    source,
+    tooltip,
+)
 
 if TYPE_CHECKING:
     import altair as alt
@@ -90,8 +100,8 @@ def phases(
     alt = require_altair()
     tips = tooltip(row="row:N", column="column:N", steps="steps:Q:.0f", final_score="score:Q:.2f")
     table = source(data)
-    x = alt.X("column:N", title=columns, sort=None, axis=alt.Axis(labelAngle=0))
-    y = alt.Y("row:N", title=rows, sort=None)
+    x = alt.X("column:N", title=axis_title(columns), sort=None, axis=alt.Axis(labelAngle=0))
+    y = alt.Y("row:N", title=axis_title(rows), sort=None)
     # Vega-Lite leaves cells without a number out; this layer keeps their place and tooltip.
     outlines = alt.Chart().mark_rect(fillOpacity=0).encode(x=x, y=y, tooltip=tips)
     panels = []
