@@ -44,6 +44,7 @@ bench: .venv/developed
 	$(BIN)/python benchmarks/fused.py
 	$(BIN)/python benchmarks/effects.py
 	$(BIN)/python benchmarks/theory.py
+	$(BIN)/python benchmarks/report.py
 
 families: .venv/developed
 	$(BIN)/python -m tests.zoo
@@ -54,6 +55,7 @@ docs: .venv/developed
 gallery: .venv/developed
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/gallery.py
+	$(BIN)/python benchmarks/report_pictures.py
 
 reference: .venv/developed
 	$(BIN)/python benchmarks/reference.py

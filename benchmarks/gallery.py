@@ -173,7 +173,7 @@ ENTRIES = (
         "logit'(Δ) = scale · Σ_l a_l cos(θ'_l Δ + φ_l)",
         "Any frequencies: a function of θ, numbers, or those of another head's layer (a name such "
         "as `L3H0`).",
-        "With every θ a quarter, one token back looks like four: the slash lies at Δ=4, and is "
+        "With every θ a quarter, four tokens back look like one: the slash lies at Δ=4, and is "
         "four times as wide. At Δ=4 {before:.2f} before, {after:.2f} after.",
         4,
     ),

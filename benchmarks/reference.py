@@ -15,8 +15,15 @@ from typing import get_args, get_type_hints
 
 import typer
 
+from slashpatch import errors
+
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 
+_ERRORS = [
+    name
+    for name, found in vars(errors).items()
+    if isinstance(found, type) and name != "SlashpatchError"
+]
 #: By page: title, what the page is about, and its names.
 PAGES = {
     "models": (
@@ -27,7 +34,8 @@ PAGES = {
     "scanning": (
         "Scanning",
         "How to: [find slash heads](../how-to/find.md).",
-        "scan Scan SlashHead scanning.moments.Profile SlashMonitor scanning.monitor.Detection",
+        "scan Scan SlashHead scanning.moments.Profile top_keys TopKeys SlashMonitor "
+        "scanning.monitor.Detection",
     ),
     "edits": (
         "Edits",
@@ -66,8 +74,9 @@ PAGES = {
     ),
     "reporting": (
         "Reporting",
-        "How to: [show results](../how-to/report.md).",
-        "reporting.figures.scan_figure reporting.figures.profile_figure "
+        "Scans, results, explanations, checks, training runs and monitors have a method `plot` and "
+        "show themselves in notebooks. How to: [show results](../how-to/report.md).",
+        "report reporting.figures.scan_figure reporting.figures.profile_figure "
         "reporting.figures.effects_figure reporting.figures.paths_figure "
         "reporting.figures.losses_figure reporting.figures.save_figure",
     ),
@@ -75,10 +84,7 @@ PAGES = {
         "Errors",
         "Each message says what was expected, what came, and what to do. The command prints it as "
         "one line and exits with 2.",
-        "SlashpatchError errors.HeadError errors.OffsetError errors.BandError errors.PromptError "
-        "errors.ModelError errors.EditError errors.PatchError errors.FusedError errors.ScanError "
-        "errors.MetricError errors.ControlError errors.SweepError errors.TheoryError "
-        "errors.DownloadError errors.OutputError errors.ExtraError errors.PlotError",
+        "SlashpatchError " + " ".join(f"errors.{name}" for name in _ERRORS),
     ),
 }
 

@@ -45,11 +45,11 @@ def times(path):
     """Milliseconds of each kind of click."""
     from playwright.sync_api import sync_playwright
 
-    from tests.reporting.conftest import _CHROMIUM, _FLAGS
+    from tests.reporting.conftest import CHROMIUM, FLAGS
 
     found = {"a head": [], "a token": [], "the slider of κ": []}
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS)
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_context(offline=True).new_page()
         page.goto(path.as_uri())
         page.wait_for_selector('html[data-ready="all"]', state="attached")

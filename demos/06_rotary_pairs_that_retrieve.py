@@ -43,7 +43,7 @@ from slashpatch.effects.statistics import interval
 from slashpatch.reporting.figures import save_figure
 
 SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
-N_PROMPTS, DOSES, N_DRAWS = (3, (2, 8), 2) if SMALL else (16, (1, 2, 4, 8, 16), 3)
+N_PROMPTS, DOSES, N_DRAWS = (3, (2, 8), 2) if SMALL else (12, (1, 2, 4, 8, 16), 3)
 
 model = sp.load()
 N_PAIRS = model.cfg.d_head // 2

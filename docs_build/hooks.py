@@ -29,7 +29,7 @@ _OPTIONS = {
 
 def notebooks() -> list[str]:
     """Return the demos that are executed notebooks, or their scripts where they are not."""
-    scripts = sorted((ROOT / "demos").glob("*.py"))
+    scripts = sorted((ROOT / "demos").glob("[0-9]*.py"))
     found = [path.with_suffix(".ipynb") for path in scripts]
     found = [path if path.exists() else script for path, script in zip(found, scripts, strict=True)]
     return [path.relative_to(ROOT).as_posix() for path in found]

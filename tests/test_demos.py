@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -21,7 +20,9 @@ NOTEBOOKS = [demo.with_suffix(".ipynb") for demo in DEMOS]
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 #: What would differ on another machine.
-_DRIFTS = re.compile(r"(/root|/home|/tmp|/work|/usr|/opt|C:\\)[/\\\w]|ipykernel_|0x[0-9a-f]{8}|\x1b")
+_DRIFTS = re.compile(
+    r"(/root|/home|/tmp|/work|/usr|/opt|C:\\)[/\\\w]|ipykernel_|0x[0-9a-f]{8}|\x1b"
+)
 _LARGEST = 300_000
 
 

@@ -44,7 +44,7 @@ COMMANDS = {
     for number, line in enumerate("".join(codes).strip().splitlines(), 1)
 }
 MAKE = {name: line for name, line in COMMANDS.items() if line.startswith("make ")}
-SLASHPATCH = {name: line for name, line in COMMANDS.items() if name not in MAKE}
+SLASHPATCH = {line: name for name, line in COMMANDS.items() if name not in MAKE}  # each once
 
 
 @pytest.mark.parametrize("page", LINKED, **by_name)
@@ -76,7 +76,7 @@ def test_make_targets_exist(command):
 
 @pytest.mark.real
 @pytest.mark.usefixtures("unchecked")  # as a reader runs them
-@pytest.mark.parametrize("command", SLASHPATCH.values(), ids=SLASHPATCH)
+@pytest.mark.parametrize("command", SLASHPATCH, ids=SLASHPATCH.values())
 def test_commands_run(command, tmp_path, monkeypatch, capsys):
     from slashpatch.cli.app import main
 

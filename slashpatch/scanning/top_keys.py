@@ -52,8 +52,11 @@ def top_keys(
         seed: Random seed of natural text.
 
     Raises:
-        ModelError, HeadError, OffsetError, PromptError for more than one text or one beyond the
-        model's context, or ScanError for a `top` that is no integer from 1, or a pattern with NaN.
+        ModelError: A model that slashpatch does not support.
+        HeadError: Heads that the model does not have.
+        OffsetError: Offsets beyond the context.
+        PromptError: More than one text, or one beyond the model's context.
+        ScanError: A `top` that is no integer from 1, or a pattern with NaN.
     """
     info = bridge.read(model)
     chosen = info.require(heads)

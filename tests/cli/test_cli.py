@@ -13,31 +13,7 @@ import slashpatch as sp
 from slashpatch.cli import app as cli
 from slashpatch.cli import generate, length
 
-from ..tiny import N_CTX, llama, tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny model directory, as a user would name it."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    llama(seed=0).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["slashpatch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return run
-
+from ..tiny import N_CTX, tokenizer
 
 SMALL = ("--prompts", 2, "--max-tokens", 24, "--offsets", "0-3", "--device", "cpu")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-_FLAGS = [
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -21,10 +21,10 @@ _FLAGS = [
 def browser():
     """Debian's Chromium, driven by Playwright."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if _CHROMIUM is None:
+    if CHROMIUM is None:
         pytest.skip("there is no chromium here (apt-get install chromium)")
     with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS)
+        running = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield running
         running.close()
 

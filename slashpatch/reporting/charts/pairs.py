@@ -123,7 +123,9 @@ def pairs(
         panel.background = panel.data = alt.Undefined  # only the whole has them
     chart = alt.vconcat(*panels, data=rows, spacing=8)
     # Each panel has colours of its own, because only one of the two has a legend.
-    return finished(chart.resolve_scale(color="independent"), description, title)
+    return finished(
+        chart.resolve_scale(color="independent", shape="independent"), description, title
+    )
 
 
 def _pair_axis(alt: Any, labels: bool) -> Any:

@@ -125,7 +125,7 @@ def _forest_caption(rows: pd.DataFrame, n_draws: int) -> str:
         else ""
     )
     return (
-        f"Edited minus clean, with intervals over prompts; {clear} of {len(edits)} exclude zero."
+        f"Edited minus clean; the interval over prompts excludes zero for {clear} of {len(edits)}."
         f"{controls}"
     )
 

@@ -15,6 +15,8 @@ from ..charts.palette import (
 
 #: Width of every chart, in pixels; the page makes charts narrower where there is less room.
 _WIDTH = 480
+#: Width of charts whose rows have long labels beside them.
+_LABELLED = 320
 #: Steps of the colour scales of the grid; odd, so that there is a middle.
 _STEPS = 65
 
@@ -29,10 +31,10 @@ def specs() -> dict[str, dict[str, Any]]:
         "logit_by_offset": heads.logit_by_offset(rows, width=_WIDTH),
         "pairs": of_pairs.pairs(rows, width=_WIDTH),
         "edits_of_explanation": heads.edits_of_explanation(rows, width=_WIDTH),
-        "forest": effects.forest(rows, draws, width=_WIDTH),
+        "forest": effects.forest(rows, draws, width=_LABELLED),
         "flow": effects.flow(rows, width=_WIDTH),
         "lags": effects.lags(rows, width=_WIDTH),
-        "paths": effects.paths(rows, width=_WIDTH),
+        "paths": effects.paths(rows, width=_LABELLED),
         "sweep": effects.sweep(rows, width=_WIDTH),
     }
     return {name: chart.to_dict() for name, chart in charts.items()}

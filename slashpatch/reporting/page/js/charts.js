@@ -50,11 +50,11 @@ async function redraw() {
 }
 
 /** Return a figure: the chart, its caption, and its rows as a table that opens. */
-function figure({ title, spec, sets, caption, columns }) {
+function figure({ title, level = 3, spec, sets, caption, columns }) {
   const place = element("div", { class: "chart" });
   const twin = element("div");
   const details = element("details", {}, element("summary", {}, "Table of this chart"), twin);
-  const made = element("figure", {}, title ? element("h3", {}, title) : null, place,
+  const made = element("figure", {}, title ? element(`h${level}`, {}, title) : null, place,
     element("figcaption", {}, caption), details);
   made.update = (newSets, newCaption) => {
     sets = newSets;

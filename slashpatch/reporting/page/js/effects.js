@@ -9,7 +9,7 @@ function resultTable(one) {
       return shown(row[key], signed) + (range === "–" ? "" : ` (${range})`);
     },
   }));
-  return element("div", {}, one.title ? element("h3", {}, one.title) : null, table(columns, one.rows, one.title || "Table"),
+  return element("div", {}, one.title ? element("h4", {}, one.title) : null, table(columns, one.rows, one.title || "Table"),
     one.note ? element("p", { class: "dim" }, one.note) : null);
 }
 
@@ -17,7 +17,7 @@ function buildEffects() {
   if (!data.results.length) return;
   byId("effects").replaceChildren(...data.results.map((result) => element("article", {},
     element("h3", {}, result.title), element("p", { class: "dim" }, result.about),
-    ...result.charts.map(figure),
+    ...result.charts.map((chart) => figure({ ...chart, level: 4 })),
     ...result.tables.map(resultTable),
     ...(result.remarks.length ? [element("ul", {}, ...result.remarks.map((remark) => element("li", {}, remark)))] : []))));
 }

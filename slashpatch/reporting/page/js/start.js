@@ -91,6 +91,9 @@ async function start() {
   setTheme();
   buildOverview();
   buildHead();
+  window.addEventListener("beforeprint", () => {
+    for (const part of byId("view-provenance").querySelectorAll("details")) part.open = true;
+  });
   window.addEventListener("hashchange", () => route());
   route(Boolean(location.hash));
   document.documentElement.dataset.ready = "yes";
