@@ -21,7 +21,7 @@ _STYLES = {"pass": "green", "refused": "yellow", "fail": "bold red"}
 _BARS = {
     "pass": (CATEGORIES[0], ""),
     "fail": (CATEGORIES[1], "xx"),
-    "refused": (CATEGORIES[4], "//"),
+    "refused": (CATEGORIES[2], "//"),
 }
 
 

@@ -13,7 +13,7 @@ from ..data.files import written_whole
 from .charts.effect_rows import flow_rows, lag_rows, path_rows, sweep_rows
 from .charts.palette import CATEGORIES, DARK_TEXT_FROM, DIVERGING, SCORES
 from .charts.rows import grid_rows, tokens_of
-from .style import ink, line_style, new_figure, shortened, styled
+from .style import ink, line_style, new_figure, plain_numbers, shortened, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,6 +178,8 @@ def _draw_flow(axis: Axes, result: Result) -> None:
     axis.set_ylabel("KL divergence (nats)")
     if frame["flow"].min() > 0:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(plain_numbers())
+        axis.yaxis.set_minor_formatter(plain_numbers())
     axis.set_title(shortened(f"{result.provenance['model']}: flow by offset", 80))
     axis.legend()
     axis.grid(alpha=0.3)

@@ -69,6 +69,17 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
+def plain_numbers() -> Any:
+    """Return a formatter of logarithmic axes without TeX, which this style does not read."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return Plain(minor_thresholds=(2, 0.5))
+
+
 def new_figure(width: float | int, height: float | int) -> Figure:
     """Return an empty figure, in inches."""
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .charts.palette import CATEGORIES, SCORES
-from .style import ink, new_figure, styled
+from .style import ink, new_figure, plain_numbers, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,6 +115,7 @@ def training_figure(runs: Sequence[Run], kappa: float) -> Figure:
         left.plot(frames[0]["step"], mean, line, color=color, lw=2, label=label)
     left.axhline(kappa, color=ink(), lw=0.6)
     left.set_xscale("symlog", linthresh=8)
+    left.xaxis.set_major_formatter("{x:g}")
     left.set_xlim(left=0)
     left.set_ylim(0, 1.02)
     left.set_xlabel("step")
@@ -126,7 +127,7 @@ def training_figure(runs: Sequence[Run], kappa: float) -> Figure:
     )
     left.legend(fontsize=8, loc="upper left")
     for run in runs:
-        right.plot(run.profile(), color=CATEGORIES[0], alpha=0.6, lw=1)
+        right.plot(run.profile(), color=CATEGORIES[0], alpha=1 if len(runs) == 1 else 0.6, lw=1.2)
     right.axvline(settings.offset, color=ink(), lw=0.6)
     right.set_xlabel("offset Δ")
     right.set_title("logit that mean q and k predict", fontsize=10)
@@ -174,7 +175,7 @@ def phase_figure(frame: pd.DataFrame, kappa: float) -> Figure:
         axis.set_xlabel(columns)
         axis.set_ylabel(rows)
         axis.set_title(title, fontsize=10)
-        figure.colorbar(image, ax=axis)
+        figure.colorbar(image, ax=axis, format=None if value == "final_score" else plain_numbers())
     return figure
 
 

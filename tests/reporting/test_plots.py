@@ -58,6 +58,7 @@ def test_both_backends(made, name):
     before = dict(rcParams)
     figure = made[name].plot()
     assert isinstance(figure, Figure)
+    assert not [text for text in texts(figure) if "$" in text]
     assert drawn(figure).startswith(b"\x89PNG")
     assert drawn(made[name].plot("matplotlib")) == drawn(made[name].plot())
     assert dict(rcParams) == before
