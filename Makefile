@@ -1,10 +1,11 @@
-# make demo | test | test-all | fast | lint | format | bench | families | docs | gallery | reference | clean.
+# make demo | demos | test | test-all | fast | lint | format | bench | families | docs | gallery | reference
+# | clean.
 # Needs Python >= 3.10 with venv and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all fast lint format bench families docs gallery reference clean
+.PHONY: demo demos test test-all fast lint format bench families docs gallery reference clean
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Constraints are the tested versions; where one has no file for this Python, pip says so.
@@ -19,6 +20,9 @@ PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
 demo: .venv/installed
 	$(BIN)/slashpatch demo
+
+demos: .venv/developed
+	$(BIN)/python benchmarks/notebooks.py
 
 test: .venv/developed
 	$(PYTEST) -m 'not exhaustive'

@@ -5,9 +5,9 @@
 # such heads in a real language model, watch them during generation, and remove one diagonal of one
 # head to see what it carried.
 #
-# Opens as a notebook (jupytext, VS Code, Spyder) and runs as a script:
-# `python demos/01_see_and_remove_a_slash.py [--figures]`. With `--figures`, pictures are saved
-# beside it. `SLASHPATCH_DEMO=small` makes everything small, for a quick look.
+# This chapter is a notebook and a script, `python demos/01_see_and_remove_a_slash.py [--figures]`,
+# which with `--figures` saves its pictures beside it. `SLASHPATCH_DEMO=small` in the environment
+# makes everything small, for a quick look.
 
 # %%
 import os
@@ -15,24 +15,35 @@ import sys
 from pathlib import Path
 
 import slashpatch as sp
+from slashpatch.reporting.figures import losses_figure, save_figure
 
 SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
-FIGURES = "--figures" in sys.argv
-HERE = Path(__file__).parent
 
 model = sp.load()
+
+
+def shown(figure, name):
+    """Return the figure, which notebooks show; with --figures, save it beside this script."""
+    if "--figures" in sys.argv:
+        save_figure(figure, Path(__file__).with_name(name))
+    return figure
+
 
 # %% [markdown]
 # ## 1. Which heads attend along a diagonal?
 #
 # `sp.scan` averages each head's attention i → i−Δ over natural text. Random tokens are the control:
-# a head that keeps its slash there does not depend on what the text says.
+# a head that keeps its slash there does not depend on what the text says. The table has the heads
+# whose score reaches κ = 0.1; Δ=0, where a token attends to itself, counts as well.
 
 # %%
 size = {"n_prompts": 2, "max_tokens": 64} if SMALL else {"n_prompts": 8, "max_tokens": 512}
 natural = sp.scan(model, **size)
 random = sp.scan(model, random_tokens=True, **size)
 print(natural.table(top=10))
+
+# %% [markdown]
+# Heads that look back by one token, on natural text and on random tokens:
 
 # %%
 scores = natural.to_dataframe().assign(random=random.scores.flatten().numpy())
@@ -43,10 +54,7 @@ print(
 )
 
 # %%
-if FIGURES:
-    from slashpatch.reporting.figures import losses_figure, save_figure, scan_figure
-
-    save_figure(scan_figure(natural, random), HERE / "01_scan.png")
+shown(natural.plot(control=random), "01_scan.png")
 
 # %% [markdown]
 # ## 2. Live, while the model writes
@@ -93,12 +101,11 @@ for name, patches in edits.items():
     print(f"{name:32} {losses[name].mean():6.2f} nats on the second run of random tokens")
 
 # %%
-if FIGURES:
-    figure = losses_figure(
-        {name: loss.tolist() for name, loss in losses.items()},
-        "Copying random tokens: loss on the second run (a dot a prompt)",
-    )
-    save_figure(figure, HERE / "01_copying.png")
+figure = losses_figure(
+    {name: loss.tolist() for name, loss in losses.items()},
+    "Copying random tokens: loss on the second run (a dot a prompt)",
+)
+shown(figure, "01_copying.png")
 
 # %% [markdown]
 # ## 4. In a sentence
@@ -128,7 +135,11 @@ curve = every.scores[slash.head.layer, slash.head.head]
 for offset in (1, 2, 4, 8, 16, 32, 64):
     print(f"{slash.head} at Δ={offset:<3} {float(curve[offset]):.4f}")
 
-# Inside `sp.fused`, every hook but scores and pattern fires as usual; edits and monitors work.
+# %% [markdown]
+# Inside `sp.fused`, the model runs with flash attention. Edits and monitors work, and every hook
+# fires as usual, except those of scores and pattern.
+
+# %%
 with sp.fused(model), sp.patch(model, knock_out), sp.SlashMonitor(model) as monitor:
     _, cache = model.run_with_cache(prompt, names_filter=f"blocks.{slash.head.layer}.attn.hook_z")
 print(

@@ -13,13 +13,20 @@ import sys
 from pathlib import Path
 
 import slashpatch as sp
+from slashpatch.reporting.figures import profile_figure, save_figure
 
 SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
-FIGURES = "--figures" in sys.argv
-HERE = Path(__file__).parent
 SIZE = {"n_prompts": 2, "max_tokens": 64} if SMALL else {"n_prompts": 4, "max_tokens": 256}
 
 model = sp.load()
+
+
+def shown(figure, name):
+    """Return the figure, which notebooks show; with --figures, save it beside this script."""
+    if "--figures" in sys.argv:
+        save_figure(figure, Path(__file__).with_name(name))
+    return figure
+
 
 # %% [markdown]
 # ## 1. One head, explained
@@ -30,6 +37,13 @@ model = sp.load()
 # %%
 explanation = sp.explain(model, "L16H0", **SIZE)
 print(explanation)
+
+# %% [markdown]
+# The same as a picture: the slash score under each edit, the mean logit by offset, and the cosine
+# that each rotary pair adds to that logit.
+
+# %%
+shown(explanation.plot(), "02_explanation.png")
 
 # %% [markdown]
 # ## 2. Slash heads as a group
@@ -57,10 +71,7 @@ above = sum(value > 0.99 for value in correlations) / len(correlations)
 print(f"{above:.0%} of {len(correlations)} slash heads with Δ ≥ 1 correlate above 0.99")
 
 # %%
-if FIGURES:
-    from slashpatch.reporting.figures import profile_figure, save_figure
-
-    save_figure(profile_figure(profile, "L16H0"), HERE / "02_profile.png")
+shown(profile_figure(profile, "L16H0"), "02_profile.png")
 
 # %% [markdown]
 # ## 4. Move the slash

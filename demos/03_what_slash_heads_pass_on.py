@@ -16,20 +16,24 @@ from pathlib import Path
 
 import slashpatch as sp
 from slashpatch.reporting.effects import effects_report
-from slashpatch.reporting.figures import effects_figure, paths_figure, save_figure
+from slashpatch.reporting.figures import save_figure
+from slashpatch.reporting.tables import plain
 
 SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
-FIGURES = "--figures" in sys.argv
-HERE = Path(__file__).parent
 
 model = sp.load()
 
 
 def show(result, top=20):
     """Print a result's table and remarks as the command does."""
-    from rich.console import Console
+    print(plain(effects_report(result, top)))
 
-    Console(width=120).print(effects_report(result, top), highlight=False)
+
+def shown(figure, name):
+    """Return the figure, which notebooks show; with --figures, save it beside this script."""
+    if "--figures" in sys.argv:
+        save_figure(figure, Path(__file__).with_name(name))
+    return figure
 
 
 # %% [markdown]
@@ -44,8 +48,9 @@ FIVE = "(L16H0, L11H1, L1H2, L19H3, L2H1)"
 size = {"n_prompts": 2, "n_replaced": 3, "max_tokens": 24} if SMALL else {"n_prompts": 16}
 flow = sp.flow(model, edits=f"KnockOut({FIVE}, 1)", offsets=range(1, 9 if SMALL else 17), **size)
 show(flow, top=40)
-if FIGURES:
-    save_figure(effects_figure(flow), HERE / "03_flow.png")
+
+# %%
+shown(flow.plot(), "03_flow.png")
 
 # %% [markdown]
 # ## 2. The copied lag
@@ -58,8 +63,9 @@ if FIGURES:
 size = {"n_prompts": 3, "n_tokens": 12} if SMALL else {"n_prompts": 16}
 copying = sp.copying(model, [f"ShiftSlash({FIVE}, 1)", "KnockOut(L16H0, 1)"], **size)
 show(copying)
-if FIGURES:
-    save_figure(effects_figure(copying), HERE / "03_copied_lag.png")
+
+# %%
+shown(copying.plot(), "03_copied_lag.png")
 
 # %% [markdown]
 # ## 3. Would any other head have the same effect?
@@ -72,7 +78,11 @@ if FIGURES:
 size = {"n_prompts": 3, "max_tokens": 25} if SMALL else {"n_prompts": 16, "max_tokens": 101}
 n = 2 if SMALL else 8
 controls = [f"random-heads:{n}", f"matched-heads:{n}", f"other-offsets:{n}"]
-show(sp.measure(model, "KnockOut(L16H0, 1)", ["copying", "kl"], controls=controls, **size))
+effects = sp.measure(model, "KnockOut(L16H0, 1)", ["copying", "kl"], controls=controls, **size)
+show(effects)
+
+# %%
+shown(effects.plot(), "03_effects.png")
 
 # %% [markdown]
 # ## 4. Which heads read it, and how
@@ -85,5 +95,6 @@ readers = "L17H3, L18H6" if SMALL else "L17H3, L17H4, L17H5, L18H6, L18H7, L20H6
 size = {"n_prompts": 2, "max_tokens": 25} if SMALL else {"n_prompts": 8}
 paths = sp.paths(model, "KnockOut(L16H0, 1)", readers, **size)
 show(paths)
-if FIGURES:
-    save_figure(paths_figure(paths), HERE / "03_paths.png")
+
+# %%
+shown(paths.plot(), "03_paths.png")

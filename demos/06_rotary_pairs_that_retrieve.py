@@ -28,7 +28,6 @@
 # If the clean model recalls less than 0.8, the demo says nothing about the paper.
 
 # %%
-# %matplotlib inline
 import os
 import random
 import sys
@@ -36,11 +35,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 import slashpatch as sp
 from slashpatch.effects.statistics import interval
 from slashpatch.reporting.figures import save_figure
+from slashpatch.reporting.style import line_style, new_figure, styled
 
 SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
 N_PROMPTS, DOSES, N_DRAWS = (3, (2, 8), 2) if SMALL else (12, (1, 2, 4, 8, 16), 3)
@@ -215,23 +214,30 @@ table.insert(0, "dropped pairs", DOSES)
 print(f"clean recall {text_of(*with_interval(clean))}, {len(clean)} prompts of 4 words\n")
 print(table.to_string(index=False))
 
+
 # %%
-figure = Figure(figsize=(7, 3.6), layout="constrained")
-axis = figure.subplots()
-for (name, points), marker in zip(curves.items(), "vos", strict=True):
-    mean, start, end = (torch.tensor(part) for part in zip(*points, strict=True))
-    ends = torch.stack([mean - start, end - mean]).clamp(min=0)
-    axis.errorbar(DOSES, mean, ends, marker=marker, capsize=3, label=f"{name} pairs")
-axis.axhline(clean.mean(), color="black", lw=0.8, ls="--", label="clean")
-axis.axvline(QUARTER, color="grey", lw=0.8, ls=":", label="the paper's share, a quarter")
-axis.set_xscale("log", base=2)
-axis.set_xticks(DOSES, [str(dose) for dose in DOSES])
-axis.set_ylim(0, 1.02)
-axis.set_xlabel(f"rotary pairs dropped in {n_heads} retrieval heads, of {N_PAIRS}")
-axis.set_ylabel("recall (95 % interval)")
-axis.legend(fontsize=8)
-axis.grid(alpha=0.3)
-shown(figure, "06_recall.png")
+@styled
+def dose_response():
+    """Return the figure of recall by the number of dropped pairs."""
+    figure = new_figure(7, 3.6)
+    axis = figure.subplots()
+    for index, (name, points) in enumerate(curves.items()):
+        mean, start, end = (torch.tensor(part) for part in zip(*points, strict=True))
+        ends = torch.stack([mean - start, end - mean]).clamp(min=0)
+        axis.errorbar(DOSES, mean, ends, capsize=3, label=f"{name} pairs", **line_style(index))
+    axis.axhline(clean.mean(), color="grey", lw=0.8, ls="--", label="clean")
+    axis.axvline(QUARTER, color="grey", lw=0.8, ls=":", label="a quarter, the paper's share")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(DOSES, [str(dose) for dose in DOSES])
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel(f"rotary pairs dropped, of {N_PAIRS}, in {n_heads} retrieval heads")
+    axis.set_ylabel("recall (95 % interval)")
+    figure.legend(loc="outside right upper")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+shown(dose_response(), "06_recall.png")
 
 # %% [markdown]
 # ## 4. Only in these heads?

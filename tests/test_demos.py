@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-from demos import build
+from benchmarks import notebooks
 from slashpatch.effects.statistics import interval
 
-DEMOS = build.scripts()
+DEMOS = notebooks.scripts()
 NOTEBOOKS = [demo.with_suffix(".ipynb") for demo in DEMOS]
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -32,6 +32,7 @@ def test_demo_runs_and_saves_its_figures_beside_it(demo, tmp_path):
     script = shutil.copy(demo, tmp_path)
     done = subprocess.run(
         [sys.executable, script, "--figures"],
+        cwd=tmp_path,
         env={**os.environ, "SLASHPATCH_DEMO": "small"},
         capture_output=True,
         text=True,
@@ -49,7 +50,7 @@ def _cells(notebook):
 @each_notebook
 def test_notebook_holds_the_cells_of_its_script(path):
     made_again = "make demos writes the notebooks again"
-    expected = build.unexecuted(path.with_suffix(".py"))
+    expected = notebooks.unexecuted(path.with_suffix(".py"))
     notebook = nbformat.read(path, as_version=4)
     assert _cells(notebook) == _cells(expected), made_again
     assert notebook.metadata == expected.metadata, made_again
@@ -76,7 +77,7 @@ def test_notebook_is_small_and_names_no_place(path):
             assert not _DRIFTS.search(f"{output.get('text', '')}{shown}")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@each_notebook
 def test_notebook_begins_with_a_title_and_a_paragraph(path):
     first = nbformat.read(path, as_version=4).cells[0]
     assert first.cell_type == "markdown"
@@ -101,7 +102,7 @@ def test_running_a_demo_again_prints_the_same_numbers():
     # The sixth, whose prompts don't depend on the version of Python.
     (path,) = [path for path in NOTEBOOKS if path.name.startswith("06")]
     before = _printed(nbformat.read(path, as_version=4))
-    after = _printed(build.executed(path.with_suffix(".py")))
+    after = _printed(notebooks.executed(path.with_suffix(".py")))
     assert _NUMBER.sub("#", after) == _NUMBER.sub("#", before)
     numbers = [[float(n) for n in _NUMBER.findall(text)] for text in (before, after)]
     assert numbers[1] == pytest.approx(numbers[0], abs=0.04)  # 3 of 64 words

@@ -48,7 +48,7 @@ def busy(what: str) -> AbstractContextManager[object]:
     """Show a spinner on stderr while the block runs, if stderr is a terminal."""
     from rich.console import Console
 
-    return Console(stderr=True).status(what)
+    return Console(stderr=True, force_jupyter=False).status(what)
 
 
 class Stages:
@@ -62,7 +62,7 @@ class Stages:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         # Given the stream, because code inside the block may redirect stderr.
-        self._console = Console(file=sys.stderr)
+        self._console = Console(file=sys.stderr, force_jupyter=False)
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),

@@ -81,10 +81,10 @@ def plain_numbers() -> Any:
 
 
 def new_figure(width: float | int, height: float | int) -> Figure:
-    """Return an empty figure, in inches."""
-    from matplotlib.figure import Figure
+    """Return an empty figure, in inches, which notebooks show."""
+    from .shown_figure import ShownFigure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return ShownFigure(figsize=(width, height), layout="constrained")
 
 
 def shortened(text: str, longest: int = 48) -> str:

@@ -25,8 +25,10 @@ _WIDE_HEADS = 12
 
 
 def plain(*renderables: RenderableType) -> str:
-    """Return renderables as text without colour, for pipes and `print`."""
-    console = Console(file=io.StringIO(), width=_WIDTH, no_color=True, force_terminal=False)
+    """Return renderables as text without colour, for pipes and `print`, also in notebooks."""
+    console = Console(
+        file=io.StringIO(), width=_WIDTH, no_color=True, force_terminal=False, force_jupyter=False
+    )
     console.print(*renderables)
     return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 

@@ -3,7 +3,7 @@ import math
 import torch
 
 import slashpatch as sp
-from slashpatch.data.progress import Stages, progress_over
+from slashpatch.data.progress import Stages, busy, progress_over
 from slashpatch.reporting.figures import losses_figure, save_figure, scan_figure
 from slashpatch.reporting.live import show_live
 from slashpatch.reporting.tables import heatmap, interval, number, plain, side_by_side, strongest
@@ -80,6 +80,26 @@ def test_figures_are_drawn_and_saved(tiny, tmp_path):
     save_figure(losses_figure({"a": [1.0, 2.0], "b": [3.0, 3.0]}, "title"), tmp_path / "a.pdf")
     assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_in_a_notebook_texts_are_texts_and_nothing_else_is_displayed(monkeypatch, capsys):
+    """rich would display what it prints, whatever file it is given."""
+    displayed = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *what: displayed.append(what))
+    assert plain("slash heads") == "slash heads"
+    with busy("loading"), Stages("converting") as stages:
+        stages.next("weights")
+    assert not displayed
+    assert "weights" in capsys.readouterr().err
+
+
+def test_a_notebook_shows_figures_as_pictures(tiny):
+    scan = sp.scan(tiny, random_tokens(2, 12), range(4))
+    first, again = scan.plot()._repr_png_(), scan.plot()._repr_png_()
+    assert first.startswith(b"\x89PNG")
+    assert first == again
+    assert b"Software" not in first
 
 
 def test_progress_yields_everything(capsys):

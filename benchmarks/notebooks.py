@@ -1,27 +1,33 @@
-"""Runs the demos and writes each as a notebook beside its script: python demos/build.py [NAME ...].
+"""Runs the demos, and writes each as a notebook beside its script.
 
-A notebook holds the script's cells and their outputs, and nothing that another run would change:
-no times, no paths, no version of Python. A demo that fails or warns writes no notebook.
+`make demos` runs all; `python benchmarks/notebooks.py 05 06` only those whose names start so. A
+notebook holds the script's cells and their outputs, and nothing that another run would change: no
+times, no paths, no version of Python. A demo that fails or warns writes no notebook.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
 
+import slashpatch
 from slashpatch.data.files import written_whole
 
-HERE = Path(__file__).parent
+DEMOS = Path(__file__).parents[1] / "demos"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def scripts() -> list[Path]:
     """Return the demos' scripts, in order."""
-    return sorted(HERE.glob("[0-9]*.py"))
+    return sorted(DEMOS.glob("*.py"))
 
 
 def unexecuted(script: Path) -> nbformat.NotebookNode:
@@ -39,11 +45,9 @@ def executed(script: Path) -> nbformat.NotebookNode:
     Raises nbclient's CellExecutionError if a cell fails, RuntimeError if one writes to stderr.
     """
     notebook = unexecuted(script)
-    where = {"metadata": {"path": str(HERE)}}
-    client = NotebookClient(
-        notebook, timeout=None, kernel_name="python3", record_timing=False, resources=where
-    )
-    client.execute()
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False)
+    with tempfile.TemporaryDirectory() as folder:
+        client.execute(cwd=folder)
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -68,6 +72,7 @@ def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]
 
 def main(names: list[str]) -> None:
     """Run the demos whose names start with one of `names`, or all, and write their notebooks."""
+    slashpatch.load()  # so that no notebook shows its download
     for script in scripts():
         if not names or script.name.startswith(tuple(names)):
             print(script.name, flush=True)
