@@ -22,6 +22,8 @@ import slashpatch
 from slashpatch.data.files import written_whole
 
 DEMOS = Path(__file__).parents[1] / "demos"
+#: tqdm warns where ipywidgets, which draw its bars, are not installed.
+_WITHOUT_WIDGETS = "ignore:IProgress not found"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -47,7 +49,7 @@ def executed(script: Path) -> nbformat.NotebookNode:
     notebook = unexecuted(script)
     client = NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False)
     with tempfile.TemporaryDirectory() as folder:
-        client.execute(cwd=folder)
+        client.execute(cwd=folder, env={**os.environ, "PYTHONWARNINGS": _WITHOUT_WIDGETS})
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
     for cell in notebook.cells:
         if cell.cell_type == "code":

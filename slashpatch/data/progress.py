@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 
@@ -46,9 +49,19 @@ def progress_over(
 
 def busy(what: str) -> AbstractContextManager[object]:
     """Show a spinner on stderr while the block runs, if stderr is a terminal."""
+    return _stderr().status(what)
+
+
+def _stderr() -> Console:
+    """Return a console on stderr that takes it for a terminal only if it is one.
+
+    In notebooks rich would display what is printed; kernels set FORCE_COLOR, which rich reads as a
+    terminal.
+    """
     from rich.console import Console
 
-    return Console(stderr=True, force_jupyter=False).status(what)
+    # Given the stream, because code that runs meanwhile may redirect stderr.
+    return Console(file=sys.stderr, force_jupyter=False, force_terminal=sys.stderr.isatty())
 
 
 class Stages:
@@ -58,11 +71,9 @@ class Stages:
         self.title = title
 
     def __enter__(self) -> Stages:
-        from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        # Given the stream, because code inside the block may redirect stderr.
-        self._console = Console(file=sys.stderr, force_jupyter=False)
+        self._console = _stderr()
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
