@@ -13,6 +13,7 @@ from ...heads import Head
 from ...maths.bands import NAMED_BANDS, band_pairs
 from ...scanning.moments import Moments
 from ...scanning.result import Scan
+from .shown_text import visible
 
 #: The largest number of offsets on the page; of more, those with the highest scores are kept.
 MOST_OFFSETS = 128
@@ -29,10 +30,21 @@ def shown_columns(scan: Scan) -> list[int]:
 def scan_data(scan: Scan, columns: list[int]) -> dict[str, Any]:
     """Return score and interval of each head and offset, as [head of the model][offset]."""
     low, high = scan.intervals()
+    # The slider of κ compares scores, so these have more decimals than are shown.
+    rounded = {"score": (scan.scores, 6), "low": (low, 3), "high": (high, 3)}
     return {
-        name: fixed(values[:, :, columns].flatten(0, 1), 4)
-        for name, values in (("score", scan.scores), ("low", low), ("high", high))
-    } | {"source": ", ".join(part["source"] for part in scan.provenance["prompts"])}
+        name: fixed(values[:, :, columns].flatten(0, 1), decimals)
+        for name, (values, decimals) in rounded.items()
+    } | {
+        "label": prompts_label(scan),
+        "edits": [visible(edit) for edit in scan.provenance["edits"]],
+    }
+
+
+def prompts_label(scan: Scan) -> str:
+    """Return what a scan's prompts are: "natural text", "random tokens", or their sources."""
+    sources = [str(part["source"]) for part in scan.provenance["prompts"]]
+    return visible(", ".join(dict.fromkeys(source.partition(", seed")[0] for source in sources)))
 
 
 def rank_data(scan: Scan) -> dict[str, Any] | None:
@@ -68,6 +80,7 @@ def profile_data(scan: Scan) -> dict[str, Any] | None:
                 "measured": numbers(profile.measured, 4),
                 "predicted": numbers(profile.predicted, 4),
                 "correlation": number(profile.correlation, 5),
+                "peaks": [profile.measured_peak, profile.predicted_peak],
             }
         )
     return {"heads": heads, "why": why}
@@ -85,7 +98,7 @@ def pair_data(scan: Scan) -> dict[str, Any] | None:
             heads.append(None)
             continue
         amplitude, phase = moments.amplitude_and_phase(head)
-        heads.append({"amplitude": numbers(amplitude, 4), "phase": numbers(phase, 4)})
+        heads.append({"amplitude": numbers(amplitude, 3), "phase": numbers(phase, 3)})
     return {"layers": layers, "heads": heads}
 
 
@@ -136,4 +149,6 @@ def number(value: Any, digits: int = 4) -> Any:
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.{digits}g}")
+    if not math.isfinite(rounded):
+        return value
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded

@@ -26,8 +26,9 @@ function shown(value, signed = false) {
   if (typeof value !== "number") return String(value);
   const sign = signed && value > 0 ? "+" : "";
   if (Number.isInteger(value)) return sign + value;
-  const large = Math.abs(value) >= 0.001;
-  return (sign + (large ? value.toFixed(3) : value.toExponential(0))).replace("-", "−");
+  const size = Math.abs(value);
+  if (size < 0.001) return (sign + value.toExponential(0)).replaceAll("-", "−");
+  return (sign + value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : 3)).replaceAll("-", "−");
 }
 
 const interval = (low, high, signed = false) =>

@@ -9,8 +9,8 @@ function headFigure(name, options) {
 }
 
 function scoreRows(index) {
-  const named = { natural: data.scores.natural, random: data.scores.random };
-  return Object.entries(named).filter(([, scores]) => scores).flatMap(([tokens, scores]) =>
+  const named = [data.scores.natural, data.scores.random].filter(Boolean).map((scores) => [scores.label, scores]);
+  return named.flatMap(([tokens, scores]) =>
     data.offsets.map((offset, column) => ({
       tokens, offset, score: scores.score[index][column],
       low: scores.low[index][column], high: scores.high[index][column],
@@ -32,8 +32,8 @@ function showHead(index) {
     title: "Score by offset", spec: "score_by_offset", sets: { rows: scoreRows(index) },
     caption: column < 0 ? "No prompt is long enough for a score." :
       `Mean attention of ${name} to the token Δ back, with 95 % intervals over prompts. It is highest at `
-      + `Δ=${data.offsets[column]}: ${shown(scores[column])} on the prompts`
-      + (data.scores.random ? `, ${shown(data.scores.random.score[index][column])} on random tokens.` : "."),
+      + `Δ=${data.offsets[column]}: ${shown(scores[column])} on ${data.scores.natural.label}`
+      + (data.scores.random ? `, ${shown(data.scores.random.score[index][column])} on ${data.scores.random.label}.` : "."),
   })];
   const profile = data.profile && data.profile.heads[index];
   const notes = [];
@@ -59,8 +59,8 @@ function summary(index, column) {
   const scores = data.scores.natural;
   const higher = scores.score.filter((row) => { const at = best(row); return at >= 0 && row[at] > scores.score[index][column]; }).length;
   return element("p", {},
-    `Highest slash score ${shown(scores.score[index][column])} (${interval(scores.low[index][column], scores.high[index][column])}) at Δ=${offset}`
-    + (random ? `; ${shown(random.score[index][column])} on random tokens` : "")
+    `Highest slash score${data.offsets_left_out ? " at the offsets of this page" : ""} ${shown(scores.score[index][column])} (${interval(scores.low[index][column], scores.high[index][column])}) at Δ=${offset}`
+    + (random ? `; ${shown(random.score[index][column])} on ${random.label}` : "")
     + `. ${higher} of ${scores.score.length} heads score higher.`);
 }
 
@@ -79,11 +79,10 @@ function profileFigure(name, profile) {
   const offsets = typeof profile.offsets === "number" ? Array.from({ length: profile.offsets }, (_, at) => at) : profile.offsets;
   const rows = ["measured", "predicted"].flatMap((which) =>
     offsets.map((offset, at) => ({ offset, logit: profile[which][at], which })));
-  const peak = (which) => offsets[best(profile[which], 0, offsets.length - 1)];
   return headFigure("profile", {
     title: "Mean logit by offset", spec: "logit_by_offset", sets: { rows },
     caption: `Logits of ${name} averaged over tokens, and what its mean query and mean key predict: `
-      + `correlation ${shown(profile.correlation)}; measured peak at Δ=${peak("measured")}, predicted at Δ=${peak("predicted")}.`,
+      + `correlation ${shown(profile.correlation)}; measured peak at Δ=${profile.peaks[0]}, predicted at Δ=${profile.peaks[1]}.`,
   });
 }
 
@@ -116,9 +115,10 @@ function editsFigure(name, explanation) {
 function standing(index) {
   const labels = { r1_q: "r1 of Q", r95_q: "R95 of Q", cone_q: "cone of Q", r1_k: "r1 of K", r95_k: "R95 of K", cone_k: "cone of K" };
   const rows = Object.entries(labels).map(([key, label]) => {
-    const values = data.rank[key];
-    const below = values.filter((value) => value < values[index]).length;
-    return { label, value: values[index], above: `${Math.round((100 * below) / values.length)} % of heads` };
+    const values = data.rank[key].filter((value) => !missing(value));
+    const value = data.rank[key][index];
+    const below = values.filter((other) => other < value).length;
+    return { label, value, above: missing(value) ? "–" : `${below} of ${values.length} heads` };
   });
   return element("div", {}, element("h3", {}, "Rank of queries and keys"), table([
     { label: "measure", cell: (row) => row.label },

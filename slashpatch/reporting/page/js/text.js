@@ -91,13 +91,13 @@ function shade() {
   const colours = new Map();
   if (chosen < 0) {
     head.diagonals.forEach((row, at) => {
-      const weight = row[reading.offset];
-      if (weight > 0.02) colours.set(at, `rgba(var(--slash), ${Math.min(1, weight).toFixed(2)})`);
+      const weight = row[reading.offset] / 1000;
+      if (weight > 0.02) colours.set(at, `rgba(var(--slash), calc(var(--most) * ${Math.min(1, weight).toFixed(2)}))`);
     });
   } else {
     head.back[chosen].forEach((back, at) => {
       if (back < 0) return;
-      colours.set(chosen - back, `rgba(var(--key), ${(0.15 + 0.6 * head.weights[chosen][at]).toFixed(2)})`);
+      colours.set(chosen - back, `rgba(var(--key), calc(var(--most) * ${(0.25 + 0.5 * head.weights[chosen][at] / 1000).toFixed(2)}))`);
     });
   }
   for (const at of reading.shaded ?? []) if (!colours.has(at) && reading.spans[at]) reading.spans[at].style.background = "";
@@ -119,8 +119,7 @@ function showKeys() {
     return made;
   };
   const cell = (weight) => { const made = element("span", {}, weight.toFixed(3)); made.append(bar(weight)); return made; };
-  const keys = head.back[token].map((back, at) => ({ back, weight: head.weights[token][at] })).filter((row) => row.back >= 0);
-  const rest = 1 - keys.reduce((sum, row) => sum + row.weight, 0);
+  const keys = head.back[token].map((back, at) => ({ back, weight: head.weights[token][at] / 1000 })).filter((row) => row.back >= 0);
   byId("keys").replaceChildren(
     element("h3", {}, `${head.name} at token ${token}: `, element("bdi", {}, text.tokens[token])),
     table([
@@ -129,11 +128,11 @@ function showKeys() {
       { label: "Δ", number: true, cell: (row) => String(row.back) },
       { label: "weight", cell: (row) => cell(row.weight) },
     ], keys, "Keys with the largest weights"),
-    element("p", { class: "dim" }, `All other keys together: ${Math.max(0, rest).toFixed(3)}.`),
+    element("p", { class: "dim" }, `All other keys together (and an attention sink, where the model has one): ${Math.max(0, head.rest[token] / 1000).toFixed(3)}.`),
     element("h3", {}, "Diagonals"),
     table([
       { label: "Δ", number: true, cell: (row) => String(row.offset) },
       { label: "weight", cell: (row) => cell(row.weight) },
-    ], text.offsets.map((offset, column) => ({ offset, weight: head.diagonals[token][column] })).filter((row) => row.offset <= token && !missing(row.weight)),
+    ], text.offsets.map((offset, column) => ({ offset, weight: head.diagonals[token][column] / 1000 })).filter((row) => row.offset <= token && !missing(row.weight)),
     "Weights by offset"));
 }
