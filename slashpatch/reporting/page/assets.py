@@ -51,7 +51,7 @@ def page(found: Inputs, data: dict[str, Any], title: str | None, command: str | 
     environment.filters["visible"] = visible
     script, library = _inline(own_script()), vega()
     return environment.get_template("report.html.j2").render(
-        title=title or data["model"],
+        title=str(title or data["model"]),
         model=data["model"],
         data=Markup(compressed(data)),
         style=Markup(_own("report.css")),

@@ -39,7 +39,7 @@ _TEXT = ("edit", "metric", "of", "against", "name", "reader", "input")
 _LABELS = {
     "name": "head",
     "offset": "Δ",
-    "as_large": "draws at least as large",
+    "as_large": "share of draws at least as large",
     "n": "prompts",
     "top1": "how often likeliest",
     "q": "q",
@@ -78,6 +78,9 @@ def require_readable(result: Result, shape: tuple[int, int], name: str) -> None:
     if wrong or not len(frame) or not isinstance(prompts, dict):
         what = f"its columns {', '.join(wrong)}" if wrong else "its rows, or what its prompts were"
         raise ReportError(f"{name} is no result of {result.kind}: {what} are missing or damaged")
+    draws = result.tables.get("draws")
+    if draws is not None and not {"edit", "control", "metric", "of", "effect"} <= set(draws):
+        raise ReportError(f"{name} is no result of {result.kind}: its table of draws is damaged")
     if result.kind == "sweep":
         inside = frame["layer"].between(0, shape[0] - 1) & frame["head"].between(0, shape[1] - 1)
         if not inside.all():
@@ -108,7 +111,7 @@ def _subject(result: Result) -> str:
     if result.kind == "sweep":  # the edit at one head stands for all
         of = [_HEAD.sub("{head}", edit) for edit in result.frame["edit"].head(1).astype(str)]
         if "offset" in result.frame and result.frame["offset"].nunique() > 1:
-            of = [re.sub(r"\boffsets=\d+", "offsets={offset}", edit) for edit in of]
+            of = [re.sub(r"\b(offsets?)=\d+", r"\1={offset}", edit) for edit in of]
     metric = origin.get("metric") or ", ".join(origin.get("metrics", ()))
     return "; ".join(str(one) for one in of if one) + (f" ({metric})" if metric else "")
 
@@ -231,6 +234,7 @@ def table_data(frame: pd.DataFrame, title: str) -> dict[str, Any]:
             "label": _LABELS.get(name, name.replace("_", " ")),
             "number": name not in _TEXT,
             "signed": name == "effect",
+            "share": name == "as_large",
             "ends": list(_ENDS[name]) if name in _ENDS and _ENDS[name][0] in frame else None,
         }
         for name in map(str, frame.columns)

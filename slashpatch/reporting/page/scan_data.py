@@ -15,16 +15,20 @@ from ...scanning.moments import Moments
 from ...scanning.result import Scan
 from .shown_text import visible
 
-#: The largest number of offsets on the page; of more, those with the highest scores are kept.
+#: The number of offsets from which a page leaves some out: it keeps the best offset of each head,
+#: and others with high scores up to this number.
 MOST_OFFSETS = 128
 
 
 def shown_columns(scan: Scan) -> list[int]:
-    """Return the columns of the offsets on the page: all, or those where some head scores most."""
+    """Return the columns of the offsets on the page: all, or each head's best and the highest."""
     if len(scan.offsets) <= MOST_OFFSETS:
         return list(range(len(scan.offsets)))
-    best = scan.scores.nan_to_num(-1).flatten(0, 1).amax(0)
-    return sorted(best.argsort(descending=True, stable=True)[:MOST_OFFSETS].tolist())
+    scores = scan.scores.nan_to_num(-1).flatten(0, 1)
+    best = scores.argmax(1).unique().tolist()
+    order = scores.amax(0).argsort(descending=True, stable=True).tolist()
+    rest = [column for column in order if column not in best]
+    return sorted([*best, *rest[: max(0, MOST_OFFSETS - len(best))]])
 
 
 def scan_data(scan: Scan, columns: list[int]) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def scan_data(scan: Scan, columns: list[int]) -> dict[str, Any]:
 
 def prompts_label(scan: Scan) -> str:
     """Return what a scan's prompts are: "natural text", "random tokens", or their sources."""
-    sources = [str(part["source"]) for part in scan.provenance["prompts"]]
+    sources = [str(part.get("source", "?")) for part in scan.provenance["prompts"]]
     return visible(", ".join(dict.fromkeys(source.partition(", seed")[0] for source in sources)))
 
 
@@ -74,11 +78,14 @@ def profile_data(scan: Scan) -> dict[str, Any] | None:
             heads.append(None)
             why[str(head.layer)] = str(error)
             continue
+        # To about a five-hundredth of the range, whatever the logits' size.
+        spread = float(profile.measured.max() - profile.measured.min())
+        decimals = min(8, max(0, math.ceil(2.5 - math.log10(spread)))) if spread > 0 else 3
         heads.append(
             {
                 "offsets": _or_range(profile.offsets.tolist()),
-                "measured": numbers(profile.measured, 4),
-                "predicted": numbers(profile.predicted, 4),
+                "measured": fixed(profile.measured, decimals),
+                "predicted": fixed(profile.predicted, decimals),
                 "correlation": number(profile.correlation, 5),
                 "peaks": [profile.measured_peak, profile.predicted_peak],
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ def text_data(text: TopKeys) -> dict[str, Any]:
     """
     rows = torch.arange(len(text.tokens))[:, None]
     back = torch.where(text.keys < 0, -1, rows - text.keys)
+    sources = [str(part.get("source", "?")) for part in text.provenance.get("prompts", ())]
     return {
-        "source": visible(str(text.provenance["prompts"][0]["source"])),
-        "tokens": [visible(token) for token in text.tokens],
+        "source": visible(", ".join(sources)),
+        "tokens": [_shown(token) for token in text.tokens],
         "breaks": [i for i, token in enumerate(text.tokens) if "\n" in token],
         "offsets": list(text.offsets),
         "heads": [
@@ -34,6 +36,14 @@ def text_data(text: TopKeys) -> dict[str, Any]:
             for index, head in enumerate(text.heads)
         ],
     }
+
+
+def _shown(token: str) -> str:
+    """Return a token so that it can be seen: also an empty one, or a mark that needs a letter."""
+    shown = visible(token)
+    if not shown:
+        return "⟨empty⟩"
+    return f"◌{shown}" if unicodedata.combining(shown[0]) else shown
 
 
 def _thousandths(weights: Tensor) -> Any:

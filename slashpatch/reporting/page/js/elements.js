@@ -31,6 +31,8 @@ function shown(value, signed = false) {
   return (sign + value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : 3)).replaceAll("-", "−");
 }
 
+const percent = (share) => (missing(share) ? "–" : `${Math.round(100 * share)} %`);
+
 const interval = (low, high, signed = false) =>
   missing(low) || missing(high) ? "–" : `${shown(low, signed)} to ${shown(high, signed)}`;
 
@@ -61,8 +63,8 @@ function table(columns, rows, caption) {
 function plainColumns(rows) {
   const names = [...new Set(rows.flatMap((row) => Object.keys(row)))];
   return names.map((name) => ({
-    label: name.replaceAll("_", " "),
+    label: name === "as_large" ? "share of draws at least as large" : name.replaceAll("_", " "),
     number: rows.some((row) => typeof row[name] === "number"),
-    cell: (row) => shown(row[name]),
+    cell: (row) => (name === "as_large" ? percent : shown)(row[name]),
   }));
 }

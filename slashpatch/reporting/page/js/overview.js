@@ -117,11 +117,19 @@ function showLegend(most) {
     difference: `Score on ${data.scores.natural.label} minus score on ${data.scores.random ? data.scores.random.label : ""}, at the Δ where the head scores highest on the former (${offsets}).`,
   };
   byId("grid-caption").textContent = (texts[view.value] ?? `${what}: the largest effect of the edit at each head.`)
-    + (data.offsets_left_out ? ` ${data.offsets_left_out} more offsets of the scan, with lower scores, are not on this page.` : "");
+    + (data.offsets_left_out ? ` ${data.offsets_left_out} more offsets of the scan, none of them the best of any head, are not on this page.` : "");
 }
+
+let reached = { key: "", rows: [] }; // the last answer of slashHeads
 
 /** Return a row for each head and offset in the range whose score reaches κ, the highest first. */
 function slashHeads() {
+  const key = `${view.kappa} ${view.from} ${view.to}`;
+  if (reached.key !== key) reached = { key, rows: findSlashHeads() };
+  return [...reached.rows];
+}
+
+function findSlashHeads() {
   const random = data.scores.random;
   const rows = [];
   data.scores.natural.score.forEach((scores, index) => {
@@ -176,6 +184,7 @@ const headColumns = [
 ];
 const list = { key: "score", down: true, all: false };
 const MOST_ROWS = 60;
+const ALL_ROWS = 3000; // of more, the filter finds the others
 
 /** Return whether a row has a word: a layer (L16), a head (L16H0), an offset (Δ=1), or a verdict. */
 function fits(row, word) {
@@ -197,7 +206,7 @@ function showHeads() {
     if (missing(x) || missing(y)) return missing(x) - missing(y);
     return sign * (typeof x === "string" ? x.localeCompare(y) : x - y);
   });
-  const rows = list.all ? chosen : chosen.slice(0, MOST_ROWS);
+  const rows = chosen.slice(0, list.all ? ALL_ROWS : MOST_ROWS);
   const heading = (column) => element("th",
     { scope: "col", class: column.number ? "number" : undefined,
       "aria-sort": column.key === list.key ? (list.down ? "descending" : "ascending") : undefined },
@@ -210,8 +219,9 @@ function showHeads() {
       element("td", { class: column.number ? "number" : undefined },
         column.cell ? column.cell(row) : shown(row[column.key])))))));
   if (focused) byId("heads").querySelector(`button[data-key="${focused}"]`).focus();
-  byId("more").hidden = rows.length === chosen.length;
-  byId("more").textContent = `Show all ${chosen.length} rows`;
+  byId("more").hidden = rows.length >= Math.min(chosen.length, ALL_ROWS);
+  byId("more").textContent = chosen.length > ALL_ROWS
+    ? `Show ${ALL_ROWS} of ${chosen.length} rows` : `Show all ${chosen.length} rows`;
 }
 
 function buildOverview() {
@@ -249,7 +259,11 @@ function buildOverview() {
     list.key = button.dataset.key;
     showHeads();
   });
-  byId("more").addEventListener("click", () => { list.all = true; showHeads(); });
+  byId("more").addEventListener("click", () => {
+    list.all = true;
+    showHeads();
+    byId("heads").querySelectorAll("tbody a")[MOST_ROWS].focus();
+  });
   const edits = data.scores.natural.edits;
   byId("edited").hidden = !edits.length;
   byId("edited").textContent = `The scan was made under edits, so all scores are of the edited model: ${edits.join(", ")}.`;

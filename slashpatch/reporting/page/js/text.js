@@ -11,7 +11,7 @@ function buildTexts() {
     element("option", { value: index }, `${index + 1}: ${text.source} (${text.tokens.length} tokens)`)));
   byId("text-choice").addEventListener("change", () => { chooseText(Number(byId("text-choice").value)); noteText(); });
   byId("text-head").addEventListener("change", () => { chooseTextHead(Number(byId("text-head").value)); noteText(); });
-  byId("text-offset").addEventListener("change", () => { reading.offset = Number(byId("text-offset").value); shade(); });
+  byId("text-offset").addEventListener("change", () => { reading.offset = Number(byId("text-offset").value); shade(); showKeys(); });
   byId("tokens").addEventListener("click", (event) => {
     const span = event.target.closest("span");
     if (span) { chooseToken(Number(span.dataset.token)); noteText(); }
@@ -105,12 +105,27 @@ function shade() {
   reading.shaded = [...colours.keys()];
 }
 
+/** Return the weights that shade the text as a table, which is filled when it is opened. */
+function weightsTable() {
+  const details = element("details", {}, element("summary", {}, "Table of these weights"));
+  details.addEventListener("toggle", () => {
+    if (details.childElementCount > 1) return;
+    const rows = headNow().diagonals.map((row, at) => ({ at, weight: row[reading.offset] / 1000 }));
+    details.append(table([
+      { label: "token", number: true, cell: (row) => String(row.at) },
+      { label: "text", cell: (row) => element("bdi", {}, textNow().tokens[row.at]) },
+      { label: "weight", number: true, cell: (row) => row.weight.toFixed(3) },
+    ], rows, "Weights on the diagonal"));
+  });
+  return details;
+}
+
 function showKeys() {
   const [text, head, token] = [textNow(), headNow(), reading.token];
   if (token < 0) {
     const offset = text.offsets[reading.offset];
     byId("keys").replaceChildren(element("p", {},
-      `Tokens are shaded by the weight with which ${head.name} attends from them to the token Δ=${offset} back.`));
+      `Tokens are shaded by the weight with which ${head.name} attends from them to the token Δ=${offset} back.`), weightsTable());
     return;
   }
   const bar = (weight) => {
