@@ -184,7 +184,7 @@ def test_arguments_that_make_no_plot():
 
     scan = samples.scan()
     with pytest.raises(ScanError, match="kappa"):
-        scan.plot(kappa=7)
+        scan.plot(kappa=7.0)
     with pytest.raises(PlotError, match="control must be a scan of as many heads"):
         scan.plot(control=samples.scan(layers=2))
     with pytest.raises(PlotError, match="at least 1; got 0"):
