@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 
 import slashpatch as sp
+from slashpatch.explaining.explain import explanations
 from slashpatch.reporting.effects import effects_report
 from slashpatch.reporting.figures import save_figure
 from slashpatch.reporting.tables import plain
 
 SMALL = os.environ.get("SLASHPATCH_DEMO") == "small"
-SIZE = {"n_prompts": 2, "max_tokens": 64} if SMALL else {"n_prompts": 4, "max_tokens": 256}
+SIZE = {"n_prompts": 2, "max_tokens": 64} if SMALL else {"n_prompts": 6, "max_tokens": 128}
 
 
 def shown(figure, name):
@@ -61,16 +62,16 @@ shown(natural.plot(control=random), "05_scan.png")
 # %% [markdown]
 # ## 3. Why are they slash heads?
 #
-# The four strongest that look back, explained.
+# The strongest that look back, explained.
 
 # %%
-strongest = [entry.head for entry in natural.slash_heads(min_offset=1)][: 1 if SMALL else 4]
-explanations = [sp.explain(model, head, **SIZE) for head in strongest]
-for one in explanations:
+strongest = [entry.head for entry in natural.slash_heads(min_offset=1)][: 1 if SMALL else 3]
+explained = list(explanations(model, strongest, **SIZE))
+for one in explained:
     print(f"{one.head} at Δ={one.offset}: {one.verdict}")
 
 # %%
-shown(explanations[0].plot(), "05_explanation.png")
+shown(explained[0].plot(), "05_explanation.png")
 
 # %% [markdown]
 # ## 4. What do they do for the model?
@@ -79,7 +80,7 @@ shown(explanations[0].plot(), "05_explanation.png")
 # tokens is compared with that under the same edit at other heads, matched on what they write.
 
 # %%
-edits = [sp.KnockOut(one.head, one.offset) for one in explanations]
+edits = [sp.KnockOut(one.head, one.offset) for one in explained]
 controls = f"matched-heads:{2 if SMALL else 4}"
 effects = [
     sp.measure(model, edits, metric, controls=controls, **SIZE) for metric in ("loss", "copying")
@@ -115,7 +116,7 @@ page = sp.report(
     "report.html",
     scan=natural,
     random=random,
-    explanations=explanations,
+    explanations=explained,
     results=effects,
     texts=[text],
 )

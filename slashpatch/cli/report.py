@@ -31,6 +31,19 @@ if TYPE_CHECKING:
 
 #: Two scans, one of them with moments, and about what the explanations and the text take.
 _PASSES = 15
+#: Options that say how a model is run, and their defaults.
+_OF_A_RUN: dict[str, Any] = {
+    "--model": None,
+    "--text": None,
+    "--look-at": None,
+    "--offsets": "0-15",
+    "--heads": 8,
+    "--prompts": 8,
+    "--max-tokens": None,
+    "--seed": 0,
+    "--device": None,
+    "--dtype": Dtype.float32,
+}
 #: Tokens of the built-in text of a report, and heads that it is read with.
 _TEXT_TOKENS = 256
 
@@ -101,12 +114,9 @@ def report(
         "texts": list(keys or ()),
     }
     if scan is not None:
-        refuse = {"--model": model, "--text": text, "--look-at": look_at}
-        given = [name for name, value in refuse.items() if value]
-        if given:
-            raise ReportError(
-                f"with --scan no model is run, so {given[0]} has no use; leave it out"
-            )
+        _refuse_options_of_a_run(
+            model, text, look_at, offsets, heads, prompts, max_tokens, seed, device, dtype
+        )
         parts |= {"scan": scan, "random": random}
     else:
         if random is not None:
@@ -124,6 +134,13 @@ def report(
         print_json({"path": str(out), "bytes": out.stat().st_size})
     else:
         print_written(new_console(), out)
+
+
+def _refuse_options_of_a_run(*values: Any) -> None:
+    """Raise ReportError for an option that says how to run a model, where none is run."""
+    for (option, default), value in zip(_OF_A_RUN.items(), values, strict=True):
+        if value not in (default, []):
+            raise ReportError(f"with --scan no model is run, so {option} has no use; leave it out")
 
 
 def _loaded(parts: dict[str, list[Path]]) -> dict[str, list[Any]]:

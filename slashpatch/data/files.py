@@ -41,10 +41,9 @@ def require_writable(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     folder = target.parent
-    if len(target.name.encode()) > 200:
-        raise OutputError(
-            f"cannot write a file name of {len(target.name.encode())} bytes; expected at most 200"
-        )
+    n_bytes = len(os.fsencode(target.name))
+    if n_bytes > 200:
+        raise OutputError(f"cannot write a file name of {n_bytes} bytes; expected at most 200")
     if os.path.isdir(target):
         raise OutputError(f"cannot write {str(target)!r}: it is a directory; expected a file name")
     if not os.path.isdir(folder):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlotError
+from ..scanning.result import require_kappa
 from .charts import effect_rows, effects, heads, pairs, rows, training, training_rows
 from .charts.palette import theme
 from .charts.parts import require_altair, source, stacked
@@ -44,6 +45,12 @@ def _step() -> Any:
 
 def plot_scan(scan: Scan, backend: str, control: Scan | None = None, kappa: float = 0.1) -> Any:
     """Return the grid of heads of a scan, and below it that of its control."""
+    require_kappa(kappa)
+    if control is not None and control.sums.shape[:2] != scan.sums.shape[:2]:
+        raise PlotError(
+            f"control must be a scan of as many heads as the scan, {tuple(scan.sums.shape[:2])}; "
+            f"got {tuple(control.sums.shape[:2])}"
+        )
 
     def chart() -> Any:
         grids = []
@@ -116,6 +123,8 @@ def plot_result(result: Result, backend: str, top: int = 20) -> Any:
     """Return a forest plot, curves, bars, paths or a grid, by the result's kind."""
     if result.frame.empty:
         raise PlotError(f"this result of {result.kind} has no rows to plot")
+    if top < 1:
+        raise PlotError(f"top is the number of rows to plot, at least 1; got {top}")
     charts: dict[str, Callable[[], Any]] = {
         "measure": lambda: _forests(result, top),
         "flow": lambda: effects.flow(

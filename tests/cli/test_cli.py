@@ -190,8 +190,13 @@ def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message
 
 
 WITH_MODEL = ["scan", "explain", "generate", "watch", "demo", "measure", "flow", "copying", "sweep",
-              "check"]  # fmt: skip
-OF_ITS_OWN = {"explain": ("L0H1",), "generate": ("the",), "watch": ("the",)}
+              "check", "report"]  # fmt: skip
+OF_ITS_OWN = {
+    "report": ("--out", "never.html"),
+    "explain": ("L0H1",),
+    "generate": ("the",),
+    "watch": ("the",),
+}
 
 
 @pytest.mark.parametrize("command", WITH_MODEL)

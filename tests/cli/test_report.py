@@ -92,6 +92,7 @@ def test_a_page_of_files_runs_no_model(call, saved, tmp_path, monkeypatch):
         (("--scan", "{}/scan.safetensors", "--keys", "{}/scan.safetensors"), "scan.safetensors"),
         (("--scan", "{}/none.safetensors"), "no file"),
         (("--scan", "{}/scan.safetensors", "-m", "somewhere"), "no model is run, so --model"),
+        (("--scan", "{}/scan.safetensors", "--prompts", "3"), "no model is run, so --prompts"),
         (("--random", "{}/random.safetensors"), "--random goes with --scan"),
         (("--offsets", "x"), "offset"),
         (("--kappa", "2"), "kappa"),

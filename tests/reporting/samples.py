@@ -46,7 +46,7 @@ def scan(
     n=4,
     seed=0,
     moments=True,
-    source="natural",
+    source="natural text",
     **of,
 ):
     """A scan in which head L1H0 slashes at Δ=1."""
@@ -56,7 +56,7 @@ def scan(
     if 1 in offsets and layers > 1:
         means[1, 0, offsets.index(1)] = 0.8
     spread = 0.01 * torch.rand(means.shape, generator=generator, dtype=torch.float64)
-    prompts = [{"source": f"{source} text", "n": n, "digest": "d" * 16}]
+    prompts = [{"source": f"{source}, seed {seed}", "n": n, "digest": f"{seed:016}"}]
     return Scan(
         offsets,
         means * n,
@@ -242,17 +242,33 @@ def result(kind, **of):
     return Result(kind, frame, tables, remarks, origin(**details, **of))
 
 
-def text(n=40, heads=("L1H0", "L2H3"), tokens=None, top=4, offsets=range(8), seed=0, **of):
-    """A text of n tokens in which each token reads the one before most."""
+def text(
+    n=40,
+    heads=("L1H0", "L2H3"),
+    tokens=None,
+    top=4,
+    offsets=range(8),
+    seed=0,
+    scattered=False,
+    **of,
+):
+    """A text of n tokens in which each token reads the one before most; or any keys at all."""
     generator = torch.Generator().manual_seed(seed)
     tokens = tuple(tokens or (f" word{i}" if i % 9 else "\n" for i in range(n)))
     n = len(tokens)
     keys = torch.full((len(heads), n, top), -1)
     weights = torch.zeros(len(heads), n, top)
     for place in range(top):
-        keys[:, place + 1 :, place] = torch.arange(n - place - 1)
         weights[:, place + 1 :, place] = 0.5 / 2**place
-        keys[:, place + 1 :, place] = torch.arange(place + 1, n) - (place + 1)
+        keys[:, place + 1 :, place] = torch.arange(n - place - 1)
+    if scattered:
+        weights = (
+            torch.rand(len(heads), n, top, generator=generator).sort(-1, descending=True).values
+        )
+        weights /= top
+        keys = (
+            torch.rand(len(heads), n, top, generator=generator) * torch.arange(n)[:, None]
+        ).long()
     diagonals = torch.zeros(len(heads), n, len(offsets))
     for column, offset in enumerate(offsets):
         diagonals[:, offset:, column] = 0.1 * torch.rand(

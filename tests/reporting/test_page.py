@@ -21,11 +21,11 @@ from slashpatch.errors import (
 )
 from slashpatch.reporting.page.report import report
 from slashpatch.reporting.page.scan_data import MOST_OFFSETS, number, shown_columns
-from slashpatch.reporting.page.text_data import visible
+from slashpatch.reporting.page.shown_text import UNSEEN, visible
 
 from . import samples
 
-LIMIT = 3 * 2**20
+LIMIT = 3_000_000
 
 
 def data_of(path):
@@ -70,11 +70,11 @@ def test_scores_in_the_page_are_those_of_the_scan(tmp_path):
     scan = samples.scan()
     data = data_of(report(tmp_path / "r.html", scan=scan))
     got = torch.tensor(data["scores"]["natural"]["score"]).reshape(scan.scores.shape)
-    torch.testing.assert_close(got.double(), scan.scores, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(got.double(), scan.scores, atol=1e-6, rtol=0)
     low, high = scan.intervals()
     for name, expected in (("low", low), ("high", high)):
         got = torch.tensor(data["scores"]["natural"][name]).reshape(expected.shape)
-        torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(got.double(), expected, atol=6e-4, rtol=0)
 
 
 def test_amplitudes_and_phases_add_up_to_the_prediction(tmp_path):
@@ -86,7 +86,7 @@ def test_amplitudes_and_phases_add_up_to_the_prediction(tmp_path):
         amplitude, phase = (torch.tensor(pairs[name]) for name in ("amplitude", "phase"))
         offsets = torch.arange(profile["offsets"])[:, None]
         logits = (amplitude * (2 * torch.pi / wavelength * offsets + phase).cos()).sum(-1)
-        torch.testing.assert_close(logits, torch.tensor(profile["predicted"]), atol=0.02, rtol=0.01)
+        torch.testing.assert_close(logits, torch.tensor(profile["predicted"]), atol=0.05, rtol=0.02)
 
 
 def test_a_large_model_fits(tmp_path):
@@ -99,9 +99,46 @@ def test_a_large_model_fits(tmp_path):
         random=samples.scan(**large, moments=False, seed=1),
         explanations=[samples.explanation("L1H0", samples.scan(offsets=range(16)))],
         results=[samples.result(k) for k in ("measure", "flow", "copying", "paths", "sweep")],
-        texts=[samples.text(4096, heads, top=5, offsets=range(16))],
+        texts=[samples.text(4096, heads, top=5, offsets=range(16), scattered=True)],
     )
     assert path.stat().st_size < LIMIT
+
+
+def test_results_that_are_damaged_are_refused(tmp_path):
+    """Files that load as a Result, and lack what a page shows of it."""
+    samples.result("sweep").save(tmp_path / "r.json")
+    whole = json.loads((tmp_path / "r.json").read_text())
+
+    def refused(change, words):
+        record = json.loads(json.dumps(whole))
+        change(record)
+        (tmp_path / "changed.json").write_text(json.dumps(record))
+        with pytest.raises(SlashpatchError, match=words):
+            report(tmp_path / "r.html", scan=samples.scan(), results=[tmp_path / "changed.json"])
+        assert not (tmp_path / "r.html").exists()
+
+    refused(lambda r: r.update(kind="other"), "other|unknown kind")
+    refused(lambda r: r.update(effects=[]), "")
+    refused(lambda r: [row.pop("effect") for row in r["effects"]], "")
+    refused(lambda r: r["effects"][0].update(effect="much"), "")
+    refused(lambda r: r["provenance"].update(prompts=[]), "")
+    refused(lambda r: r["effects"][0].update(layer=99), "heads that the scan's model has not")
+
+
+def test_parts_that_contradict_one_another_are_refused(tmp_path):
+    scan = samples.scan()
+    with pytest.raises(ReportError, match="same prompts as scan="):
+        report(tmp_path / "r.html", scan=scan, random=scan)
+    with pytest.raises(ReportError, match="several explanations of L1H0"):
+        report(tmp_path / "r.html", scan=scan, explanations=[samples.explanation()] * 2)
+    with pytest.raises(ReportError, match="must be several of Explanation; got 5"):
+        report(tmp_path / "r.html", scan=scan, explanations=5)
+
+
+def test_names_that_are_no_text(tmp_path):
+    """File names may hold half of a surrogate pair."""
+    path = report(tmp_path / "r.html", scan=samples.scan(source="caf\udce9", model="a\ud800b"))
+    assert data_of(path)["scores"]["natural"]["label"] == "caf⟨U+DCE9⟩"
 
 
 def test_of_many_offsets_the_highest_are_kept(tmp_path):
@@ -109,6 +146,7 @@ def test_of_many_offsets_the_highest_are_kept(tmp_path):
     scan.sums[2, 1, 190] = 4 * 0.5
     columns = shown_columns(scan)
     assert len(columns) == MOST_OFFSETS
+    assert set(scan.scores.nan_to_num(-1).flatten(0, 1).argmax(1).tolist()) <= set(columns)
     assert 190 in columns
     assert columns == sorted(columns)
     data = data_of(report(tmp_path / "r.html", scan=scan))
@@ -201,7 +239,7 @@ def test_hostile_names_are_escaped_in_the_file(tmp_path):
 def test_nothing_in_the_file_is_fetched(tmp_path):
     """Neither links to styles, scripts or pictures, nor a policy that would allow them."""
     text = report(tmp_path / "r.html", scan=samples.scan()).read_text()
-    page = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    page = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"(src|href)=[\"'](?!#|data:)", page)
     assert "default-src 'none'" in page
     assert page.count("'sha256-") == 2
@@ -220,5 +258,5 @@ def test_visible_text_has_no_control_characters(text):
     import unicodedata
 
     shown = visible(text)
-    assert not any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co") for char in shown)
+    assert not any(unicodedata.category(char) in UNSEEN for char in shown)
     assert visible(shown) == shown

@@ -17,7 +17,7 @@ VIEWS = ("overview", "head", "text", "effects", "provenance")
 def write(folder, **changes):
     parts = {
         "scan": samples.scan(),
-        "random": samples.scan(seed=1, moments=False, source="random"),
+        "random": samples.scan(seed=1, moments=False, source="random tokens"),
         "explanations": [samples.explanation()],
         "results": [samples.result(k) for k in ("measure", "flow", "copying", "paths", "sweep")],
         "texts": [samples.text()],
@@ -157,7 +157,7 @@ def test_slash_heads_are_those_of_the_scan(kappa, low, high, path, opened):
     if page.locator("#more").is_visible():
         page.locator("#more").click()
     rows = rows_of(page, "#heads")
-    expected = [[str(e.head), str(e.offset), f"{round(e.score, 4):.3f}"] for e in entries]
+    expected = [[str(e.head), str(e.offset), f"{round(e.score, 6):.3f}"] for e in entries]
     assert sorted(row[:3] for row in rows) == sorted(expected)
     assert [row[2] for row in rows] == [row[2] for row in expected]  # the highest first
     marked = page.eval_on_selector_all(
@@ -198,6 +198,8 @@ def test_the_table_sorts_and_filters(path, opened):
     assert page.evaluate("document.activeElement.dataset.key") == "name"
     page.locator("#filter").fill("L1H0 Δ=1")
     assert [row[:2] for row in rows_of(page, "#heads")] == [["L1H0", "1"]]
+    page.locator("#filter").fill("L1, made")
+    assert {row[0] for row in rows_of(page, "#heads")} == {"L1H0"}
     page.locator("#filter").fill("nothing like it")
     assert rows_of(page, "#heads") == []
 
@@ -229,7 +231,7 @@ def test_the_tables_of_charts_hold_the_charts_numbers(path, opened):
     figure.locator("summary", has_text="Table of this chart").click()
     expect(figure.locator("tbody tr")).to_have_count(16)
     rows = rows_of(page, "#view-head figure:first-of-type > details")
-    natural = [row for row in rows if row[0] == "natural"]
+    natural = [row for row in rows if row[0] == "natural text"]
     expected = [float(score) for score in scan.scores[1, 0]]
     assert [float(row[2]) for row in natural] == pytest.approx(expected, abs=6e-4)
     page.get_by_role("button", name="Next slash head").click()
@@ -288,9 +290,12 @@ def test_axe_finds_nothing(scheme, address, path, opened):
 
 def test_colours_follow_the_choice(path, opened):
     page = opened(path, "#L1H0", color_scheme="light")
+    drawn = page.locator("#view-head .role-axis-title text").first
+    light = drawn.get_attribute("fill")
     page.locator("#theme").select_option("dark")
     expect(page.locator("#view-head svg.marks")).to_have_count(5)
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
+    expect(drawn).not_to_have_attribute("fill", light)
 
 
 def test_hostile_text_stays_text(tmp_path, opened):
@@ -312,7 +317,9 @@ def test_hostile_text_stays_text(tmp_path, opened):
     )
     for address in ("#L1H0", "#text-1-L1H0-2", "#effects", "#provenance", "#overview"):
         page.evaluate("(address) => { location.hash = address }", address)
-    assert page.evaluate("document.scripts.length") == 3  # the data, Vega, our own
+    assert (
+        page.evaluate("document.scripts.length") == 4
+    )  # data and library, both packed, the library unpacked, and our own
     assert page.locator("img").count() == 0
     assert "<script>alert(1)</script>" in page.locator("h1").inner_text()
     assert "⟨U+202E⟩" in page.title()
@@ -341,13 +348,13 @@ def test_parts_that_are_missing_leave_no_gaps(tmp_path, opened):
     assert links.all_inner_texts() == ["Overview", "Head L1H0", "Provenance"]
     page.locator('#grid a[href="#L1H0"]').click()
     expect(page.locator("#view-head")).to_contain_text("made without moments")
-    assert page.locator("#value option").all_inner_texts() == ["score on the prompts"]
+    assert page.locator("#value option").all_inner_texts() == ["score on natural text"]
 
 
 def test_without_intervals_and_without_any_slash_head(tmp_path, opened):
     one = samples.scan(n=1, layers=1, heads=2)
     page = opened(report(tmp_path / "one.html", scan=one, kappa=1.0), "#L0H1")
-    assert "–" in page.locator("#view-head").inner_text()
+    assert "one prompt, so no interval" in page.locator("#view-head").inner_text()
     page.get_by_role("button", name="Next slash head").click()
     assert shown_view(page) == "head"
     page.evaluate("location.hash = ''")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import slashpatch as sp
 from slashpatch.data import display
-from slashpatch.errors import ExtraError, PlotError
+from slashpatch.errors import ExtraError, PlotError, ScanError
 from slashpatch.reporting.style import printable, shortened
 
 from ..tiny import random_tokens
@@ -177,3 +177,15 @@ def test_labels_are_printable_and_short():
     assert printable("a\nb\u202e\ud800é") == "a\\nb\\u202e\\ud800é"
     assert shortened("x" * 60) == "x" * 47 + "…"
     assert shortened("short") == "short"
+
+
+def test_arguments_that_make_no_plot():
+    from . import samples
+
+    scan = samples.scan()
+    with pytest.raises(ScanError, match="kappa"):
+        scan.plot(kappa=7.0)
+    with pytest.raises(PlotError, match="control must be a scan of as many heads"):
+        scan.plot(control=samples.scan(layers=2))
+    with pytest.raises(PlotError, match="at least 1; got 0"):
+        samples.result("measure").plot(top=0)

@@ -15,7 +15,7 @@ from ...data.files import without_nan
 from ...errors import ExtraError
 from .inputs import Inputs
 from .provenance_data import definitions, sources
-from .text_data import visible
+from .shown_text import visible
 
 #: The page's own JavaScript, in the order in which it is joined.
 _SCRIPTS = ("elements", "charts", "overview", "head", "text", "effects", "start")
@@ -35,8 +35,8 @@ def require_extra() -> None:
 def page(found: Inputs, data: dict[str, Any], title: str | None, command: str | None) -> str:
     """Return the page as text.
 
-    Its content security policy allows the two scripts below by their checksums, and no request at
-    all. The data is gzipped JSON, so that the file stays small.
+    Its content security policy allows two scripts by their checksums, its own and the library of
+    charts, and no request at all. Data and library are gzipped, so that the file stays small.
     """
     import jinja2
     from markupsafe import Markup
@@ -49,14 +49,15 @@ def page(found: Inputs, data: dict[str, Any], title: str | None, command: str | 
         lstrip_blocks=True,
     )
     environment.filters["visible"] = visible
-    scripts = [_inline(script) for script in (vega(), own_script())]
+    script, library = _inline(own_script()), vega()
     return environment.get_template("report.html.j2").render(
-        title=title or data["model"],
+        title=str(title or data["model"]),
         model=data["model"],
         data=Markup(compressed(data)),
         style=Markup(_own("report.css")),
-        scripts=[Markup(script) for script in scripts],
-        hashes=[_checksum(script) for script in scripts],
+        script=Markup(script),
+        library=Markup(squeezed(library)),
+        hashes=[_checksum(part) for part in (script, library)],
         n_results=len(found.results),
         n_texts=len(found.texts),
         first=first_head(data),
@@ -68,7 +69,12 @@ def page(found: Inputs, data: dict[str, Any], title: str | None, command: str | 
 
 def compressed(data: dict[str, Any]) -> str:
     """Return JSON values as gzipped JSON in base64; the same values give the same text."""
-    text = json.dumps(without_nan(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Half a surrogate pair, as in a file name that is no text, has no bytes but has an escape.
+    return squeezed(json.dumps(without_nan(data), allow_nan=False, separators=(",", ":")))
+
+
+def squeezed(text: str) -> str:
+    """Return a text gzipped, in base64; the same text gives the same characters."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 

@@ -12,6 +12,7 @@ from ...errors import ReportError
 from ...explaining.result import Explanation
 from ...scanning.result import Scan
 from ...scanning.top_keys_result import TopKeys
+from .result_data import require_readable
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ def gather(
             "the scan on random tokens must have the offsets of the other scan, "
             f"{_short(found.scan.offsets)}; got {_short(found.random.offsets)}"
         )
+    if found.random is not None and _prompts(found.random) == _prompts(found.scan):
+        raise ReportError(
+            "random= is a scan of the same prompts as scan=; expected one of other tokens, such as "
+            "sp.scan(model, random_tokens=True)"
+        )
+    explained = [explanation.head for explanation in found.explanations]
+    for head in explained:
+        if explained.count(head) > 1:
+            raise ReportError(f"there are several explanations of {head}; give one of each head")
+    for index, result in enumerate(found.results):
+        require_readable(result, found.shape, f"results[{index}]")
     for explanation in found.explanations:
         n_layers, n_heads = found.shape
         if explanation.head.layer >= n_layers or explanation.head.head >= n_heads:
@@ -80,7 +92,9 @@ def _all_loaded(given: Any, kind: type, name: str) -> Iterable[Any]:
     """Yield each of several objects or paths; a single one counts as one."""
     if isinstance(given, (kind, str, os.PathLike)):
         given = [given]
-    for index, one in enumerate(given or ()):
+    if not isinstance(given, Iterable):
+        raise ReportError(f"{name} must be several of {kind.__name__}; got {given!r}")
+    for index, one in enumerate(given):
         yield _loaded(one, kind, f"{name}[{index}]")
 
 
@@ -105,6 +119,10 @@ def _require_one_model(found: Inputs) -> None:
                 f"{name} is of another model than the scan: {_model(other)} and {_model(origin)}; "
                 "a report is of one model"
             )
+
+
+def _prompts(scan: Scan) -> list[Any]:
+    return [part.get("digest") for part in scan.provenance["prompts"]]
 
 
 def parts(found: Inputs) -> list[tuple[str, Any]]:

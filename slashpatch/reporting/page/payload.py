@@ -19,6 +19,8 @@ def payload(found: Inputs, kappa: float) -> dict[str, Any]:
     scores = {"natural": scan_data(scan, columns)}
     if found.random is not None:
         scores["random"] = scan_data(found.random, columns)
+        if scores["random"]["label"] == scores["natural"]["label"]:
+            scores["random"]["label"] += " (second scan)"
     return {
         "model": scan.provenance["model"],
         "shape": list(found.shape),

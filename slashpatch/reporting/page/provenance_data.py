@@ -61,13 +61,14 @@ def definitions() -> list[tuple[str, str, str]]:
         ),
         (
             "interval",
-            "95 % interval over prompts, the unit of chance: Student's t for scores, bootstrap for "
-            "effects. There is none for a single prompt.",
+            "Over prompts, the unit of chance: Student's t at 95 % for scores; bootstrap for "
+            "effects, at the level that is written with them. There is none for a single prompt.",
             OURS,
         ),
         (
             "random tokens",
-            "Prompts of uniformly drawn tokens. Slash heads are said to keep their slash on them.",
+            "Prompts of uniformly drawn tokens. The paper says that slash heads keep their slash "
+            "there.",
             PAPER,
         ),
         (

@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pandas.api.types as pd_types
+
 from ...effects.result import Result
+from ...errors import ReportError
 from ...heads import Head
 from ..charts import effect_rows
 from .scan_data import number
@@ -36,7 +39,7 @@ _TEXT = ("edit", "metric", "of", "against", "name", "reader", "input")
 _LABELS = {
     "name": "head",
     "offset": "Δ",
-    "as_large": "draws at least as large",
+    "as_large": "share of draws at least as large",
     "n": "prompts",
     "top1": "how often likeliest",
     "q": "q",
@@ -49,6 +52,14 @@ _ENDS = {
     "top1": ("top1_low", "top1_high"),
     "loss": ("loss_low", "loss_high"),
 }
+#: What a result must have to be shown: columns of text, and columns of numbers.
+_NEEDED = {
+    "measure": (("edit", "metric", "of", "against"), ("effect", "low", "high")),
+    "flow": (("edit",), ("offset", "flow", "flow_low", "flow_high", "effect")),
+    "copying": (("edit",), ("lag", "top1", "top1_low", "top1_high", "effect")),
+    "paths": (("reader", "input"), ("effect", "low", "high", "q")),
+    "sweep": (("name", "edit"), ("layer", "head", "effect", "low", "high", "q")),
+}
 _HEAD = re.compile(r"L\d+H\d+")
 #: Columns of a forest plot's table.
 _FOREST = ("row", "effect", "low", "high", "what", "q", "as_large")
@@ -56,11 +67,34 @@ _FOREST = ("row", "effect", "low", "high", "what", "q", "as_large")
 _PATHS = 12
 
 
+def require_readable(result: Result, shape: tuple[int, int], name: str) -> None:
+    """Raise ReportError unless a result has the rows and columns that its kind has."""
+    frame, prompts = result.frame, result.provenance.get("prompts")
+    if result.kind not in _NEEDED:
+        raise ReportError(f"{name} is of an unknown kind; expected one of {', '.join(_NEEDED)}")
+    text, numbers = _NEEDED[result.kind]
+    wrong = [column for column in (*text, *numbers) if column not in frame]
+    wrong += [c for c in numbers if c in frame and not pd_types.is_numeric_dtype(frame[c])]
+    if wrong or not len(frame) or not isinstance(prompts, dict):
+        what = f"its columns {', '.join(wrong)}" if wrong else "its rows, or what its prompts were"
+        raise ReportError(f"{name} is no result of {result.kind}: {what} are missing or damaged")
+    draws = result.tables.get("draws")
+    if draws is not None and not {"edit", "control", "metric", "of", "effect"} <= set(draws):
+        raise ReportError(f"{name} is no result of {result.kind}: its table of draws is damaged")
+    if result.kind == "sweep":
+        inside = frame["layer"].between(0, shape[0] - 1) & frame["head"].between(0, shape[1] - 1)
+        if not inside.all():
+            raise ReportError(f"{name} has heads that the scan's model has not")
+
+
 def result_data(result: Result) -> dict[str, Any]:
     """Return what the page shows of one result."""
     origin = result.provenance
     prompts = origin.get("prompts", {})
-    about = f"{_ABOUT[result.kind]} {prompts.get('n', '?')} prompts ({prompts.get('source', '?')})."
+    about = (
+        f"{_ABOUT[result.kind]} {prompts.get('n', '?')} prompts ({prompts.get('source', '?')}), "
+        f"{origin.get('confidence', 0.95):.0%} intervals over prompts."
+    )
     return {
         "kind": result.kind,
         "title": f"{_TITLES[result.kind]}: {_subject(result)}",
@@ -76,6 +110,8 @@ def _subject(result: Result) -> str:
     of = origin.get("measured") or []
     if result.kind == "sweep":  # the edit at one head stands for all
         of = [_HEAD.sub("{head}", edit) for edit in result.frame["edit"].head(1).astype(str)]
+        if "offset" in result.frame and result.frame["offset"].nunique() > 1:
+            of = [re.sub(r"\b(offsets?)=\d+", r"\1={offset}", edit) for edit in of]
     metric = origin.get("metric") or ", ".join(origin.get("metrics", ()))
     return "; ".join(str(one) for one in of if one) + (f" ({metric})" if metric else "")
 
@@ -92,6 +128,8 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
         "sweep": (effect_rows.sweep_rows, "sweep", "Effect of the edit at each head"),
     }[result.kind]
     frame = rows(result)
+    if result.kind == "flow" and not (frame[["flow", "low"]].fillna(1) > 0).all(axis=None):
+        spec = "flow_linear"  # a logarithmic axis has no place for 0
     yield {
         "title": title,
         "spec": spec,
@@ -137,7 +175,8 @@ def _caption(result: Result, frame: pd.DataFrame) -> str:
     rows = frame.to_dict(orient="records")
     if not rows:
         return "Nothing was measured."
-    top = rows[0]
+    single = [row for row in rows if row.get("row") != "all paths"]
+    top = single[0] if single else rows[0]
     if result.kind == "flow":
         return (
             f"Largest at Δ={top['offset']} ({top['flow']:.3g} nats, {top['edit']}). Bands are "
@@ -149,7 +188,8 @@ def _caption(result: Result, frame: pd.DataFrame) -> str:
         return f"The lag that is copied most often, by edit: {'; '.join(reversed(each))}."
     name = top["name"] if result.kind == "sweep" else top["row"]
     interval = f" ({top['low']:+.3g} to {top['high']:+.3g} over prompts)"
-    return f"Largest: {name}, {top['effect']:+.3g}{interval if top['low'] == top['low'] else ''}."
+    what = "Largest single path" if result.kind == "paths" else "Largest"
+    return f"{what}: {name}, {top['effect']:+.3g}{interval if top['low'] == top['low'] else ''}."
 
 
 def sweep_values(
@@ -194,10 +234,13 @@ def table_data(frame: pd.DataFrame, title: str) -> dict[str, Any]:
             "label": _LABELS.get(name, name.replace("_", " ")),
             "number": name not in _TEXT,
             "signed": name == "effect",
+            "share": name == "as_large",
             "ends": list(_ENDS[name]) if name in _ENDS and _ENDS[name][0] in frame else None,
         }
         for name in map(str, frame.columns)
-        if name not in ends and not (name == "of" and not frame["of"].any())
+        if name not in ends
+        and not (name == "of" and not frame["of"].any())
+        and not (name in ("layer", "head") and "name" in frame)
     ]
     left_out = len(frame) - MOST_ROWS
     return {

@@ -13,26 +13,42 @@ from ...heads import Head
 from ...maths.bands import NAMED_BANDS, band_pairs
 from ...scanning.moments import Moments
 from ...scanning.result import Scan
+from .shown_text import visible
 
-#: The largest number of offsets on the page; of more, those with the highest scores are kept.
+#: The number of offsets from which a page leaves some out: it keeps the best offset of each head,
+#: and others with high scores up to this number.
 MOST_OFFSETS = 128
 
 
 def shown_columns(scan: Scan) -> list[int]:
-    """Return the columns of the offsets on the page: all, or those where some head scores most."""
+    """Return the columns of the offsets on the page: all, or each head's best and the highest."""
     if len(scan.offsets) <= MOST_OFFSETS:
         return list(range(len(scan.offsets)))
-    best = scan.scores.nan_to_num(-1).flatten(0, 1).amax(0)
-    return sorted(best.argsort(descending=True, stable=True)[:MOST_OFFSETS].tolist())
+    scores = scan.scores.nan_to_num(-1).flatten(0, 1)
+    best = scores.argmax(1).unique().tolist()
+    order = scores.amax(0).argsort(descending=True, stable=True).tolist()
+    rest = [column for column in order if column not in best]
+    return sorted([*best, *rest[: max(0, MOST_OFFSETS - len(best))]])
 
 
 def scan_data(scan: Scan, columns: list[int]) -> dict[str, Any]:
     """Return score and interval of each head and offset, as [head of the model][offset]."""
     low, high = scan.intervals()
+    # The slider of κ compares scores, so these have more decimals than are shown.
+    rounded = {"score": (scan.scores, 6), "low": (low, 3), "high": (high, 3)}
     return {
-        name: fixed(values[:, :, columns].flatten(0, 1), 4)
-        for name, values in (("score", scan.scores), ("low", low), ("high", high))
-    } | {"source": ", ".join(part["source"] for part in scan.provenance["prompts"])}
+        name: fixed(values[:, :, columns].flatten(0, 1), decimals)
+        for name, (values, decimals) in rounded.items()
+    } | {
+        "label": prompts_label(scan),
+        "edits": [visible(edit) for edit in scan.provenance["edits"]],
+    }
+
+
+def prompts_label(scan: Scan) -> str:
+    """Return what a scan's prompts are: "natural text", "random tokens", or their sources."""
+    sources = [str(part.get("source", "?")) for part in scan.provenance["prompts"]]
+    return visible(", ".join(dict.fromkeys(source.partition(", seed")[0] for source in sources)))
 
 
 def rank_data(scan: Scan) -> dict[str, Any] | None:
@@ -62,12 +78,16 @@ def profile_data(scan: Scan) -> dict[str, Any] | None:
             heads.append(None)
             why[str(head.layer)] = str(error)
             continue
+        # To about a five-hundredth of the range, whatever the logits' size.
+        spread = float(profile.measured.max() - profile.measured.min())
+        decimals = min(8, max(0, math.ceil(2.5 - math.log10(spread)))) if spread > 0 else 3
         heads.append(
             {
                 "offsets": _or_range(profile.offsets.tolist()),
-                "measured": numbers(profile.measured, 4),
-                "predicted": numbers(profile.predicted, 4),
+                "measured": fixed(profile.measured, decimals),
+                "predicted": fixed(profile.predicted, decimals),
                 "correlation": number(profile.correlation, 5),
+                "peaks": [profile.measured_peak, profile.predicted_peak],
             }
         )
     return {"heads": heads, "why": why}
@@ -85,7 +105,7 @@ def pair_data(scan: Scan) -> dict[str, Any] | None:
             heads.append(None)
             continue
         amplitude, phase = moments.amplitude_and_phase(head)
-        heads.append({"amplitude": numbers(amplitude, 4), "phase": numbers(phase, 4)})
+        heads.append({"amplitude": numbers(amplitude, 3), "phase": numbers(phase, 3)})
     return {"layers": layers, "heads": heads}
 
 
@@ -136,4 +156,6 @@ def number(value: Any, digits: int = 4) -> Any:
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.{digits}g}")
+    if not math.isfinite(rounded):
+        return value
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded

@@ -33,6 +33,7 @@ def specs() -> dict[str, dict[str, Any]]:
         "edits_of_explanation": heads.edits_of_explanation(rows, width=_WIDTH),
         "forest": effects.forest(rows, draws, width=_LABELLED),
         "flow": effects.flow(rows, width=_WIDTH),
+        "flow_linear": effects.flow(rows, log=False, width=_WIDTH),
         "lags": effects.lags(rows, width=_WIDTH),
         "paths": effects.paths(rows, width=_LABELLED),
         "sweep": effects.sweep(rows, width=_WIDTH),

@@ -1,9 +1,10 @@
 // The view of measured effects.
 
 function resultTable(one) {
-  const columns = one.columns.map(({ key, label, number, signed, ends }) => ({
+  const columns = one.columns.map(({ key, label, number, signed, share, ends }) => ({
     label, number: number && !ends,
     cell: (row) => {
+      if (share) return percent(row[key]);
       if (!ends) return shown(row[key], signed);
       const range = interval(row[ends[0]], row[ends[1]], signed);
       return shown(row[key], signed) + (range === "–" ? "" : ` (${range})`);

@@ -26,9 +26,12 @@ function shown(value, signed = false) {
   if (typeof value !== "number") return String(value);
   const sign = signed && value > 0 ? "+" : "";
   if (Number.isInteger(value)) return sign + value;
-  const large = Math.abs(value) >= 0.001;
-  return (sign + (large ? value.toFixed(3) : value.toExponential(0))).replace("-", "−");
+  const size = Math.abs(value);
+  if (size < 0.001) return (sign + value.toExponential(0)).replaceAll("-", "−");
+  return (sign + value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : 3)).replaceAll("-", "−");
 }
+
+const percent = (share) => (missing(share) ? "–" : `${Math.round(100 * share)} %`);
 
 const interval = (low, high, signed = false) =>
   missing(low) || missing(high) ? "–" : `${shown(low, signed)} to ${shown(high, signed)}`;
@@ -60,8 +63,8 @@ function table(columns, rows, caption) {
 function plainColumns(rows) {
   const names = [...new Set(rows.flatMap((row) => Object.keys(row)))];
   return names.map((name) => ({
-    label: name.replaceAll("_", " "),
+    label: name === "as_large" ? "share of draws at least as large" : name.replaceAll("_", " "),
     number: rows.some((row) => typeof row[name] === "number"),
-    cell: (row) => shown(row[name]),
+    cell: (row) => (name === "as_large" ? percent : shown)(row[name]),
   }));
 }

@@ -9,8 +9,8 @@ function headFigure(name, options) {
 }
 
 function scoreRows(index) {
-  const named = { natural: data.scores.natural, random: data.scores.random };
-  return Object.entries(named).filter(([, scores]) => scores).flatMap(([tokens, scores]) =>
+  const named = [data.scores.natural, data.scores.random].filter(Boolean).map((scores) => [scores.label, scores]);
+  return named.flatMap(([tokens, scores]) =>
     data.offsets.map((offset, column) => ({
       tokens, offset, score: scores.score[index][column],
       low: scores.low[index][column], high: scores.high[index][column],
@@ -31,11 +31,11 @@ function showHead(index) {
   const figures = [headFigure("score", {
     title: "Score by offset", spec: "score_by_offset", sets: { rows: scoreRows(index) },
     caption: column < 0 ? "No prompt is long enough for a score." :
-      `Mean attention of ${name} to the token Δ back, with 95 % intervals over prompts. It is highest at `
-      + `Δ=${data.offsets[column]}: ${shown(scores[column])} on the prompts`
-      + (data.scores.random ? `, ${shown(data.scores.random.score[index][column])} on random tokens.` : "."),
+      `Mean attention of ${name} to the token Δ back, ${missing(data.scores.natural.low[index][column]) ? "of one prompt, so without intervals" : "with 95 % intervals over prompts"}. It is highest at `
+      + `Δ=${data.offsets[column]}: ${shown(scores[column])} on ${data.scores.natural.label}`
+      + (data.scores.random ? `, ${shown(data.scores.random.score[index][column])} on ${data.scores.random.label}.` : "."),
   })];
-  const profile = data.profile && data.profile.heads[index];
+  const profile = (data.profile && data.profile.heads[index]) ?? (explanation && ownProfile(explanation));
   const notes = [];
   if (profile) figures.push(profileFigure(name, profile));
   else if (data.profile) notes.push(`No logits by offset: ${data.profile.why[layer]}.`);
@@ -59,19 +59,27 @@ function summary(index, column) {
   const scores = data.scores.natural;
   const higher = scores.score.filter((row) => { const at = best(row); return at >= 0 && row[at] > scores.score[index][column]; }).length;
   return element("p", {},
-    `Highest slash score ${shown(scores.score[index][column])} (${interval(scores.low[index][column], scores.high[index][column])}) at Δ=${offset}`
-    + (random ? `; ${shown(random.score[index][column])} on random tokens` : "")
+    `Highest slash score${data.offsets_left_out ? " at the offsets of this page" : ""} ${shown(scores.score[index][column])} (${missing(scores.low[index][column]) ? "one prompt, so no interval" : interval(scores.low[index][column], scores.high[index][column])}) at Δ=${offset}`
+    + (random ? `; ${shown(random.score[index][column])} on ${random.label}` : "")
     + `. ${higher} of ${scores.score.length} heads score higher.`);
+}
+
+/** Return the profile that an explanation measured, in the form of the scan's profiles. */
+function ownProfile(explanation) {
+  const of = explanation.profile;
+  return of && { ...of, peaks: [of.measured_peak, of.predicted_peak] };
 }
 
 function verdict(name, explanation) {
   if (!explanation) {
     return element("div", { class: "verdict" }, element("p", {}, "No verdict: this head was not explained. "),
-      element("p", { class: "dim" }, `slashpatch explain ${name} --out ${name}.json, then --explanation ${name}.json, adds it.`));
+      element("p", { class: "dim" }, `slashpatch explain ${name} -m MODEL --out ${name}.json, then --explanation ${name}.json, adds it.`));
   }
   return element("div", { class: "verdict" },
     element("p", {}, element("strong", {}, `${explanation.verdict}`), ` at Δ=${explanation.offset}`
-      + (explanation.profile && !missing(explanation.profile.margin) ? `; predicted logit of this offset over all others ${shown(explanation.profile.margin, true)}` : "")),
+      + (explanation.profile ? `. Its own measurement: score ${shown(explanation.score.natural)}, ${shown(explanation.score_at_rank_one.qk)} with Q and K at rank one; `
+        + `correlation of predicted and measured logits ${shown(explanation.profile.correlation)}, predicted peak at Δ=${explanation.profile.predicted_peak}; `
+        + `predicted logit of this offset over all others ${shown(explanation.profile.margin, true)}.` : ".")),
     element("p", { class: "dim" }, `Rule (ours): ${data.rule}`));
 }
 
@@ -79,11 +87,10 @@ function profileFigure(name, profile) {
   const offsets = typeof profile.offsets === "number" ? Array.from({ length: profile.offsets }, (_, at) => at) : profile.offsets;
   const rows = ["measured", "predicted"].flatMap((which) =>
     offsets.map((offset, at) => ({ offset, logit: profile[which][at], which })));
-  const peak = (which) => offsets[best(profile[which], 0, offsets.length - 1)];
   return headFigure("profile", {
     title: "Mean logit by offset", spec: "logit_by_offset", sets: { rows },
     caption: `Logits of ${name} averaged over tokens, and what its mean query and mean key predict: `
-      + `correlation ${shown(profile.correlation)}; measured peak at Δ=${peak("measured")}, predicted at Δ=${peak("predicted")}.`,
+      + `correlation ${shown(profile.correlation)}; measured peak at Δ=${profile.peaks[0]}, predicted at Δ=${profile.peaks[1]}.`,
   });
 }
 
@@ -94,7 +101,7 @@ function pairsFigure(name, layer, pairs) {
   const top = [...rows].sort((a, b) => b.amplitude - a.amplitude)[0];
   return headFigure("pairs", {
     title: "Amplitude and phase by rotary pair", spec: "pairs", sets: { rows },
-    caption: `The predicted logit of ${name} is Σ A_l cos(θ_l Δ + φ_l). The largest amplitude, ${shown(top.amplitude)}, `
+    caption: `The predicted logit of ${name} is Σ A_l cos(θ_l Δ + φ_l), plus a constant from dimensions that are not rotated, if there are any. The largest amplitude, ${shown(top.amplitude)}, `
       + `is that of pair ${top.pair} (${top.band} band, wavelength ${shown(top.wavelength)} tokens).`,
   });
 }
@@ -116,9 +123,10 @@ function editsFigure(name, explanation) {
 function standing(index) {
   const labels = { r1_q: "r1 of Q", r95_q: "R95 of Q", cone_q: "cone of Q", r1_k: "r1 of K", r95_k: "R95 of K", cone_k: "cone of K" };
   const rows = Object.entries(labels).map(([key, label]) => {
-    const values = data.rank[key];
-    const below = values.filter((value) => value < values[index]).length;
-    return { label, value: values[index], above: `${Math.round((100 * below) / values.length)} % of heads` };
+    const values = data.rank[key].filter((value) => !missing(value));
+    const value = data.rank[key][index];
+    const below = values.filter((other) => other < value).length;
+    return { label, value, above: missing(value) ? "–" : `${below} of ${values.length} heads` };
   });
   return element("div", {}, element("h3", {}, "Rank of queries and keys"), table([
     { label: "measure", cell: (row) => row.label },

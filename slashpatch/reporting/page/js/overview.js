@@ -113,15 +113,23 @@ function showLegend(most) {
   const offsets = `Δ from ${data.offsets[view.from]} to ${data.offsets[view.to]}`;
   const texts = {
     natural: `Highest slash score of each head over ${offsets}. The number is that Δ, where the score is at least κ.`,
-    random: `The same on random tokens: highest score over ${offsets}, and its Δ where the score is at least κ.`,
-    difference: `Score on the prompts minus score on random tokens, at the Δ where the head scores highest on the prompts (${offsets}).`,
+    random: `The same on ${data.scores.random ? data.scores.random.label : ""}: highest score over ${offsets}, and its Δ where the score is at least κ.`,
+    difference: `Score on ${data.scores.natural.label} minus score on ${data.scores.random ? data.scores.random.label : ""}, at the Δ where the head scores highest on the former (${offsets}).`,
   };
   byId("grid-caption").textContent = (texts[view.value] ?? `${what}: the largest effect of the edit at each head.`)
-    + (data.offsets_left_out ? ` ${data.offsets_left_out} more offsets of the scan, with lower scores, are not on this page.` : "");
+    + (data.offsets_left_out ? ` ${data.offsets_left_out} more offsets of the scan, none of them the best of any head, are not on this page.` : "");
 }
+
+let reached = { key: "", rows: [] }; // the last answer of slashHeads
 
 /** Return a row for each head and offset in the range whose score reaches κ, the highest first. */
 function slashHeads() {
+  const key = `${view.kappa} ${view.from} ${view.to}`;
+  if (reached.key !== key) reached = { key, rows: findSlashHeads() };
+  return [...reached.rows];
+}
+
+function findSlashHeads() {
   const random = data.scores.random;
   const rows = [];
   data.scores.natural.score.forEach((scores, index) => {
@@ -142,6 +150,8 @@ function slashHeads() {
   return rows.sort((a, b) => b.score - a.score || a.index - b.index || a.offset - b.offset);
 }
 
+const kappaText = () => String(Number(view.kappa.toFixed(3)));
+
 function showCounts(cells) {
   const rows = slashHeads();
   const byOffset = new Map();
@@ -155,8 +165,8 @@ function showCounts(cells) {
       return column >= 0 && row[column] >= view.kappa;
     }).length : null;
   byId("counts").textContent =
-    `${n} of ${cells.length} heads have a score of at least ${view.kappa.toFixed(2)}`
-    + (random === null ? "" : `, ${random} on random tokens`)
+    `${n} of ${cells.length} heads have a score of at least ${kappaText()}`
+    + (random === null ? "" : `, ${random} on ${data.scores.random.label}`)
     + (listed ? ` (heads by offset: ${listed}${byOffset.size > 20 ? ", …" : ""}).` : ".");
 }
 
@@ -166,7 +176,7 @@ const headColumns = [
   { key: "offset", label: "Δ", number: true },
   { key: "score", label: "score", number: true },
   { key: "low", label: "95 % interval", cell: (row) => interval(row.low, row.high) },
-  { key: "random", label: "random tokens", number: true, needs: () => data.scores.random },
+  { key: "random", label: () => data.scores.random.label, number: true, needs: () => data.scores.random },
   { key: "difference", label: "difference", number: true, cell: (row) => shown(row.difference, true), needs: () => data.scores.random },
   { key: "r1_q", label: "r1 of Q", number: true, needs: () => data.rank },
   { key: "r1_k", label: "r1 of K", number: true, needs: () => data.rank },
@@ -174,11 +184,19 @@ const headColumns = [
 ];
 const list = { key: "score", down: true, all: false };
 const MOST_ROWS = 60;
+const ALL_ROWS = 3000; // of more, the filter finds the others
+
+/** Return whether a row has a word: a layer (L16), a head (L16H0), an offset (Δ=1), or a verdict. */
+function fits(row, word) {
+  if (/^l\d+$/.test(word)) return row.name.toLowerCase().startsWith(`${word}h`);
+  if (/^l\d+h\d+$/.test(word)) return row.name.toLowerCase() === word;
+  if (/^(δ=)?\d+$/.test(word)) return row.offset === Number(word.replace("δ=", ""));
+  return `${row.name} Δ=${row.offset} ${row.verdict ?? ""}`.toLowerCase().includes(word);
+}
 
 function showHeads() {
   const words = byId("filter").value.toLowerCase().split(/[\s,]+/).filter(Boolean);
-  const text = (row) => `${row.name} Δ=${row.offset} ${row.verdict ?? ""}`.toLowerCase();
-  const chosen = slashHeads().filter((row) => words.every((word) => text(row).includes(word)));
+  const chosen = slashHeads().filter((row) => words.every((word) => fits(row, word)));
   const columns = headColumns.filter((column) => !column.needs || column.needs());
   const sorted = columns.find((column) => column.key === list.key) ?? columns[0];
   const order = sorted.order ?? ((row) => row[sorted.key]);
@@ -188,12 +206,12 @@ function showHeads() {
     if (missing(x) || missing(y)) return missing(x) - missing(y);
     return sign * (typeof x === "string" ? x.localeCompare(y) : x - y);
   });
-  const rows = list.all ? chosen : chosen.slice(0, MOST_ROWS);
+  const rows = chosen.slice(0, list.all ? ALL_ROWS : MOST_ROWS);
   const heading = (column) => element("th",
     { scope: "col", class: column.number ? "number" : undefined,
       "aria-sort": column.key === list.key ? (list.down ? "descending" : "ascending") : undefined },
     element("button", { type: "button", "data-key": column.key },
-      column.label + (column.key === list.key ? (list.down ? " ↓" : " ↑") : "")));
+      (typeof column.label === "function" ? column.label() : column.label) + (column.key === list.key ? (list.down ? " ↓" : " ↑") : "")));
   const focused = document.activeElement && document.activeElement.dataset.key;
   byId("heads").replaceChildren(
     element("thead", {}, element("tr", {}, ...columns.map(heading))),
@@ -201,13 +219,14 @@ function showHeads() {
       element("td", { class: column.number ? "number" : undefined },
         column.cell ? column.cell(row) : shown(row[column.key])))))));
   if (focused) byId("heads").querySelector(`button[data-key="${focused}"]`).focus();
-  byId("more").hidden = rows.length === chosen.length;
-  byId("more").textContent = `Show all ${chosen.length} rows`;
+  byId("more").hidden = rows.length >= Math.min(chosen.length, ALL_ROWS);
+  byId("more").textContent = chosen.length > ALL_ROWS
+    ? `Show ${ALL_ROWS} of ${chosen.length} rows` : `Show all ${chosen.length} rows`;
 }
 
 function buildOverview() {
-  const options = [["natural", "score on the prompts"]];
-  if (data.scores.random) options.push(["random", "score on random tokens"], ["difference", "difference of the two"]);
+  const options = [["natural", `score on ${data.scores.natural.label}`]];
+  if (data.scores.random) options.push(["random", `score on ${data.scores.random.label}`], ["difference", "difference of the two"]);
   data.sweeps.forEach((sweep, index) => options.push([`sweep ${index}`, `effect: ${sweep.label}`]));
   byId("value").append(...options.map(([value, label]) => element("option", { value }, label)));
   const offsets = () => data.offsets.map((offset, column) => element("option", { value: column }, String(offset)));
@@ -216,15 +235,17 @@ function buildOverview() {
   view.kappa = data.kappa;
   view.to = data.offsets.length - 1;
   byId("kappa").value = view.kappa;
+  byId("kappa").dataset.shown = byId("kappa").value; // the slider rounds; the κ that was given does not
   byId("from").value = view.from;
   byId("to").value = view.to;
   const changed = () => {
     view.value = byId("value").value;
-    view.kappa = Number(byId("kappa").value);
+    if (byId("kappa").value !== byId("kappa").dataset.shown) view.kappa = Number(byId("kappa").value);
+    byId("kappa").dataset.shown = byId("kappa").value;
     view.from = Number(byId("from").value);
     view.to = Math.max(view.from, Number(byId("to").value));
     byId("to").value = view.to;
-    byId("kappa-shown").textContent = view.kappa.toFixed(2);
+    byId("kappa-shown").textContent = kappaText();
     showGrid();
     showHeads();
   };
@@ -238,7 +259,14 @@ function buildOverview() {
     list.key = button.dataset.key;
     showHeads();
   });
-  byId("more").addEventListener("click", () => { list.all = true; showHeads(); });
+  byId("more").addEventListener("click", () => {
+    list.all = true;
+    showHeads();
+    byId("heads").querySelectorAll("tbody a")[MOST_ROWS].focus();
+  });
+  const edits = data.scores.natural.edits;
+  byId("edited").hidden = !edits.length;
+  byId("edited").textContent = `The scan was made under edits, so all scores are of the edited model: ${edits.join(", ")}.`;
   buildGrid();
   changed();
 }

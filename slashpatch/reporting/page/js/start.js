@@ -67,8 +67,9 @@ function failed(error) {
   console.error(error);
 }
 
-async function read() {
-  const bytes = Uint8Array.from(atob(byId("data").textContent), (char) => char.charCodeAt(0));
+/** Return the text that an element holds gzipped, in base64. */
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob(byId(id).textContent), (char) => char.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
 }
@@ -83,7 +84,8 @@ async function start() {
   if (typeof DecompressionStream === "undefined") {
     throw new Error("this browser cannot decompress the data; use one of 2023 or newer");
   }
-  const text = await read();
+  const [text, library] = await Promise.all([unpacked("data"), unpacked("library")]);
+  document.head.append(element("script", {}, library)); // the page's policy knows its checksum
   data = JSON.parse(text);
   byId("download").addEventListener("click", () => save(text));
   byId("theme").addEventListener("change", setTheme);

@@ -11,7 +11,7 @@ function buildTexts() {
     element("option", { value: index }, `${index + 1}: ${text.source} (${text.tokens.length} tokens)`)));
   byId("text-choice").addEventListener("change", () => { chooseText(Number(byId("text-choice").value)); noteText(); });
   byId("text-head").addEventListener("change", () => { chooseTextHead(Number(byId("text-head").value)); noteText(); });
-  byId("text-offset").addEventListener("change", () => { reading.offset = Number(byId("text-offset").value); shade(); });
+  byId("text-offset").addEventListener("change", () => { reading.offset = Number(byId("text-offset").value); shade(); showKeys(); });
   byId("tokens").addEventListener("click", (event) => {
     const span = event.target.closest("span");
     if (span) { chooseToken(Number(span.dataset.token)); noteText(); }
@@ -91,13 +91,13 @@ function shade() {
   const colours = new Map();
   if (chosen < 0) {
     head.diagonals.forEach((row, at) => {
-      const weight = row[reading.offset];
-      if (weight > 0.02) colours.set(at, `rgba(var(--slash), ${Math.min(1, weight).toFixed(2)})`);
+      const weight = row[reading.offset] / 1000;
+      if (weight > 0.02) colours.set(at, `rgba(var(--slash), calc(var(--most) * ${Math.min(1, weight).toFixed(2)}))`);
     });
   } else {
     head.back[chosen].forEach((back, at) => {
       if (back < 0) return;
-      colours.set(chosen - back, `rgba(var(--key), ${(0.15 + 0.6 * head.weights[chosen][at]).toFixed(2)})`);
+      colours.set(chosen - back, `rgba(var(--key), calc(var(--most) * ${(0.25 + 0.5 * head.weights[chosen][at] / 1000).toFixed(2)}))`);
     });
   }
   for (const at of reading.shaded ?? []) if (!colours.has(at) && reading.spans[at]) reading.spans[at].style.background = "";
@@ -105,12 +105,27 @@ function shade() {
   reading.shaded = [...colours.keys()];
 }
 
+/** Return the weights that shade the text as a table, which is filled when it is opened. */
+function weightsTable() {
+  const details = element("details", {}, element("summary", {}, "Table of these weights"));
+  details.addEventListener("toggle", () => {
+    if (details.childElementCount > 1) return;
+    const rows = headNow().diagonals.map((row, at) => ({ at, weight: row[reading.offset] / 1000 }));
+    details.append(table([
+      { label: "token", number: true, cell: (row) => String(row.at) },
+      { label: "text", cell: (row) => element("bdi", {}, textNow().tokens[row.at]) },
+      { label: "weight", number: true, cell: (row) => row.weight.toFixed(3) },
+    ], rows, "Weights on the diagonal"));
+  });
+  return details;
+}
+
 function showKeys() {
   const [text, head, token] = [textNow(), headNow(), reading.token];
   if (token < 0) {
     const offset = text.offsets[reading.offset];
     byId("keys").replaceChildren(element("p", {},
-      `Tokens are shaded by the weight with which ${head.name} attends from them to the token Δ=${offset} back.`));
+      `Tokens are shaded by the weight with which ${head.name} attends from them to the token Δ=${offset} back.`), weightsTable());
     return;
   }
   const bar = (weight) => {
@@ -119,8 +134,7 @@ function showKeys() {
     return made;
   };
   const cell = (weight) => { const made = element("span", {}, weight.toFixed(3)); made.append(bar(weight)); return made; };
-  const keys = head.back[token].map((back, at) => ({ back, weight: head.weights[token][at] })).filter((row) => row.back >= 0);
-  const rest = 1 - keys.reduce((sum, row) => sum + row.weight, 0);
+  const keys = head.back[token].map((back, at) => ({ back, weight: head.weights[token][at] / 1000 })).filter((row) => row.back >= 0);
   byId("keys").replaceChildren(
     element("h3", {}, `${head.name} at token ${token}: `, element("bdi", {}, text.tokens[token])),
     table([
@@ -129,11 +143,11 @@ function showKeys() {
       { label: "Δ", number: true, cell: (row) => String(row.back) },
       { label: "weight", cell: (row) => cell(row.weight) },
     ], keys, "Keys with the largest weights"),
-    element("p", { class: "dim" }, `All other keys together: ${Math.max(0, rest).toFixed(3)}.`),
+    element("p", { class: "dim" }, `All other keys together (and an attention sink, where the model has one): ${Math.max(0, head.rest[token] / 1000).toFixed(3)}.`),
     element("h3", {}, "Diagonals"),
     table([
       { label: "Δ", number: true, cell: (row) => String(row.offset) },
       { label: "weight", cell: (row) => cell(row.weight) },
-    ], text.offsets.map((offset, column) => ({ offset, weight: head.diagonals[token][column] })).filter((row) => row.offset <= token && !missing(row.weight)),
+    ], text.offsets.map((offset, column) => ({ offset, weight: head.diagonals[token][column] / 1000 })).filter((row) => row.offset <= token && !missing(row.weight)),
     "Weights by offset"));
 }
