@@ -45,7 +45,7 @@ def times(path):
     """Milliseconds of each kind of click."""
     from playwright.sync_api import sync_playwright
 
-    from tests.reporting.conftest import CHROMIUM, FLAGS
+    from tests.browser import CHROMIUM, FLAGS
 
     found = {"a head": [], "a token": [], "the slider of κ": []}
     with sync_playwright() as started:

@@ -18,7 +18,7 @@ def main():
     from playwright.sync_api import sync_playwright
 
     from slashpatch.cli.app import app
-    from tests.reporting.conftest import CHROMIUM, FLAGS
+    from tests.browser import CHROMIUM, FLAGS
 
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         path = Path(folder) / "report.html"

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 
 import slashpatch
 
+from .browser import browser  # noqa: F401
+
 settings.register_profile(
     "slashpatch",
     deadline=None,

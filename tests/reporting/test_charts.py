@@ -30,7 +30,7 @@ vlc = pytest.importorskip("vl_convert", reason="the extra report is not installe
 
 def frames():
     """Each chart with the rows that it draws."""
-    scan, control = samples.scan(), samples.scan(seed=1, source="random")
+    scan, control = samples.scan(), samples.scan(seed=1, source="random text")
     head = samples.explanation(of=scan).head
     made = {kind: samples.result(kind) for kind in KINDS}
     runs = [run()]

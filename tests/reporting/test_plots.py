@@ -71,7 +71,7 @@ def test_both_backends(made, name):
 
 
 def test_a_scan_with_a_control_and_another_kappa(made):
-    scan, control = made["scan"], samples.scan(seed=2, source="random")
+    scan, control = made["scan"], samples.scan(seed=2, source="random text")
     figure = scan.plot(control=control, kappa=0.02)
     found = texts(figure)
     assert {"natural text", "random text"} <= set(found)
