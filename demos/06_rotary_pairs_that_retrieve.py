@@ -16,9 +16,9 @@
 # `python demos/06_rotary_pairs_that_retrieve.py [--figures]` takes some minutes on two cores;
 # `SLASHPATCH_DEMO=small` makes it small.
 #
-# **The rule, written before the numbers.** With a quarter of the pairs dropped, and 95 % intervals
-# over prompts, we say that the model *shows* the result if all three hold, and *shows it in part*
-# if only the first does:
+# **The rule, written before these numbers**, after trials of the prompts on other seeds. With a
+# quarter of the pairs dropped, and 95 % intervals over prompts, we say that the model *shows* the
+# result if all three hold, and *shows it in part* if only the first does:
 #
 # 1. recall without the low pairs is below recall without random pairs;
 # 2. without the low pairs of as many other heads, recall is higher than without those of the
