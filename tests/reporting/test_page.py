@@ -118,10 +118,10 @@ def test_results_that_are_damaged_are_refused(tmp_path):
         assert not (tmp_path / "r.html").exists()
 
     refused(lambda r: r.update(kind="other"), "other|unknown kind")
-    refused(lambda r: r.update(effects=[]), "")
-    refused(lambda r: [row.pop("effect") for row in r["effects"]], "")
-    refused(lambda r: r["effects"][0].update(effect="much"), "")
-    refused(lambda r: r["provenance"].update(prompts=[]), "")
+    refused(lambda r: r.update(effects=[]), "result")
+    refused(lambda r: [row.pop("effect") for row in r["effects"]], "result")
+    refused(lambda r: r["effects"][0].update(effect="much"), "result")
+    refused(lambda r: r["provenance"].update(prompts=[]), "result")
     refused(lambda r: r["effects"][0].update(layer=99), "heads that the scan's model has not")
 
 
