@@ -222,7 +222,7 @@ def _run(
 
 def _strongest(natural: Scan, kappa: float, n: int) -> list[Any]:
     """Return the heads with the highest scores; at least one, also if none reaches κ."""
+    from ..reporting.tables import strongest
+
     heads = list(dict.fromkeys(entry.head for entry in natural.slash_heads(kappa)))
-    if heads:
-        return heads[:n]
-    return list(dict.fromkeys(entry.head for entry in natural.slash_heads(0.0)))[:1]
+    return heads[:n] or [strongest(natural)[0]]

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...data.files import without_nan
 from ...errors import ExtraError
+from ..tables import strongest
 from .inputs import Inputs
 from .provenance_data import definitions, sources
 from .shown_text import visible
@@ -60,7 +61,7 @@ def page(found: Inputs, data: dict[str, Any], title: str | None, command: str | 
         hashes=[_checksum(part) for part in (script, library)],
         n_results=len(found.results),
         n_texts=len(found.texts),
-        first=first_head(data),
+        first=str(strongest(found.scan, min(1, found.scan.offsets[-1]))[0]),
         sources=sources(found),
         definitions=definitions(),
         command=command,
@@ -76,17 +77,6 @@ def compressed(data: dict[str, Any]) -> str:
 def squeezed(text: str) -> str:
     """Return a text gzipped, in base64; the same text gives the same characters."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
-
-
-def first_head(data: dict[str, Any]) -> str:
-    """Return the name of the head with the highest score at an offset above 0, if there is one."""
-    best, name = -1.0, "L0H0"
-    n_heads = data["shape"][1]
-    for index, row in enumerate(data["scores"]["natural"]["score"]):
-        for offset, score in zip(data["offsets"], row, strict=True):
-            if score is not None and score > best and (offset or data["offsets"] == [0]):
-                best, name = score, f"L{index // n_heads}H{index % n_heads}"
-    return name
 
 
 @cache

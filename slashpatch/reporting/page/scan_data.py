@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ModelError
 from ...heads import Head
-from ...maths.bands import NAMED_BANDS, band_pairs
+from ...maths.bands import named_bands
 from ...scanning.moments import Moments
 from ...scanning.result import Scan
 from .shown_text import visible
@@ -115,11 +115,8 @@ def _layer_pairs(moments: Moments, layer: int) -> dict[str, Any] | None:
         frequencies = moments.rotary(layer).inv_freq
     except ModelError:
         return None
-    bands = [""] * len(frequencies)
-    for band in NAMED_BANDS:
-        for pair in band_pairs(band, frequencies):
-            bands[pair] = band
-    return {"wavelength": numbers(2 * math.pi / frequencies, 4), "band": bands}
+    wavelength = numbers(2 * math.pi / frequencies, 4)
+    return {"wavelength": wavelength, "band": named_bands(frequencies)}
 
 
 def _heads(scan: Scan) -> list[Head]:
