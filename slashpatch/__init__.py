@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .effects.measure import measure
     from .effects.paths import paths
     from .effects.result import Result
+    from .effects.screen import screen
     from .effects.sweep import sweep
     from .explaining.explain import explain, explain_all
     from .explaining.result import Explanation
@@ -65,6 +66,7 @@ _HOMES = {
     "effects.measure": "measure",
     "effects.paths": "paths",
     "effects.result": "Result",
+    "effects.screen": "screen",
     "effects.sweep": "sweep",
     "explaining.explain": "explain explain_all",
     "explaining.result": "Explanation",
@@ -126,6 +128,7 @@ __all__ = [
     "paths",
     "report",
     "scan",
+    "screen",
     "sweep",
     "theory",
     "top_keys",

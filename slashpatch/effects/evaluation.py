@@ -79,12 +79,15 @@ class MetricRunner:
         }
 
     def logits(
-        self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[tuple[str, Any]] = ()
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        hooks: Sequence[tuple[str, Any]] = (),
+        gradients: bool = False,
     ) -> Float[Tensor, "batch kept d_vocab"]:
         """Run one forward pass, and return the logits of the last positions that metrics need."""
         saving = {"use_cache": False, "logits_to_keep": kept_positions(self.metrics, tokens)}
         kwargs: dict[str, Any] = {name: saving[name] for name in self.info.saving}
-        with leaving_no_trace(self.model):
+        with leaving_no_trace(self.model), torch.set_grad_enabled(gradients):
             return self.model.run_with_hooks(tokens, fwd_hooks=list(hooks), **kwargs)
 
     def run(
@@ -112,24 +115,35 @@ class MetricRunner:
         attention = {key: values for key, values in known.items() if key[1] < from_layer}
         hooks = [*hooks, *self._attention_hooks(batch.tokens, attention)]
         logits = self.logits(batch.tokens, hooks)
-        arguments = {
-            "logits": logits,
-            "tokens": batch.tokens,
-            "clean_logits": logits if clean is None else clean.logits,
-            "index": batch.index,
-            "n_prompts": batch.n_prompts,
-        }
+        clean_logits = logits if clean is None else clean.logits
         values = []
-        for index, (metric, name) in enumerate(zip(self.metrics, self.names, strict=True)):
+        for index, name in enumerate(self.names):
             if index in self.heads:
                 value: Any = self._of_heads(index, attention)
             else:
-                before = logits._version
-                value = metric(**{key: arguments[key] for key in required_arguments(metric)})
-                if logits._version != before:
-                    raise MetricError(f"the metric {name} changes the logits in place; copy them")
-            values.append(_checked(value, batch, name, label))
+                value = self.of_logits(index, logits, batch, clean_logits)
+            values.append(checked(value, batch, name, label))
         return values, RunOutputs(logits if self.compares else None, attention)
+
+    def of_logits(
+        self, index: int, logits: Tensor, batch: Batch, clean_logits: Tensor | None = None
+    ) -> Any:
+        """Return what a metric of logits returns. Raises MetricError if it changes the logits."""
+        metric = self.metrics[index]
+        arguments = {
+            "logits": logits,
+            "tokens": batch.tokens,
+            "clean_logits": clean_logits,
+            "index": batch.index,
+            "n_prompts": batch.n_prompts,
+        }
+        before = logits._version
+        value = metric(**{key: arguments[key] for key in required_arguments(metric)})
+        if logits._version != before:
+            raise MetricError(
+                f"the metric {self.names[index]} changes the logits in place; copy them"
+            )
+        return value
 
     def _attention_hooks(
         self, tokens: Tensor, attention: dict[tuple[int, int], Tensor]
@@ -168,7 +182,7 @@ class MetricRunner:
         return [""] if n == 1 else [str(position) for position in range(n)]
 
 
-def _checked(value: Any, batch: Batch, name: str, label: Any) -> Float[Tensor, "batch _"]:
+def checked(value: Any, batch: Batch, name: str, label: Any) -> Float[Tensor, "batch _"]:
     """Return a metric's value as [batch, n] in float64. Raises MetricError if it is not that."""
     n = len(batch.index)
     valid = isinstance(value, Tensor) and value.ndim in (1, 2) and value.shape[0] == n

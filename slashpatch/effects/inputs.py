@@ -87,14 +87,21 @@ class Batch:
         return replace(self, index=self.index.repeat(n), tokens=self.tokens.repeat(n, 1))
 
 
-def batches(prompts: PromptSet, d_vocab: int, batch_size: int | None, device: Any) -> list[Batch]:
+def batches(
+    prompts: PromptSet,
+    d_vocab: int,
+    batch_size: int | None,
+    device: Any,
+    chosen: Sequence[int] | None = None,
+) -> list[Batch]:
     """Return batches of prompts of equal length, so that nothing is padded.
 
-    Without `batch_size`, a batch is as large as memory for its logits allows.
+    Without `batch_size`, a batch is as large as memory for its logits allows. `chosen` are indices
+    of the prompts to use; None: all.
     """
     lengths: dict[int, list[int]] = {}
-    for index, tokens in enumerate(prompts.tokens):
-        lengths.setdefault(len(tokens), []).append(index)
+    for index in range(len(prompts.tokens)) if chosen is None else sorted(chosen):
+        lengths.setdefault(len(prompts.tokens[index]), []).append(index)
     made = []
     for length, indices in sorted(lengths.items()):
         size = batch_size or max(1, _LOGIT_BYTES // (4 * d_vocab * length))

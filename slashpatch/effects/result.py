@@ -1,4 +1,4 @@
-"""The result of measure, flow, copying, paths and sweep: tables, remarks and provenance."""
+"""The result of measure, flow, copying, paths, sweep and screen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Result:
     """Measured effects, with their provenance.
 
     Attributes:
-        kind: "measure", "flow", "copying", "paths" or "sweep".
+        kind: "measure", "flow", "copying", "paths", "sweep" or "screen".
         frame: The main table.
         tables: Further tables by name.
         remarks: Findings in words.

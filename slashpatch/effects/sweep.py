@@ -11,13 +11,13 @@ import torch
 
 from ..bridge.provenance import provenance
 from ..data.files import require_output
-from ..data.journal import Journal, require_same
-from ..errors import SweepError
+from ..data.journal import Journal
 from .conditions import require_options
 from .evaluation import MetricRunner
 from .inputs import prompts_for
 from .metrics import as_metric
 from .result import SUFFIXES, Result
+from .resumable import resumable
 from .statistics import compared, false_discovery
 from .sweep_run import SweepRun
 from .sweep_variants import Variant, digest, sweep_variants
@@ -111,24 +111,12 @@ def sweep(
         confidence=confidence,
         seed=seed,
     )
-    if target is None:
-        rows = SweepRun(model, runner, chosen, batch_size, per_pass, progress).all(variants, None)
-        return _result(variants, rows, origin)
-    unfinished = target.with_name(target.name + ".unfinished")
-    if resume and target.exists() and not unfinished.exists():
-        done = Result.load(target)
-        require_same(origin, done.provenance, target)
-        if done.kind != "sweep" or len(done.frame) != len(variants):
-            raise SweepError(f"{str(target)!r} is not a finished sweep; choose another file")
-        return done
-    indexes = range(-1, len(variants))
-    with Journal(unfinished, origin, resume, indexes, len(chosen.tokens)) as journal:
-        run = SweepRun(model, runner, chosen, batch_size, per_pass, progress)
-        rows = run.all(variants, journal)
-        result = _result(variants, rows, origin)
-        result.save(target)
-        journal.remove()
-    return result
+
+    def run(journal: Journal | None) -> Result:
+        work = SweepRun(model, runner, chosen, batch_size, per_pass, progress)
+        return _result(variants, work.all(variants, journal), origin)
+
+    return resumable(target, resume, origin, "sweep", len(variants), len(chosen.tokens), run)
 
 
 def _result(

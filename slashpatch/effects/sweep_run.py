@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,9 @@ _AHEAD_BYTES = 1024 * 2**20
 class SweepRun:
     """Runs the variants of a sweep over its prompts.
 
+    Args:
+        chosen: Indices of the prompts to run; None: all.
+
     Attributes:
         per_pass: Number of variants that share a forward pass.
     """
@@ -49,9 +53,10 @@ class SweepRun:
         batch_size: int | None,
         per_pass: int | None,
         progress: bool | None,
+        chosen: Sequence[int] | None = None,
     ) -> None:
         self.model, self.runner, self.progress = model, runner, progress
-        self.batches = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device)
+        self.batches = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device, chosen)
         self.order = torch.cat([batch.index for batch in self.batches]).argsort()
         self.per_pass = per_pass or self._default_per_pass()
 

@@ -21,10 +21,11 @@ _COLUMNS = {
     "copying": ("edit", "lag", "top1", "loss", "effect", "q"),
     "paths": ("reader", "input", "baseline", "edited", "effect", "q"),
     "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
+    "screen": ("name", "offset", "estimate", "effect", "q", "why"),
 }
 #: Titles of columns that differ from their names, and the columns that hold texts.
 TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
-TEXTS = ("edit", "metric", "of", "against", "name", "reader", "input")
+TEXTS = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
 #: Largest number of heads in the table of matching heads.
 _HEADS = 6
 #: Columns that are shown with an interval, and the columns of its ends.
@@ -40,6 +41,7 @@ _UNITS = {
     "copying": "top1: share of tokens; loss in nats; effect: on the loss",
     "paths": "effect of the edit through one input of one later head",
     "sweep": "effect of the edit at one head at a time",
+    "screen": "effect of the edit at one head at a time, estimated at all and run at some",
 }
 
 
@@ -64,10 +66,11 @@ def effects_report(result: Result, top: int = 40) -> Group:
 def headings(result: Result) -> tuple[str, str]:
     """Return what is measured, and on how many prompts, as two lines."""
     origin = result.provenance
+    rows = "the rows top and flagged" if result.kind == "screen" else "all rows"
     return (
         f"{origin['model']}: {_UNITS[result.kind]}",
         f"{origin['prompts']['n']} prompts ({origin['prompts']['source']}); "
-        f"{origin['confidence']:.0%} intervals over prompts; q: p adjusted for all rows",
+        f"{origin['confidence']:.0%} intervals over prompts; q: p adjusted for {rows}",
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.files import written_whole
-from .charts.effect_rows import flow_rows, lag_rows, path_rows, sweep_rows
+from .charts.effect_rows import flow_rows, lag_rows, path_rows, screen_rows, sweep_rows
 from .charts.palette import CATEGORIES, DARK_TEXT_FROM, DIVERGING, SCORES
 from .charts.rows import grid_rows, tokens_of
 from .style import ink, line_style, new_figure, plain_numbers, shortened, styled
@@ -157,8 +157,9 @@ def effects_figure(result: Result, top: int = 20) -> Figure:
         return paths_figure(result, top)
     size = (7.5, 4.2)
     if result.kind == "sweep":
-        layers, heads = (result.frame[name].nunique() for name in ("layer", "head"))
-        size = (min(max(4.5, 0.3 * layers + 2.4), 16.0), 1.5 + 0.26 * min(heads, 20))
+        size = _grid_size(result)
+    if result.kind == "screen":
+        return _screen_figure(result)
     figure = new_figure(*size)
     axis = figure.subplots()
     {"flow": _draw_flow, "copying": _draw_lags, "sweep": _draw_sweep}[result.kind](axis, result)
@@ -242,6 +243,40 @@ def _draw_sweep(axis: Axes, result: Result) -> None:
     label = f"effect on {shortened(result.provenance['metric'])}"
     axis.figure.colorbar(image, ax=axis, label=label)
     axis.set_title(f"{shortened(result.provenance['model'])}\neffect at each head (dot: q < 0.05)")
+
+
+def _grid_size(result: Result) -> tuple[float, float]:
+    """Return the size in inches of a figure with a grid of layers by heads."""
+    layers, heads = (result.frame[name].nunique() for name in ("layer", "head"))
+    return min(max(4.5, 0.3 * layers + 2.4), 16.0), 1.5 + 0.26 * min(heads, 20)
+
+
+def _screen_figure(result: Result) -> Figure:
+    """Draw the effects that were run as a grid, and below it estimates against effects."""
+    width, height = _grid_size(result)
+    figure = new_figure(width, height + 3.6)
+    grid, axis = figure.subplots(2, height_ratios=[height, 3.6])
+    _draw_sweep(grid, result)
+    rows = screen_rows(result)
+    for index, why in enumerate(("audit", "flagged", "top")):
+        part, style = rows[rows["why"] == why], line_style(index)
+        ends = [part["effect"] - part["low"], part["high"] - part["effect"]]
+        axis.errorbar(
+            part["estimate"],
+            part["effect"],
+            yerr=[end.clip(lower=0) for end in ends],
+            fmt=style["marker"],
+            color=style["color"],
+            markersize=4,
+            elinewidth=0.8,
+            label=f"{why} ({len(part)})",
+        )
+    axis.axline((0, 0), slope=1, color="gray", lw=0.8)
+    axis.set_xlabel("estimate by the gradient (the line: where estimate and effect agree)")
+    axis.set_ylabel(f"effect on {shortened(result.provenance['metric'])}")
+    axis.legend(title="why it was run")
+    axis.grid(alpha=0.3)
+    return figure
 
 
 @styled

@@ -140,6 +140,7 @@ def plot_result(result: Result, backend: str, top: int = 20) -> Any:
             quantity=f"effect on {shortened(result.provenance['metric'], 24)}",
             width=_step(),
         ),
+        "screen": lambda: _screen(result),
     }
     if result.kind not in charts:
         raise PlotError(
@@ -147,6 +148,16 @@ def plot_result(result: Result, backend: str, top: int = 20) -> Any:
             f"{', '.join(charts)}"
         )
     return _drawn(backend, lambda: effects_figure(result, top), charts[result.kind])
+
+
+def _screen(result: Result) -> Any:
+    """Return the grid of the effects that were run, and below it estimates against effects."""
+    quantity = f"effect on {shortened(result.provenance['metric'], 24)}"
+    grid = effects.sweep(
+        source(effect_rows.sweep_rows(result), "rows0"), quantity=quantity, width=_step()
+    )
+    compared = effects.screen(source(effect_rows.screen_rows(result), "rows1"), quantity=quantity)
+    return stacked(grid, compared)
 
 
 def _forests(result: Result, top: int) -> Any:

@@ -129,7 +129,7 @@ def _effect(value, width=0.3):
 
 
 def result(kind, **of):
-    """A result of `measure`, `flow`, `copying`, `paths` or `sweep`."""
+    """A result of `measure`, `flow`, `copying`, `paths`, `sweep` or `screen`."""
     edit = "KnockOut(L1H0, 1)"
     details = {
         "confidence": 0.95,
@@ -200,6 +200,33 @@ def result(kind, **of):
             ]
         )
         details |= {"measured": [edit]}
+    elif kind == "screen":
+        nothing = dict.fromkeys(("effect", "low", "high", "p", "q"), float("nan"))
+        frame = pd.DataFrame(
+            [
+                {
+                    "name": f"L{layer}H{head}",
+                    "layer": layer,
+                    "head": head,
+                    "edit": f"KnockOut(L{layer}H{head}, 1)",
+                    "metric": "copying",
+                    "n": 2,
+                    "estimate": estimate,
+                    "size": abs(estimate),
+                    **(_effect(value) if value is not None else nothing),
+                    "why": why,
+                }
+                for layer, head, estimate, value, why in (
+                    (1, 0, 2.0, 6.0, "top"),
+                    (2, 1, -0.5, -1.5, "top"),
+                    (0, 3, 0.01, 0.7, "flagged"),
+                    (2, 3, 0.02, 0.05, "audit"),
+                    (0, 0, 0.01, None, ""),
+                )
+            ]
+        )
+        details |= {"metric": "copying", "proxy": None, "split": True}
+        tables["audit"] = pd.DataFrame([{"above": 0.5, "missed_at_most": 1, "recall": 1.0}])
     elif kind == "paths":
         frame = pd.DataFrame(
             [

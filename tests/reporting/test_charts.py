@@ -57,6 +57,7 @@ def frames():
         effects.lags: (effect_rows.lag_rows(made["copying"]),),
         effects.paths: (effect_rows.path_rows(made["paths"]),),
         effects.sweep: (effect_rows.sweep_rows(made["sweep"]),),
+        effects.screen: (effect_rows.screen_rows(made["screen"]),),
         training.training: (training_rows.training_rows(runs),),
         training.phases: (training_rows.phase_rows(diagram),),
         training.checks: (training_rows.check_rows(check_report()),),
@@ -162,6 +163,7 @@ def test_titles_are_no_expressions(title):
     for chart, kind, of in (
         (effects.paths, "paths", effect_rows.path_rows),
         (effects.sweep, "sweep", effect_rows.sweep_rows),
+        (effects.screen, "screen", effect_rows.screen_rows),
         (effects.forest, "measure", lambda result: effect_rows.forest_rows(result, "copying")),
     ):
         made = chart(of(samples.result(kind)), quantity=title)

@@ -98,7 +98,7 @@ def test_a_large_model_fits(tmp_path):
         scan=samples.scan(**large, d_head=128),
         random=samples.scan(**large, moments=False, seed=1),
         explanations=[samples.explanation("L1H0", samples.scan(offsets=range(16)))],
-        results=[samples.result(k) for k in ("measure", "flow", "copying", "paths", "sweep")],
+        results=[samples.result(k) for k in ("measure", "flow", "copying", "paths", "sweep", "screen")],
         texts=[samples.text(4096, heads, top=5, offsets=range(16), scattered=True)],
     )
     assert path.stat().st_size < LIMIT

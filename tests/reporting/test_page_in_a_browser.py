@@ -19,7 +19,7 @@ def write(folder, **changes):
         "scan": samples.scan(),
         "random": samples.scan(seed=1, moments=False, source="random tokens"),
         "explanations": [samples.explanation()],
-        "results": [samples.result(k) for k in ("measure", "flow", "copying", "paths", "sweep")],
+        "results": [samples.result(k) for k in ("measure", "flow", "copying", "paths", "sweep", "screen")],
         "texts": [samples.text()],
     }
     return report(folder / "report.html", **{**parts, **changes})

@@ -8,6 +8,7 @@ do not flow through the log-sum-exp.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,16 +30,22 @@ _MOST_OFFSETS = 96
 
 
 class EditedAttention(Attention):
-    """Attention in which some heads' diagonals are changed.
+    """Attention with changes of some heads' diagonals (`change`) or keys (`set_keys`).
 
-    Record changes with `change` and per-head keys with `set_keys` first; `output`, `logits`,
-    `weights` and `weight_sums` then take them into account.
+    Record these first; `output`, `logits` and the rest take them into account.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._changes: dict[int, tuple[DiagonalChange, ...]] = {}
         self._edited: tuple[Tensor, Tensor] | None = None
+
+    def copy(self) -> EditedAttention:
+        """Return a copy to which further changes can be made; the unchanged result is shared."""
+        self.result()
+        copied = copy.copy(self)
+        copied._changes = dict(self._changes)
+        return copied
 
     def change(self, heads: Sequence[int], change: DiagonalChange) -> None:
         """Record a change of some heads' diagonals, to be applied after those recorded before."""
@@ -106,10 +113,7 @@ class EditedAttention(Attention):
     def weight_sums(
         self, offsets: Sequence[int], rows: Bool[Tensor, "batch query"] | None
     ) -> Float[Tensor, "batch head offset"]:
-        """Return the sum of `weights` over the queries where `rows` is True (None: all queries).
-
-        The result is float64 (float32 on MPS, which has no float64).
-        """
+        """Return sums of `weights` where `rows` is True (None: all); float64 (float32 on MPS)."""
         if len(offsets) <= _MOST_OFFSETS:
             shape = (*self.q.shape[:2], len(offsets))
             total = torch.zeros(shape, dtype=sum_dtype(self.q.device), device=self.q.device)

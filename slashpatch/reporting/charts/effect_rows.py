@@ -1,4 +1,4 @@
-"""Rows of the charts of effects, from results of measure, flow, copying, paths and sweep."""
+"""Rows of the charts of effects, from the results of each kind."""
 
 from __future__ import annotations
 
@@ -100,11 +100,19 @@ def path_rows(result: Result, top: int | None = None) -> pd.DataFrame:
 
 
 def sweep_rows(result: Result) -> pd.DataFrame:
-    """Return one row for each head of a sweep: its largest effect over the offsets.
+    """Return one row for each head of a sweep or screen: its largest effect over the offsets.
 
-    Columns layer, head, name, effect, low, high, q, and offset if offsets were swept.
+    Columns layer, head, name, effect (NaN where it was not run), low, high, q, and offset if there
+    are offsets.
     """
     names = ["layer", "head", "name", "effect", "low", "high", "q"]
     names += ["offset"] if "offset" in result.frame else []
     frame = result.frame.sort_values("effect", key=lambda e: -e.abs(), kind="stable")
     return frame.drop_duplicates("name")[names].sort_values(["layer", "head"], ignore_index=True)
+
+
+def screen_rows(result: Result) -> pd.DataFrame:
+    """Return the rows of a screen that were run: name, estimate, effect, low, high, why, offset."""
+    names = ["name", "estimate", "effect", "low", "high", "why"]
+    names += ["offset"] if "offset" in result.frame else []
+    return result.frame.loc[result.frame["why"] != "", names].reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""Charts of measured effects: forest plots, flow, copied lags, paths and sweeps."""
+"""Charts of measured effects: forest plots, flow, copied lags, paths, sweeps and screens."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: What a row of a forest plot shows, in the order of the legend.
 WHATS = ("edit", "control")
+#: Why a row of a screen was run, in the order of the legend.
+WHYS = ("top", "flagged", "audit")
 
 
 def forest(
@@ -235,3 +237,47 @@ def sweep(
     )
     chart = alt.layer(cells, dots, data=rows)
     return finished(chart, description, title, width, alt.Step(cell))
+
+
+def screen(
+    data: Rows,
+    *,
+    quantity: str = "effect",
+    width: Width = 420,
+    height: int = 260,
+    title: str | None = None,
+    description: str = "Estimated and exact effect of each row of a screen that was run.",
+) -> alt.LayerChart:
+    """Return estimated against exact effects, by why they were run; the line is where they agree.
+
+    Args:
+        data: Columns name, estimate, effect, low, high, why ("top", "flagged" or "audit").
+        quantity: Title of the effects, with their unit.
+        width: In pixels, or "container".
+        height: In pixels.
+        title: The title, if any.
+        description: What is seen, for screen readers.
+    """
+    alt = require_altair()
+    quantity = axis_title(quantity)
+    tips = tooltip(
+        head="name:N",
+        estimate="estimate:Q:+.4f",
+        effect="effect:Q:+.4f",
+        low="low:Q:+.4f",
+        high="high:Q:+.4f",
+        why="why:N",
+    )
+    x = alt.X("estimate:Q", title="estimate by the gradient")
+    told = of(kinds("why", WHYS), "color", "shape")
+    line = alt.Chart().mark_line(strokeWidth=1, opacity=0.5, color="gray")
+    line = line.encode(x=x, y=alt.Y("estimate:Q", title=quantity), tooltip=tips)
+    rules = (
+        alt.Chart()
+        .mark_rule(opacity=0.4)
+        .encode(x=x, y=alt.Y("low:Q", title=quantity), y2="high:Q", color=told["color"])
+    )
+    points = alt.Chart().mark_point(filled=True, size=60, opacity=0.9)
+    points = points.encode(x=x, y=alt.Y("effect:Q", title=quantity), tooltip=tips, **told)
+    chart = alt.layer(line, rules, points, data=source(data))
+    return finished(chart, description, title, width, height)

@@ -36,6 +36,7 @@ _PICTURES = {
     "copying": "How often each lag is copied, a group of bars for each lag.",
     "paths": "Effect through one input of one later head, the strongest paths with intervals.",
     "sweep": "Effect of the edit at each head, as a grid of layers by heads.",
+    "screen": "Effects that were run, as a grid; below, estimated against exact effects.",
 }
 
 

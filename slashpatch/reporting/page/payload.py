@@ -31,7 +31,7 @@ def payload(found: Inputs, kappa: float) -> dict[str, Any]:
         "sweeps": [
             {"label": label, "values": values}
             for result in found.results
-            if result.kind == "sweep"
+            if result.kind in ("sweep", "screen")
             for label, values in sweep_values(result, found.shape)
         ],
         "rank": rank_data(scan),

@@ -25,6 +25,7 @@ _TITLES = {
     "copying": "Which token is copied",
     "paths": "Paths of an effect",
     "sweep": "One edit at every head",
+    "screen": "One edit at every head, screened",
 }
 _ABOUT = {
     "measure": "Edited minus clean run, paired by prompt; rows against a control hold what is "
@@ -34,8 +35,10 @@ _ABOUT = {
     "likeliest next token.",
     "paths": "What the edit changes through one input (q, k or v) of one later head alone.",
     "sweep": "The same edit at one head at a time, the largest effect first.",
+    "screen": "The same edit at one head at a time: estimated by gradients at all, run at those of "
+    "largest estimate (top, flagged) and at some drawn at random (audit).",
 }
-_TEXT = ("edit", "metric", "of", "against", "name", "reader", "input")
+_TEXT = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
 _LABELS = {
     "name": "head",
     "offset": "Δ",
@@ -59,7 +62,13 @@ _NEEDED = {
     "copying": (("edit",), ("lag", "top1", "top1_low", "top1_high", "effect")),
     "paths": (("reader", "input"), ("effect", "low", "high", "q")),
     "sweep": (("name", "edit"), ("layer", "head", "effect", "low", "high", "q")),
+    "screen": (
+        ("name", "edit", "why"),
+        ("layer", "head", "estimate", "effect", "low", "high", "q"),
+    ),
 }
+#: Kinds that have a row for each head.
+_BY_HEAD = ("sweep", "screen")
 _HEAD = re.compile(r"L\d+H\d+")
 #: Columns of a forest plot's table.
 _FOREST = ("row", "effect", "low", "high", "what", "q", "as_large")
@@ -81,7 +90,7 @@ def require_readable(result: Result, shape: tuple[int, int], name: str) -> None:
     draws = result.tables.get("draws")
     if draws is not None and not {"edit", "control", "metric", "of", "effect"} <= set(draws):
         raise ReportError(f"{name} is no result of {result.kind}: its table of draws is damaged")
-    if result.kind == "sweep":
+    if result.kind in _BY_HEAD:
         inside = frame["layer"].between(0, shape[0] - 1) & frame["head"].between(0, shape[1] - 1)
         if not inside.all():
             raise ReportError(f"{name} has heads that the scan's model has not")
@@ -108,7 +117,7 @@ def result_data(result: Result) -> dict[str, Any]:
 def _subject(result: Result) -> str:
     origin = result.provenance
     of = origin.get("measured") or []
-    if result.kind == "sweep":  # the edit at one head stands for all
+    if result.kind in _BY_HEAD:  # the edit at one head stands for all
         of = [_HEAD.sub("{head}", edit) for edit in result.frame["edit"].head(1).astype(str)]
         if "offset" in result.frame and result.frame["offset"].nunique() > 1:
             of = [re.sub(r"\b(offsets?)=\d+", r"\1={offset}", edit) for edit in of]
@@ -126,6 +135,7 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
         "copying": (effect_rows.lag_rows, "lags", "How often each lag is copied"),
         "paths": (lambda result: effect_rows.path_rows(result, _PATHS), "paths", "Strongest paths"),
         "sweep": (effect_rows.sweep_rows, "sweep", "Effect of the edit at each head"),
+        "screen": (effect_rows.sweep_rows, "sweep", "Effect at each head that was run"),
     }[result.kind]
     frame = rows(result)
     if result.kind == "flow" and not (frame[["flow", "low"]].fillna(1) > 0).all(axis=None):
@@ -136,6 +146,15 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
         "sets": {"rows": records(frame)},
         "caption": _caption(result, frame),
     }
+    if result.kind == "screen":
+        run = effect_rows.screen_rows(result)
+        yield {
+            "title": "Estimates against exact effects",
+            "spec": "screen",
+            "sets": {"rows": records(run)},
+            "caption": f"{len(run)} of {len(result.frame)} rows were run. The line is where "
+            "estimate and effect agree; rows of the audit were drawn at random.",
+        }
 
 
 def _forests(result: Result, head: str | None = None) -> Iterator[dict[str, Any]]:
@@ -186,7 +205,7 @@ def _caption(result: Result, frame: pd.DataFrame) -> str:
         best = {row["edit"]: row for row in reversed(rows)}
         each = [f"{edit}: lag {row['lag']} ({row['top1']:.2f})" for edit, row in best.items()]
         return f"The lag that is copied most often, by edit: {'; '.join(reversed(each))}."
-    name = top["name"] if result.kind == "sweep" else top["row"]
+    name = top["name"] if result.kind in _BY_HEAD else top["row"]
     interval = f" ({top['low']:+.3g} to {top['high']:+.3g} over prompts)"
     what = "Largest single path" if result.kind == "paths" else "Largest"
     return f"{what}: {name}, {top['effect']:+.3g}{interval if top['low'] == top['low'] else ''}."
@@ -195,10 +214,15 @@ def _caption(result: Result, frame: pd.DataFrame) -> str:
 def sweep_values(
     result: Result, shape: tuple[int, int]
 ) -> Iterator[tuple[str, list[dict[str, Any] | None]]]:
-    """Yield a sweep's label and, for each head of the model, its largest effect and the offset."""
+    """Yield a sweep's label and, for each head of the model, its largest effect and the offset.
+
+    Heads that were not run have none.
+    """
     frame = result.frame.sort_values("effect", key=abs, ascending=False)
     values: list[dict[str, Any] | None] = [None] * (shape[0] * shape[1])
     for row in frame.drop_duplicates("name").to_dict(orient="records"):
+        if row["effect"] != row["effect"]:
+            continue
         at = row["layer"] * shape[1] + row["head"]
         values[at] = {"effect": number(row["effect"]), "offset": row.get("offset")}
     yield _subject(result), values
@@ -219,7 +243,7 @@ def effects_by_head(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def _rows_by_head(result: Result) -> dict[str, pd.DataFrame]:
     """Return the rows of a result for each head that their edits (or readers) name."""
     frame = result.frame
-    column = {"sweep": "name", "paths": "reader"}.get(result.kind, "edit")
+    column = {"sweep": "name", "screen": "name", "paths": "reader"}.get(result.kind, "edit")
     names = [set(_HEAD.findall(str(value))) for value in frame[column]]
     found = sorted(set().union(*names), key=Head.parse) if names else []
     return {name: frame[[name in row for row in names]] for name in found}

@@ -37,6 +37,7 @@ def specs() -> dict[str, dict[str, Any]]:
         "lags": effects.lags(rows, width=_WIDTH),
         "paths": effects.paths(rows, width=_LABELLED),
         "sweep": effects.sweep(rows, width=_WIDTH),
+        "screen": effects.screen(rows, width=_WIDTH),
     }
     return {name: chart.to_dict() for name, chart in charts.items()}
 

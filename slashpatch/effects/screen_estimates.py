@@ -1,0 +1,133 @@
+"""Estimated effects of a screen: exact changes of z, times gradients of the metric.
+
+effect ≈ Σ over positions of (z_edited − z_clean) · ∂metric/∂z. The change of z is exact; only what
+lies downstream of the head is linear in it. The gradient is taken at the clean run, and again where
+a few random heads are moved by their own exact changes: a head whose effect the clean gradient
+hides (because the model repairs itself, or a softmax is saturated) is seen from there. *Ours*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..data.progress import progress_over
+from ..errors import MetricError
+from ..patching.fused import fused_where_exact
+from .evaluation import MetricRunner
+from .exact_changes import exact_changes
+from .gradients import ByLayer, gradients
+from .inputs import Batch
+from .sweep_variants import Variant
+
+#: Gradients at randomly moved heads, beside the one at the clean run, and the share of heads moved.
+MOVED_RUNS, MOVED_SHARE = 2, 0.05
+
+
+def contributions(
+    runner: MetricRunner,
+    all_batches: Sequence[Batch],
+    variants: Sequence[Variant],
+    seed: int,
+    progress: bool | None = None,
+) -> Float[Tensor, "run prompt variant"]:
+    """Return each variant's estimated effect on each prompt, by each of the gradients.
+
+    Args:
+        runner: Of one metric.
+        all_batches: The prompts; the result has them in the order of their indices.
+        variants: Each acts in one layer. The result has them by their `index`, which must count
+            from 0.
+        seed: Random seed of the moved heads.
+        progress: Whether to show a progress bar; None: on a terminal only.
+
+    Raises MetricError as `gradients`, and for estimates that are not finite.
+    """
+    with fused_where_exact(runner.model):
+        parts = [
+            _of_batch(runner, batch, variants, seed)
+            for batch in progress_over(all_batches, "estimating", show=progress)
+        ]
+    order = torch.cat([batch.index for batch in all_batches]).argsort()
+    found = torch.cat(parts, dim=1)[:, order]
+    if not bool(found.isfinite().all()):
+        which = variants[0]
+        bad = set((~found.isfinite()).any(0).any(0).nonzero()[:, 0].tolist())
+        which = next(variant for variant in variants if variant.index in bad)
+        raise MetricError(f"the estimated effect of {which.edit} is not a finite number")
+    return found
+
+
+def _of_batch(
+    runner: MetricRunner, batch: Batch, variants: Sequence[Variant], seed: int
+) -> Float[Tensor, "run batch variant"]:
+    """Return the estimates of one batch."""
+    layers = range(variants[0].edit.layers[0], runner.info.n_layers)
+    clean = gradients(runner, batch, layers)
+    at_clean = {layer: clean.z[layer] for layer in layers}
+    moves = _random_changes(runner, batch, at_clean, variants, seed)
+    found = [clean.gradient]
+    for run in range(MOVED_RUNS):
+        moved = _some_heads(moves, batch, run, seed)
+        found.append(gradients(runner, batch, layers, moved).gradient)
+    out = torch.zeros(len(found), len(batch.index), len(variants), dtype=torch.float64)
+
+    def add(together: Sequence[Variant], change: Tensor) -> None:
+        layer = together[0].edit.layers[0]
+        for run, by_layer in enumerate(found):
+            by_head = (
+                torch.einsum("bphd, bphd -> bh", change.float(), by_layer[layer].float())
+                .double()
+                .cpu()
+            )
+            for variant in together:
+                out[run, :, variant.index] = by_head[:, variant.edit.heads_in(layer)].sum(1)
+
+    exact_changes(runner.model, batch, at_clean, variants, add)
+    return out
+
+
+def _random_changes(
+    runner: MetricRunner, batch: Batch, clean: ByLayer, variants: Sequence[Variant], seed: int
+) -> ByLayer:
+    """Return the change of z of every head under one variant of each, drawn at random."""
+    from transformer_lens.utilities.statistics import derive_generator
+
+    generator = derive_generator(seed, "screen variants")
+    order = torch.randperm(len(variants), generator=generator).tolist()
+    used: set[object] = set()
+    drawn = []
+    for place in order:
+        heads = set(variants[place].edit.heads)
+        if used.isdisjoint(heads):
+            used |= heads
+            drawn.append(variants[place])
+    drawn.sort(key=lambda variant: variant.edit.layers[0])
+    moves = {layer: torch.zeros_like(z) for layer, z in clean.items()}
+
+    def keep(together: Sequence[Variant], change: Tensor) -> None:
+        layer = together[0].edit.layers[0]
+        heads = [head for variant in together for head in variant.edit.heads_in(layer)]
+        moves[layer][:, :, heads] = change[:, :, heads].to(moves[layer].dtype)
+
+    exact_changes(runner.model, batch, clean, drawn, keep)
+    return moves
+
+
+def _some_heads(moves: ByLayer, batch: Batch, run: int, seed: int) -> ByLayer:
+    """Return the changes of a random share of heads, others than in the other runs and prompts."""
+    from transformer_lens.utilities.statistics import derive_generator
+
+    kept = []
+    for prompt in batch.index.tolist():
+        generator = derive_generator(seed, "screen moved heads", run, prompt)
+        n_layers, n_heads = max(moves) + 1, next(iter(moves.values())).shape[2]
+        kept.append(torch.rand(n_layers, n_heads, generator=generator) < MOVED_SHARE)
+    chosen = torch.stack(kept)
+    return {
+        layer: z * chosen[:, layer, None, :, None].to(z.device, z.dtype)
+        for layer, z in moves.items()
+    }
