@@ -57,8 +57,9 @@ PAGES = {
     ),
     "effects": (
         "Effects",
-        "How to: [measure effects](../how-to/measure.md), [sweep every head](../how-to/sweep.md).",
-        "measure flow copying paths sweep Result copying_losses copied_lags SlashScores "
+        "How to: [measure effects](../how-to/measure.md), [sweep every head](../how-to/sweep.md), "
+        "[screen every head](../how-to/screen.md).",
+        "measure flow copying paths sweep screen Result copying_losses copied_lags SlashScores "
         "PrefixMatching LogitDifference",
     ),
     "checking": (

@@ -9,7 +9,7 @@ the exact effects on the screening half alone (how far luck with prompts goes), 
 
 Times are seconds of processor time in one thread, so that other work on the machine counts for
 neither side. Finished parts are kept in --folder, from which a run that was stopped goes on. Writes
-the table in docs/effects.md and the part "screen" of results.json.
+the table in docs/how-to/screen.md and the part "screen" of results.json.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from slashpatch.effects.gradients import gradients
 from slashpatch.effects.inputs import batches, prompts_for
 from slashpatch.effects.logit_metrics import copying_loss
 from slashpatch.effects.screen import halves
+from slashpatch.effects.screen_estimates import contributions
 from slashpatch.effects.sweep_run import SweepRun
 from slashpatch.effects.sweep_variants import sweep_variants
 
@@ -45,9 +46,8 @@ def cpu_seconds(run):
 
 
 def prompts_of(model, seed):
-    return prompts_for(
-        model, [copying_loss], None, random_tokens=False, n_prompts=N_PROMPTS, max_tokens=None, default=65, seed=seed
-    )  # fmt: skip
+    sizes = {"n_prompts": N_PROMPTS, "max_tokens": None, "default": 65, "seed": seed}
+    return prompts_for(model, [copying_loss], None, random_tokens=False, **sizes)
 
 
 def exact(model, edit, seed):
@@ -95,7 +95,7 @@ def by_plain_gradient(model, seed):
 
 
 def by_attribution_patching(model, seed):
-    """TransformerLens' scores of heads: the prompt's first copy against other random tokens there."""
+    """TransformerLens' scores of heads: the first copy against other random tokens there."""
     half, _ = halves(N_PROMPTS, True, seed)
     clean = torch.stack([prompts_of(model, seed).tokens[index] for index in half])
     corrupt = clean.clone()
@@ -182,9 +182,12 @@ def many_offsets(model):
 
 
 def estimates_only(model, offsets):
-    return sp.screen(
-        model, "KnockOut({head}, {offset})", offsets=offsets, n_prompts=N_PROMPTS, verify=32, audit=32, progress=False
-    )  # fmt: skip
+    """The estimates of every head at some offsets, without the runs that follow them."""
+    runner = MetricRunner(model, [copying_loss])
+    half, _ = halves(N_PROMPTS, True, 0)
+    some = batches(prompts_of(model, 0), model.cfg.d_vocab, None, "cpu", half)
+    variants = sweep_variants(model, "KnockOut({head}, {offset})", None, offsets)
+    return contributions(runner, some, variants, 0)
 
 
 def figures(sweep, screen, plain, theirs, seed, edit):
@@ -230,40 +233,36 @@ def report(model, rows, offsets):
     def mean(name, of):
         return statistics.fmean(row[name] for row in of)
 
+    columns = {
+        "recall_run": "heads that are run",
+        "recall_chosen": "heads chosen by the estimates",
+        "recall_exact_half": "exact effects on the screening half",
+        "recall_plain": "gradient × z",
+        "recall_patching": "attribution patching",
+        "recall_random": "random heads",
+        "spearman": "rank correlation of sizes",
+    }
     lines = [
-        "| edit | heads chosen, heads run | recall of the exact top 10, of the heads run | of the chosen | exact effects "
-        "on the screening half | gradient × z | attribution patching | random | Spearman of sizes | share of the sweep's time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| edit | chosen, run | {' | '.join(columns.values())} | share of the sweep's time |",
+        "|---|---|" + "---|" * (len(columns) + 1),
     ]
     for edit in (*EDITS, None):
         of = [row for row in rows if edit in (None, row["edit"])]
         share = statistics.median(row["screen_seconds"] / row["sweep_seconds"] for row in of)
-        cells = [
-            f"{mean(name, of):.2f}"
-            for name in (
-                "recall_run",
-                "recall_chosen",
-                "recall_exact_half",
-                "recall_plain",
-                "recall_patching",
-                "recall_random",
-                "spearman",
-            )  # fmt: skip
-        ]
+        cells = " | ".join(f"{mean(name, of):.2f}" for name in columns)
         label = "all" if edit is None else f"`{edit}`"
-        lines.append(
-            f"| {label} | {mean('chosen', of):.0f}, {mean('run', of):.0f} | "
-            + " | ".join(cells)
-            + f" | {share:.2f} |"
-        )
+        counts = f"{mean('chosen', of):.0f}, {mean('run', of):.0f}"
+        lines.append(f"| {label} | {counts} | {cells} | {share:.2f} |")
     origin = provenance(model)
     lines += [
         "",
-        f"Means over {len(SEEDS)} seeds, {N_PROMPTS} prompts of 65 tokens, copying loss; the median share of time. "
-        f"Sixteen offsets took {offsets['sixteen'] / offsets['one']:.2f} times as long as one "
+        f"Recall of the ten heads of largest effect in an exact sweep, over {len(SEEDS)} seeds, "
+        f"{N_PROMPTS} prompts of 65 tokens, copying loss; the other rankings name as many heads as "
+        "the estimates chose. Times are processor time, the share is a median. Estimates at "
+        f"sixteen offsets took {offsets['sixteen'] / offsets['one']:.2f} times as long as at one "
         f"({offsets['one']:.0f} s). {setting(origin).replace('2 threads', '1 thread')}.",
     ]
-    write_table("effects", "screen", lines)
+    write_table("how-to/screen", "screen", lines)
     write_results("screen", {"rows": rows, "offsets": offsets, "threads": 1}, origin)
     print("\n".join(lines), machine()["processor"])
 

@@ -16,6 +16,7 @@ from .explain import explain
 from .generate import generate, watch
 from .report import report
 from .scan import scan
+from .screen import screen
 from .theory import theory
 
 app = typer.Typer(
@@ -48,7 +49,7 @@ def _root(
 
 
 for _command in (
-    scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, check,
+    scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, screen, check,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(theory, name="theory")

@@ -41,6 +41,25 @@ OutOption = Annotated[
     typer.Option(metavar="FILE", help="Save the result as .parquet or .json, with provenance."),
 ]
 RowsOption = Annotated[int, typer.Option("--top", min=1, help="Rows of the table to print.")]
+EditOfHeads = Annotated[
+    str,
+    typer.Option(
+        "--edit", "-e", metavar="EDIT", help="Edit with {head}, and {offset} with --offsets."
+    ),
+]
+HeadsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEADS", help="Heads to try, such as 'L16H0, L11H0-3' or L1. Default: all."
+    ),
+]
+OffsetsOption = Annotated[
+    str | None,
+    typer.Option(metavar="OFFSETS", help="Offsets Δ to try for each head, such as 0-3."),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue the unfinished run in the file of --out.")
+]
 
 
 def measure(
@@ -87,7 +106,7 @@ def measure(
     for name in metrics:
         as_metric(name)
     controls = [as_control(spec) for spec in control or ()]
-    _require(out, None, text, random_tokens)
+    require_outputs(out, None, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 128)
     draws = sum(drawn.n for drawn in controls)
@@ -103,7 +122,7 @@ def measure(
         max_tokens=n_tokens,
         seed=seed,
     )
-    _show(result, out, None, as_json, top)
+    show(result, out, None, as_json, top)
 
 
 def flow(
@@ -135,7 +154,7 @@ def flow(
 
     conditions = _edits(edit, together, needed=False)
     wanted = as_offsets(offsets)
-    _require(out, plot, text, random_tokens)
+    require_outputs(out, plot, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 64)
     replacements = min(replaced, n_tokens)
@@ -151,7 +170,7 @@ def flow(
         max_tokens=n_tokens,
         seed=seed,
     )
-    _show(result, out, plot, as_json, top)
+    show(result, out, plot, as_json, top)
 
 
 def copying(
@@ -175,34 +194,21 @@ def copying(
     from ..effects.copying import copying as run
 
     conditions = _edits(edit, together, needed=False)
-    _require(out, plot, None, False)
+    require_outputs(out, plot, None, False)
     bridge = load_bridge(model, device, dtype)
     n_tokens = min(2 * tokens, bridge.cfg.n_ctx)
     announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions))
     result = run(
         bridge, conditions, range(1, lags + 1), n_prompts=prompts, n_tokens=tokens, seed=seed
     )
-    _show(result, out, plot, as_json, top)
+    show(result, out, plot, as_json, top)
 
 
 def sweep(
     model: ModelOption = None,
-    edit: Annotated[
-        str,
-        typer.Option(
-            "--edit", "-e", metavar="EDIT", help="Edit with {head}, and {offset} with --offsets."
-        ),
-    ] = "KnockOut({head}, 1)",
-    heads: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HEADS", help="Heads to try, such as 'L16H0, L11H0-3' or L1. Default: all."
-        ),
-    ] = None,
-    offsets: Annotated[
-        str | None,
-        typer.Option(metavar="OFFSETS", help="Offsets Δ to try for each head, such as 0-3."),
-    ] = None,
+    edit: EditOfHeads = "KnockOut({head}, 1)",
+    heads: HeadsOption = None,
+    offsets: OffsetsOption = None,
     metric: Annotated[
         str, typer.Option(metavar="METRIC", help="One metric, as for measure.")
     ] = "copying",
@@ -215,9 +221,7 @@ def sweep(
     ] = None,
     top: RowsOption = 20,
     out: OutOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the unfinished sweep in the file of --out.")
-    ] = False,
+    resume: ResumeOption = False,
     plot: PlotOption = None,
     as_json: JsonOption = False,
     seed: SeedOption = 0,
@@ -233,7 +237,7 @@ def sweep(
     if heads is not None:
         require_readable(heads)
     as_metric(metric)
-    _require(out, plot, text, random_tokens)
+    require_outputs(out, plot, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 65)
     if not resume:  # how much is left is not known here
@@ -252,7 +256,7 @@ def sweep(
         max_tokens=n_tokens,
         seed=seed,
     )
-    _show(result, out, plot, as_json, top, saved=True)
+    show(result, out, plot, as_json, top, saved=True)
 
 
 def _sweep_passes(model: Any, heads: str | None, offsets: str | None) -> int:
@@ -276,7 +280,9 @@ def _edits(typed: list[str] | None, together: bool, needed: bool = True) -> list
     return [edits] if together and edits else edits
 
 
-def _require(out: Path | None, plot: Path | None, text: Path | None, random_tokens: bool) -> None:
+def require_outputs(
+    out: Path | None, plot: Path | None, text: Path | None, random_tokens: bool
+) -> None:
     """Check options against one another and output paths, before the model is loaded."""
     from ..effects.result import SUFFIXES
 
@@ -286,7 +292,7 @@ def _require(out: Path | None, plot: Path | None, text: Path | None, random_toke
     require_output(plot, FIGURE_SUFFIXES)
 
 
-def _show(
+def show(
     result: Result,
     out: Path | None,
     plot: Path | None,

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.files import written_whole
 from .charts.effect_rows import flow_rows, lag_rows, path_rows, screen_rows, sweep_rows
+from .charts.effects import WHYS
 from .charts.palette import CATEGORIES, DARK_TEXT_FROM, DIVERGING, SCORES
 from .charts.rows import grid_rows, tokens_of
 from .style import ink, line_style, new_figure, plain_numbers, shortened, styled
@@ -254,11 +255,11 @@ def _grid_size(result: Result) -> tuple[float, float]:
 def _screen_figure(result: Result) -> Figure:
     """Draw the effects that were run as a grid, and below it estimates against effects."""
     width, height = _grid_size(result)
-    figure = new_figure(width, height + 3.6)
+    figure = new_figure(max(width, 6.0), height + 3.6)
     grid, axis = figure.subplots(2, height_ratios=[height, 3.6])
     _draw_sweep(grid, result)
     rows = screen_rows(result)
-    for index, why in enumerate(("audit", "flagged", "top")):
+    for index, why in enumerate(WHYS):
         part, style = rows[rows["why"] == why], line_style(index)
         ends = [part["effect"] - part["low"], part["high"] - part["effect"]]
         axis.errorbar(
@@ -272,7 +273,7 @@ def _screen_figure(result: Result) -> Figure:
             label=f"{why} ({len(part)})",
         )
     axis.axline((0, 0), slope=1, color="gray", lw=0.8)
-    axis.set_xlabel("estimate by the gradient (the line: where estimate and effect agree)")
+    axis.set_xlabel("estimate by the gradient (line: estimate = effect)")
     axis.set_ylabel(f"effect on {shortened(result.provenance['metric'])}")
     axis.legend(title="why it was run")
     axis.grid(alpha=0.3)

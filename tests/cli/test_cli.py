@@ -190,7 +190,7 @@ def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message
 
 
 WITH_MODEL = ["scan", "explain", "generate", "watch", "demo", "measure", "flow", "copying", "sweep",
-              "check", "report"]  # fmt: skip
+              "screen", "check", "report"]  # fmt: skip
 OF_ITS_OWN = {
     "report": ("--out", "never.html"),
     "explain": ("L0H1",),
@@ -553,9 +553,30 @@ def test_sweep_goes_on(call, model, tmp_path):
     assert "is of another sweep" in err
 
 
+def test_screen_shows_why_rows_were_run_and_goes_on(call, model, tmp_path):
+    out, plot = tmp_path / "screen.json", tmp_path / "screen.png"
+    rest = ("--max-tokens", 13, "--prompts", 4, "--verify", 2, "--audit", 1)
+    code, shown, err = call("screen", "-m", model, *rest, "--out", out, "--plot", plot)
+    assert code == 0, err
+    assert plot.stat().st_size > 1000
+    for word in ("estimate", "why", "top", "audit", "were selected by estimates on other prompts"):
+        assert word in shown
+    code, again, _ = call("screen", "-m", model, *rest, "--out", out, "--resume", "--json")
+    assert code == 0
+    record = json.loads(again)
+    assert record == json.loads(out.read_text())
+    assert record["audit"][0]["audited"] == 1
+    code, _, err = call("screen", "-m", model, *rest, "--out", out, "--resume", "--audit", 3)
+    assert code == 2
+    assert "is of another sweep: its audit is 1, here it is 3" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("screen", "--resume"), "--resume goes with --out"),
+        (("screen", "--metric", "kl"), "kl has no gradient at the clean run"),
+        (("screen", "--metric", "kl", "--proxy", "top1"), "top1 has no gradient"),
         (("measure",), "give at least one --edit"),
         (("measure", "-e", "KnockOut(L0H1, 1)", "--metric", "lost"), "no metric 'lost'"),
         (("measure", "-e", "KnockOut(L0H1, 1)", "--control", "random"), "no control 'random'"),

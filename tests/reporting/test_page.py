@@ -24,6 +24,7 @@ from slashpatch.reporting.page.scan_data import MOST_OFFSETS, number, shown_colu
 from slashpatch.reporting.page.shown_text import UNSEEN, visible
 
 from . import samples
+from .test_notebook import KINDS
 
 LIMIT = 3_000_000
 
@@ -98,7 +99,7 @@ def test_a_large_model_fits(tmp_path):
         scan=samples.scan(**large, d_head=128),
         random=samples.scan(**large, moments=False, seed=1),
         explanations=[samples.explanation("L1H0", samples.scan(offsets=range(16)))],
-        results=[samples.result(k) for k in ("measure", "flow", "copying", "paths", "sweep", "screen")],
+        results=[samples.result(kind) for kind in KINDS],
         texts=[samples.text(4096, heads, top=5, offsets=range(16), scattered=True)],
     )
     assert path.stat().st_size < LIMIT

@@ -8,6 +8,7 @@ from slashpatch.heads import Head
 from slashpatch.reporting.page.report import report
 
 from . import samples
+from .test_notebook import KINDS
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 
@@ -19,7 +20,7 @@ def write(folder, **changes):
         "scan": samples.scan(),
         "random": samples.scan(seed=1, moments=False, source="random tokens"),
         "explanations": [samples.explanation()],
-        "results": [samples.result(k) for k in ("measure", "flow", "copying", "paths", "sweep", "screen")],
+        "results": [samples.result(kind) for kind in KINDS],
         "texts": [samples.text()],
     }
     return report(folder / "report.html", **{**parts, **changes})

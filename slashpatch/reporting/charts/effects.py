@@ -272,11 +272,8 @@ def screen(
     told = of(kinds("why", WHYS), "color", "shape")
     line = alt.Chart().mark_line(strokeWidth=1, opacity=0.5, color="gray")
     line = line.encode(x=x, y=alt.Y("estimate:Q", title=quantity), tooltip=tips)
-    rules = (
-        alt.Chart()
-        .mark_rule(opacity=0.4)
-        .encode(x=x, y=alt.Y("low:Q", title=quantity), y2="high:Q", color=told["color"])
-    )
+    ends = {"y": alt.Y("low:Q", title=quantity), "y2": "high:Q", "color": told["color"]}
+    rules = alt.Chart().mark_rule(opacity=0.4).encode(x=x, tooltip=tips, **ends)
     points = alt.Chart().mark_point(filled=True, size=60, opacity=0.9)
     points = points.encode(x=x, y=alt.Y("effect:Q", title=quantity), tooltip=tips, **told)
     chart = alt.layer(line, rules, points, data=source(data))
