@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TooLargeError
+from ..errors import ModelError, TooLargeError
 
 if TYPE_CHECKING:
     import torch
@@ -218,10 +218,15 @@ def require_memory(
 ) -> None:
     """Raise TooLargeError for a model whose weights do not fit where they are to go.
 
-    Only the weights count: how long prompts are is not known yet.
+    Raises ModelError for a map that puts one weight on two devices. Only the weights count: how long prompts are is not known yet.
     """
     rooms = rooms_of(max_memory)
     if isinstance(device_map, Mapping):
+        for one, other in (getattr(empty, "all_tied_weights_keys", None) or {}).items():
+            if place_of(one, device_map) != place_of(other, device_map):
+                raise ModelError(
+                    f"{one} and {other} are one weight; the device_map must put both on one device"
+                )
         for place, bytes_there in _bytes_by_place(empty, device_map).items():
             if place != "disk":
                 _require(needed, place, bytes_there, rooms)
@@ -259,8 +264,13 @@ def _bytes_by_place(empty: Any, device_map: Mapping[str, Any]) -> dict[Any, int]
     """Return the bytes of weights that a map puts on each device."""
     total: dict[Any, int] = {}
     for name, weight in empty.named_parameters():  # tied ones once
-        inside = [key for key in device_map if key == "" or f"{name}.".startswith(f"{key}.")]
-        if inside:  # Transformers refuses a map that leaves a weight out
-            place = device_map[max(inside, key=len)]
+        place = place_of(name, device_map)
+        if place is not None:
             total[place] = total.get(place, 0) + weight.numel() * weight.element_size()
     return total
+
+
+def place_of(name: str, device_map: Mapping[str, Any]) -> Any:
+    """Return where a map puts a weight: the longest module name that holds it; None if none does."""
+    inside = [key for key in device_map if key == "" or f"{name}.".startswith(f"{key}.")]
+    return device_map[max(inside, key=len)] if inside else None

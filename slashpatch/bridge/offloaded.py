@@ -7,7 +7,7 @@ the values in for each forward pass of the module that owns them, and takes them
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,22 +27,34 @@ class InFile(NamedTuple):
     name: str
 
 
+def _hook(module: torch.nn.Module) -> Any:
+    """Return the hook of accelerate that puts in the module's own weights, or None."""
+    waiting = [getattr(module, "_hf_hook", None)]
+    while waiting:
+        hook = waiting.pop(0)
+        if getattr(hook, "offload", False) and getattr(hook, "weights_map", None) is not None:
+            return hook
+        waiting += getattr(hook, "hooks", ())  # of a SequentialHook
+    return None
+
+
 def is_offloaded(module: torch.nn.Module) -> bool:
     """Return whether accelerate puts in the module's own weights for each of its passes only."""
-    if not hasattr(module, "_hf_hook"):
-        return False
-    from accelerate.utils import has_offloaded_params
-
-    return bool(has_offloaded_params(module))
+    return _hook(module) is not None
 
 
-def loaded(module: torch.nn.Module | None) -> AbstractContextManager[Any]:
-    """Return a context inside which the module's own weights have their values."""
-    if module is None or not is_offloaded(module):
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module)
+@contextmanager
+def loaded(module: torch.nn.Module | None) -> Iterator[None]:
+    """Inside, the module's own weights have their values."""
+    hook = None if module is None else _hook(module)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def offloaded_weights(hf_model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
@@ -75,12 +87,13 @@ def read_stored(module: torch.nn.Module, name: str) -> Tensor:
 def full_name(module: torch.nn.Module, name: str) -> str:
     """Return an offloaded weight's name in the whole model, by which tied weights are known."""
     _, key = _entry(module, name)
+    key = key.replace("._original_component", "")  # TransformerLens' own modules between
     return key if key != name else f"{name} of module {id(module)}"
 
 
 def _entry(module: torch.nn.Module, name: str) -> tuple[Any, str]:
     """Return the mapping that holds an offloaded weight, and its key there."""
-    hook: Any = module._hf_hook
+    hook = _hook(module)
     for weights in getattr(hook.weights_map, "maps", [hook.weights_map]):  # a ChainMap has maps
         if hasattr(weights, "prefix"):
             return weights.dataset, f"{weights.prefix}{name}"
@@ -111,7 +124,7 @@ def input_device(hf_model: PreTrainedModel) -> torch.device | None:
     """
     embedding = hf_model.get_input_embeddings()
     if is_offloaded(embedding):
-        return torch.device(embedding._hf_hook.execution_device)
+        return torch.device(_hook(embedding).execution_device)
     weight = next(embedding.parameters(), None)
     if weight is None:
         weight = next((x for x in hf_model.parameters() if not x.is_meta), None)
