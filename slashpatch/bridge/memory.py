@@ -218,7 +218,8 @@ def require_memory(
 ) -> None:
     """Raise TooLargeError for a model whose weights do not fit where they are to go.
 
-    Raises ModelError for a map that puts one weight on two devices. Only the weights count: how long prompts are is not known yet.
+    Raises ModelError for a map that puts one weight on two devices. Only the weights count: how long
+    prompts are is not known yet.
     """
     rooms = rooms_of(max_memory)
     if isinstance(device_map, Mapping):
@@ -271,6 +272,6 @@ def _bytes_by_place(empty: Any, device_map: Mapping[str, Any]) -> dict[Any, int]
 
 
 def place_of(name: str, device_map: Mapping[str, Any]) -> Any:
-    """Return where a map puts a weight: the longest module name that holds it; None if none does."""
+    """Return where a map puts a weight: by the longest module name that holds it, or None."""
     inside = [key for key in device_map if key == "" or f"{name}.".startswith(f"{key}.")]
     return device_map[max(inside, key=len)] if inside else None
