@@ -1,7 +1,7 @@
 """Several devices without their hardware: tensors on the CPU that say that they are elsewhere.
 
 `Devices` notes for each tensor's storage on which device it would be, and raises where PyTorch
-would: for an operation on tensors of two devices. `Tensor.device` and `Tensor.to` go by these notes.
+would: for an operation on tensors of two devices. `Tensor.device` and `Tensor.to` go by that.
 What a kernel on real hardware would compute or cost is not imitated.
 """
 

@@ -89,6 +89,8 @@ def needed_by(empty: Any, source: str | Path, n_tokens: int) -> MemoryNeeded:
     kept = empty.stored_dtype == dtype and not any(hasattr(config, name) for name in _EXPERTS)
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
     n_kv = getattr(config, "num_key_value_heads", None) or n_heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", 0):
+        n_kv = 1  # Falcon
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     rows = d_head * d_head + 2 * d_head + d_head // 2  # gram, sums, amplitudes of pairs
     per_head = 2 * 64 + 2 * 16  # logits and their counts; scores and their squares
@@ -218,8 +220,8 @@ def require_memory(
 ) -> None:
     """Raise TooLargeError for a model whose weights do not fit where they are to go.
 
-    Raises ModelError for a map that puts one weight on two devices. Only the weights count: how long
-    prompts are is not known yet.
+    Raises ModelError for a map that puts one weight on two devices. Only the weights count: the
+    length of the prompts is not known yet.
     """
     rooms = rooms_of(max_memory)
     if isinstance(device_map, Mapping):
