@@ -220,16 +220,12 @@ def require_memory(
 ) -> None:
     """Raise TooLargeError for a model whose weights do not fit where they are to go.
 
-    Raises ModelError for a map that puts one weight on two devices. Only the weights count: the
+    Raises ModelError for a map that accelerate cannot follow. Only the weights count: the
     length of the prompts is not known yet.
     """
     rooms = rooms_of(max_memory)
     if isinstance(device_map, Mapping):
-        for one, other in (getattr(empty, "all_tied_weights_keys", None) or {}).items():
-            if place_of(one, device_map) != place_of(other, device_map):
-                raise ModelError(
-                    f"{one} and {other} are one weight; the device_map must put both on one device"
-                )
+        _require_map(empty, device_map)
         for place, bytes_there in _bytes_by_place(empty, device_map).items():
             if place != "disk":
                 _require(needed, place, bytes_there, rooms)
@@ -246,6 +242,24 @@ def require_memory(
         _require(needed, place, needed.weights, rooms)
         if place != "cpu" and device_map is None:  # they are loaded there first
             _require(needed, "cpu", needed.weights, rooms)
+
+
+def _require_map(empty: Any, device_map: Mapping[str, Any]) -> None:
+    """Raise ModelError for a map that splits a tied weight, or nests modules on different places."""
+    for one, other in (getattr(empty, "all_tied_weights_keys", None) or {}).items():
+        if place_of(one, device_map) != place_of(other, device_map):
+            raise ModelError(
+                f"{one} and {other} are one weight; the device_map must put both on one device"
+            )
+    for inner, place in device_map.items():
+        for outer, other in device_map.items():
+            inside = outer == "" or inner.startswith(f"{outer}.")
+            if inside and place != other and "disk" in (place, other):
+                raise ModelError(
+                    f"the device_map puts {inner} on {place} and {outer or 'the whole model'}, in "
+                    f"which it lies, on {other}; accelerate needs modules that are not inside one "
+                    "another, such as model.embed_tokens, model.layers.0, model.norm, lm_head"
+                )
 
 
 def _require(needed: MemoryNeeded, place: Any, n_bytes: int, rooms: dict[Any, int]) -> None:

@@ -302,6 +302,14 @@ def test_a_map_that_splits_a_tied_weight(tied):
         sp.load(tied, device_map=MAP)
 
 
+def test_a_map_of_modules_inside_one_another(directory):
+    for outer in ("", "model"):
+        with pytest.raises(
+            ModelError, match=r"puts model\.layers\.1 on disk and .* it lies, on cpu"
+        ):
+            sp.load(directory, device_map={outer: "cpu", "model.layers.1": "disk"})
+
+
 def test_a_model_in_memory_takes_no_map(plain):
     for model in (llama(seed=0), plain):
         with pytest.raises(ModelError, match="dispatch_model before"):
