@@ -245,7 +245,7 @@ def require_memory(
 
 
 def _require_map(empty: Any, device_map: Mapping[str, Any]) -> None:
-    """Raise ModelError for a map that splits a tied weight, or nests modules on different places."""
+    """Raise ModelError for a map that splits a tied weight, or nests modules and differs there."""
     for one, other in (getattr(empty, "all_tied_weights_keys", None) or {}).items():
         if place_of(one, device_map) != place_of(other, device_map):
             raise ModelError(

@@ -23,6 +23,17 @@ def model_name(model: TransformerBridge) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("slashpatch", "torch", "transformers", "transformer-lens"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
 def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
     """Return what is needed to repeat a result, as plain JSON values; `details` are added.
 
@@ -30,12 +41,6 @@ def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
     the model now, and versions of Python and the libraries; where weights are on disk or on several
     devices, also weights_on.
     """
-    versions = {"python": platform.python_version()}
-    for package in ("slashpatch", "torch", "transformers", "transformer-lens"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     spread = places(model.original_model)
     return {
         "model": model_name(model),
@@ -46,6 +51,6 @@ def provenance(model: TransformerBridge, **details: Any) -> dict[str, Any]:
         **({"weights_on": spread} if "disk" in spread or len(spread) > 1 else {}),
         "edits": [str(edit) for edit in active_edits(model)],
         "other_hooks": other_hooks(model),
-        "versions": versions,
+        "versions": versions(),
         **details,
     }
