@@ -1,11 +1,11 @@
-# make demo | demos | test | test-all | fast | lint | format | bench | families | docs | gallery | reference
-# | clean.
+# make demo | demos | test | test-all | fast | lint | format | bench | bench-gpu | families | docs
+# | gallery | reference | clean.
 # Needs Python >= 3.10 with venv and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demos test test-all fast lint format bench families docs gallery reference clean
+.PHONY: demo demos test test-all fast lint format bench bench-gpu families docs gallery reference clean
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Constraints are the tested versions; where one has no file for this Python, pip says so.
@@ -49,6 +49,10 @@ bench: .venv/developed
 	$(BIN)/python benchmarks/effects.py
 	$(BIN)/python benchmarks/theory.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/dtypes.py
+
+bench-gpu: .venv/developed
+	$(BIN)/python benchmarks/gpu.py
 
 families: .venv/developed
 	$(BIN)/python -m tests.zoo

@@ -29,7 +29,7 @@ PAGES = {
     "models": (
         "Models and heads",
         "How to: [load a model, name heads](../how-to/load.md).",
-        "load Head heads",
+        "load memory_needed MemoryNeeded Head heads",
     ),
     "scanning": (
         "Scanning",

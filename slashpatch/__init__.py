@@ -10,7 +10,8 @@ from .errors import SlashpatchError
 from .heads import Head, heads
 
 if TYPE_CHECKING:
-    from .bridge.loading import load
+    from .bridge.loading import load, memory_needed
+    from .bridge.memory import MemoryNeeded
     from .checking.check import check
     from .checking.result import Check, Report
     from .edits import (
@@ -54,7 +55,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "bridge.loading": "load",
+    "bridge.loading": "load memory_needed",
+    "bridge.memory": "MemoryNeeded",
     "checking.check": "check",
     "checking.result": "Check Report",
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
@@ -94,6 +96,7 @@ __all__ = [
     "KeepOnly",
     "KnockOut",
     "LogitDifference",
+    "MemoryNeeded",
     "PlantSlash",
     "PrefixMatching",
     "RankOne",
@@ -123,6 +126,7 @@ __all__ = [
     "hooks",
     "load",
     "measure",
+    "memory_needed",
     "parse_edit",
     "patch",
     "paths",

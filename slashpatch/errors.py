@@ -27,6 +27,10 @@ class ModelError(SlashpatchError, ValueError):
     """Raised for a model that slashpatch does not support: its message says why."""
 
 
+class TooLargeError(ModelError, MemoryError):
+    """Raised for a model whose weights do not fit the memory that there is."""
+
+
 class EditError(SlashpatchError, ValueError):
     """Raised for an edit that is misspelt, has a wrong argument, or does not fit the model."""
 

@@ -234,3 +234,39 @@ def test_induction_heads_read_the_slash_head_by_their_keys(real):
     for head in ("L17H3", "L18H6"):
         assert rows[head, "k"] > 0.01
         assert rows[head, "k"] > 5 * max(abs(rows[head, "q"]), abs(rows[head, "v"]))
+
+
+@pytest.fixture(scope="module", params=["disk", "cpu and disk"])
+def offloaded(request):
+    """The default model with its weights on disk, or half of them there."""
+    if request.param == "disk":
+        return sp.load(device_map="disk")
+    beside = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
+    places = {f"model.layers.{layer}": "cpu" if layer < 15 else "disk" for layer in range(30)}
+    return sp.load(device_map={**dict.fromkeys(beside, "cpu"), **places})
+
+
+def test_offloaded_weights_change_nothing(real, offloaded, prompt):
+    """Logits, scores, ranks and the fingerprint are equal, edited or not."""
+    from slashpatch.bridge.offloaded import offloaded_weights
+
+    assert next(offloaded_weights(offloaded.original_model), None)
+    tokens = prompt[None, :32]
+    with torch.no_grad():
+        assert torch.equal(offloaded(tokens), real(tokens))
+        for edits in ((sp.KnockOut("L16H0", 1),), (sp.FreezeBand("L19H3", "high"),)):
+            with sp.patch(real, *edits):
+                expected = real(tokens)
+            with sp.patch(offloaded, *edits):
+                assert torch.equal(offloaded(tokens), expected)
+    ours, expected = (sp.scan(model, tokens, range(16)) for model in (offloaded, real))
+    assert torch.equal(ours.scores, expected.scores)
+    assert ours.rank_one.equals(expected.rank_one)
+    assert ours.provenance["fingerprint"] == expected.provenance["fingerprint"]
+
+
+def test_what_the_default_model_needs(real):
+    needed = sp.memory_needed()
+    weights = {id(x): x for x in real.original_model.parameters()}.values()
+    assert needed.weights == pytest.approx(sum(x.nbytes for x in weights), rel=0.01)
+    assert needed.mapped == needed.weights

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import os
 import re
-from collections.abc import Iterator
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.progress import busy
 from ..errors import ModelError
+from . import memory
 from .converted import _converted_gguf, _quiet_transformers, default_model_path
-from .info import refuse_remote
+from .offloaded import input_device
+from .wrapping import bridge_of, no_adapter, one_error, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +31,14 @@ def load(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> TransformerBridge:
     """Return a model as a TransformerBridge in evaluation mode.
+
+    What the model needs of memory is estimated first (see `memory_needed`). A model whose weights
+    do not fit is refused before any of them is read.
 
     A Transformers model in memory is wrapped, not copied: the bridge shares its weights, puts
     components of its own into the model, and changes the model's attention implementation to
@@ -52,27 +57,78 @@ def load(
             weights; TransformerLens may read it again from where it was loaded. A model object
             without a tokenizer takes token ids only.
         trust_remote_code: Whether a hub model may run code of its own.
+        device_map: Instead of `device`, for models larger than one device: "auto" and the other
+            names that accelerate knows (several GPUs, or the CPU and then the disk); "disk", which
+            reads each weight from disk when it is needed; or a dict from module names to devices.
+            A model object is to be dispatched by accelerate before.
+        max_memory: What may be used, by device, such as {0: "20GiB", "cpu": "60GiB"}, where a map
+            is given; None: what is free.
+        offload_folder: Where weights are written that are to be on disk and are not stored as
+            safetensors.
 
     Raises:
+        TooLargeError: A model whose weights do not fit.
         ModelError: A missing path, a model that cannot be read, an architecture that
             TransformerLens does not support, or an object that is no model.
         DownloadError: The default model cannot be fetched, or is not the expected file.
     """
     _require_tokenizer(tokenizer)
+    spread = {
+        "device_map": {"": "disk"} if device_map == "disk" else device_map,
+        "max_memory": max_memory,
+        "offload_folder": offload_folder,
+    }
+    _require_one_place(device, spread)
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        if device_map is not None:
+            raise ModelError(
+                "a model in memory stays where its weights are; load takes a device_map with a "
+                "directory, a file or a hub id (or call accelerate.dispatch_model before)"
+            )
+        return bridge_of(model, device, dtype, tokenizer)
+    return _boot(_source(model), device, dtype, tokenizer, trust_remote_code, spread)
+
+
+def memory_needed(
+    model: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    n_tokens: int = 2048,
+    trust_remote_code: bool = False,
+) -> memory.MemoryNeeded:
+    """Return what a model needs of memory, in bytes: weights, KV cache, sums of a scan.
+
+    Estimated from the configuration; no weights are read.
+
+    Args:
+        model: As for `load`, but no object.
+        dtype: Of the weights; None is float32, as for `load`.
+        n_tokens: Length of the prompt whose KV cache is counted.
+        trust_remote_code: As for `load`.
+
+    Raises:
+        ModelError: A model that cannot be read.
+    """
+    source = _source(model)
+    with _quiet_transformers(), one_error(f"cannot read {str(source)!r}"):
+        empty = memory.empty_model(source, pick_dtype(dtype), trust_remote_code)
+        return memory.needed_by(empty, source, n_tokens)
+
+
+def _source(model: str | os.PathLike[str] | None) -> Path | str:
+    """Return the directory or hub id that a model is loaded from. Raises ModelError."""
     if model is None:
-        return _boot(default_model_path(), device, dtype, tokenizer)
-    if not isinstance(model, (str, os.PathLike)):
-        return _bridge_of(model, device, dtype, tokenizer)
+        return default_model_path()
     text = os.fspath(model)
     path = Path(os.path.expanduser(text))
     if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise ModelError(f"{text!r} has no config.json; expected a Transformers directory")
-        return _boot(path, device, dtype, tokenizer, trust_remote_code)
+        return path
     if path.suffix == ".gguf":
         if not os.path.isfile(path):
             raise ModelError(f"no file {text!r}; expected a .gguf model")
-        return _boot(_converted_gguf(path), device, dtype, tokenizer)
+        return _converted_gguf(path)
     if os.path.exists(path):
         raise ModelError(f"{text!r} is neither a Transformers directory nor a .gguf file")
     if not _HUB_ID.fullmatch(text) or text.startswith(("./", "../")):
@@ -80,44 +136,42 @@ def load(
             f"no such file or directory {text!r}; expected a Transformers directory, a .gguf file, "
             "or a hub id such as Qwen/Qwen2.5-0.5B"
         )
-    return _boot(text, device, dtype, tokenizer, trust_remote_code)
+    return text
 
 
-def pick_device(device: str | torch.device | None) -> str:
-    """Return the name of a device; None picks CUDA, then MPS, then CPU. Raises ModelError."""
-    import torch
-
-    if device is not None:
-        try:
-            return str(torch.device(device))
-        except RuntimeError:
-            raise ModelError(
-                f"unknown device {device!r}; expected cpu, cuda, cuda:0 or mps"
-            ) from None
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """Return a torch dtype by its name; None is float32. Raises ModelError for an unknown one."""
-    import torch
-
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"unknown dtype {dtype!r}; expected float32, bfloat16, float16 or float64")
-    return found
+def _require_one_place(device: Any, spread: dict[str, Any]) -> None:
+    """Raise ModelError for options of placement that contradict one another."""
+    if spread["device_map"] is None:
+        given = [name for name, value in spread.items() if value is not None]
+        if given:
+            raise ModelError(f"{given[0]} needs a device_map, such as device_map='auto'")
+    elif device is not None:
+        raise ModelError(
+            f"device={str(device)!r} and a device_map both say where the model runs; give one"
+        )
 
 
 def _boot(
-    source: str | Path, device: Any, dtype: Any, tokenizer: Any, trust_remote_code: bool = False
+    source: str | Path,
+    device: Any,
+    dtype: Any,
+    tokenizer: Any,
+    trust_remote_code: bool,
+    spread: dict[str, Any],
 ) -> TransformerBridge:
-    """Return a bridge of the weights in a directory or of a hub id."""
+    """Return a bridge of the weights in a directory or of a hub id; `spread` as for `load`."""
     device, dtype = pick_device(device), pick_dtype(dtype)
+    device_map, max_memory = spread["device_map"], spread["max_memory"]
+    with _quiet_transformers(), one_error(f"cannot load {str(source)!r}"):
+        empty = memory.empty_model(source, dtype, trust_remote_code)
+        needed = memory.needed_by(empty, source, n_tokens=2048)
+        if not hasattr(empty.config, "quantization_config"):  # whose size the config does not tell
+            memory.require_memory(needed, empty, device, device_map, max_memory)
+        del empty
     with (
-        busy(f"loading {Path(source).name}"),
+        busy(f"loading {needed}"),
         _quiet_transformers(),
-        _one_error(f"cannot load {str(source)!r}"),
+        one_error(f"cannot load {str(source)!r}"),
     ):
         from transformer_lens.model_bridge import TransformerBridge
         from transformer_lens.model_bridge.sources.transformers import (
@@ -132,6 +186,9 @@ def _boot(
             attn_implementation="eager",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            device_map=device_map,
+            max_memory=memory.stated_or_limited(device_map, max_memory),
+            offload_folder=spread["offload_folder"],
         )
         missing = sorted(info["missing_keys"])
         if missing:
@@ -142,95 +199,18 @@ def _boot(
         try:
             determine_architecture_from_hf_config(weights.config)
         except ValueError:  # its message lists all architectures, and the model's last
-            raise _no_adapter(weights) from None
-        return TransformerBridge.boot_transformers(
+            raise no_adapter(weights) from None
+        place = device if device_map is None else str(input_device(weights))
+        bridge = TransformerBridge.boot_transformers(
             str(source),
-            hf_model=weights.to(device),
+            hf_model=weights.to(device) if device_map is None else weights,
             tokenizer=tokenizer,
-            device=device,
+            device=place,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-        ).eval()
-
-
-def _bridge_of(model: Any, device: Any, dtype: Any, tokenizer: Any) -> TransformerBridge:
-    """Return a bridge that is given, or one around a Transformers model in memory."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedModel
-
-    refuse_remote(model)
-    if isinstance(model, TransformerBridge):
-        if device is not None or dtype is not None or tokenizer is not None:
-            raise ModelError(
-                "a TransformerBridge is returned unchanged, so load takes no device, dtype or "
-                "tokenizer with it; use model.to(...), or set model.tokenizer"
-            )
-        return model
-    kind = f"{type(model).__module__}.{type(model).__name__}"
-    if isinstance(model, PreTrainedModel):
-        with _one_error(f"cannot wrap this {type(model).__name__}"):
-            return _wrap(model, device, dtype, tokenizer)
-    if type(model).__name__ == "HookedTransformer":
-        raise ModelError(
-            f"slashpatch needs a TransformerBridge, got {kind}, whose hooks are others; load the "
-            "same model with slashpatch.load('its hub id')"
         )
-    raise ModelError(
-        f"expected a directory, a .gguf file, a hub id, a Transformers model (PreTrainedModel) or "
-        f"a TransformerBridge, got {kind}"
-    )
-
-
-def _wrap(hf_model: PreTrainedModel, device: Any, dtype: Any, tokenizer: Any) -> TransformerBridge:
-    """Return a bridge around a Transformers model; place and dtype stay if they are None."""
-    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-    from transformer_lens.utilities.attn_implementation import force_eager_attention
-    from transformer_lens.utilities.multi_gpu import maybe_cast_floating_params
-
-    if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
-        raise ModelError(
-            "a TransformerBridge is around it already, and a second one would take the hooks from "
-            "the first; use the first, or load the Transformers model again"
-        )
-    names = [cls.__name__ for cls in type(hf_model).__mro__]
-    architecture = next((name for name in names if name in SUPPORTED_ARCHITECTURES), None)
-    if architecture is None:
-        raise _no_adapter(hf_model)
-    if device is not None:
-        hf_model.to(pick_device(device))
-    if dtype is not None:
-        if getattr(hf_model, "is_quantized", False):
-            raise ModelError("its weights are quantized and cannot be cast; leave dtype out")
-        # Not hf_model.to(dtype), which also rounds the frequencies of RoPE.
-        maybe_cast_floating_params(hf_model, pick_dtype(dtype))
-    places = (weight.device for weight in hf_model.parameters() if not weight.is_meta)
-    place = str(next(places, "meta"))
-    if place == "meta":
-        raise ModelError("all its weights are on the meta device; expected weights in memory")
-    # Some adapters take a model's attention implementation as it is.
-    force_eager_attention(hf_model)
-    name = hf_model.name_or_path or type(hf_model).__name__
-    if tokenizer is None:
-        # Not boot_transformers, which would look for a tokenizer on the model hub.
-        return build_bridge_from_module(
-            hf_model,
-            architecture,
-            hf_config=copy.deepcopy(hf_model.config),
-            dtype=hf_model.dtype,
-            device=place,
-            model_name=name,
-        ).eval()
-    return TransformerBridge.boot_transformers(
-        name,
-        hf_config_overrides={"architectures": [architecture]},
-        hf_model=hf_model,
-        tokenizer=tokenizer,
-        device=place,
-        dtype=hf_model.dtype,
-    ).eval()
+        bridge.cfg.device = place  # TransformerLens takes "meta" where the embedding is on disk
+        return bridge.eval()
 
 
 def _require_tokenizer(tokenizer: Any) -> None:
@@ -249,21 +229,3 @@ def _require_tokenizer(tokenizer: Any) -> None:
             "the tokenizer was made in memory, and TransformerLens reads tokenizers again from "
             "where they are stored; save it with save_pretrained(...) and load it from there"
         )
-
-
-def _no_adapter(hf_model: Any) -> ModelError:
-    return ModelError(
-        f"TransformerLens {version('transformer-lens')} does not support the architecture "
-        f"{type(hf_model).__name__}; expected a causal language model that it has an adapter for"
-    )
-
-
-@contextlib.contextmanager
-def _one_error(what: str) -> Iterator[None]:
-    """Raise any error of the block as a ModelError of one line that begins with `what`."""
-    try:
-        yield
-    except Exception as error:  # a broken model can break a library anywhere
-        reason = next(iter(str(error).strip().splitlines()), "no message")
-        kind = "" if isinstance(error, ModelError) else f"{type(error).__name__}: "
-        raise ModelError(f"{what}: {kind}{reason}") from error

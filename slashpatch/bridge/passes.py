@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ModelError
 from .frequencies import kept_frequencies, rope_follows_length
 from .modes import forming_matrices, own_passes
+from .offloaded import loaded
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -87,5 +88,7 @@ def first_layer(model: TransformerBridge) -> int:
 
 def output_weight(model: TransformerBridge, layer: int) -> Float[Tensor, "head d_head d_model"]:
     """Return W_O of a layer, by head. Raises AttributeError where TransformerLens has none."""
-    weight: Tensor = model.blocks[layer].attn.W_O
+    attn = model.blocks[layer].attn
+    with loaded(getattr(attn.submodules.get("o"), "original_component", None)):
+        weight: Tensor = attn.W_O
     return weight

@@ -78,16 +78,20 @@ class PrefixCache:
         Attach patches before: those that run the model when they are attached need all its blocks.
         """
         output = _repeated(self._output, copies)
-        replaced = []
+        replaced: list[tuple[Any, Any]] = []
         try:
             for index in range(self.layer):
                 block = self.model.blocks[index]
-                replaced.append(block)
+                # accelerate replaces `forward` too, where it was attached to the bridge itself.
+                replaced.append((block, block.__dict__.get("forward")))
                 block.__dict__["forward"] = _skip(output, index == self.layer - 1)
             yield
         finally:
-            for block in replaced:
-                del block.__dict__["forward"]
+            for block, before in replaced:
+                if before is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = before
 
 
 def _skip(output: Any, last: bool) -> Any:

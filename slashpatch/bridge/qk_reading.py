@@ -21,6 +21,7 @@ from ..maths.precision import MASKED, rounding
 from ..maths.rotary import Rotary
 from .frequencies import ModuleFrequencies, Rotation, matching_rotations, module_frequencies
 from .model_info import ModelInfo
+from .offloaded import loaded
 from .passes import run_probe
 from .qk import HookLayout, LayerQK, cap
 
@@ -294,6 +295,7 @@ def _rotate_alike(first: LayerQK, second: LayerQK) -> bool:
 
 def _norm_weight(attn: Any, norm: str) -> Tensor | None:
     """Return the weight of a norm on queries or keys, float64, or None if it has none."""
-    module = attn.submodules.get(norm)
-    weight = getattr(getattr(module, "original_component", None), "weight", None)
-    return None if weight is None else weight.detach().double().cpu().clone()
+    module = getattr(attn.submodules.get(norm), "original_component", None)
+    with loaded(module):
+        weight = getattr(module, "weight", None)
+        return None if weight is None else weight.detach().double().cpu().clone()

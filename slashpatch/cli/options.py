@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 
 class Device(str, Enum):
-    """Devices that a model can run on."""
+    """Devices that a model can run on, and placements of models larger than one device."""
 
     cpu = "cpu"
     cuda = "cuda"
     mps = "mps"
+    auto = "auto"
+    disk = "disk"
 
 
 class Dtype(str, Enum):
@@ -55,7 +57,11 @@ ModelOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random draws.")]
 DeviceOption = Annotated[
-    Device | None, typer.Option(help="Where the model runs. Default: CUDA, then MPS, then CPU.")
+    Device | None,
+    typer.Option(
+        help="Where the model runs. Default: CUDA, then MPS, then CPU. For larger models: auto "
+        "(all GPUs, or CPU and then disk), or disk (each weight is read when it is needed)."
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights.")]
 KappaOption = Annotated[float, typer.Option(help="Lowest score of a slash head.")]
@@ -90,6 +96,8 @@ def load_bridge(model: str | None, device: Device | None, dtype: Dtype) -> Trans
     """Return the model that the options name, as a bridge."""
     from ..bridge.loading import load
 
+    if device in (Device.auto, Device.disk):
+        return load(model, dtype=dtype.value, device_map=device.value)
     return load(model, device.value if device else None, dtype.value)
 
 

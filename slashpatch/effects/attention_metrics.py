@@ -43,7 +43,7 @@ class SlashScores:
                 f"offset {self.offset} needs prompts of at least {self.offset + 1} tokens; "
                 f"got a prompt of {tokens.shape[1]}"
             )
-        offsets = torch.tensor([self.offset], device=tokens.device)
+        offsets = torch.tensor([self.offset], device=pattern.device)
         return slash_rows(pattern, offsets)[:, :, self.offset :, 0].double().mean(-1)
 
 
@@ -94,5 +94,5 @@ def prefix_matching(
         raise PromptError(
             f"lags in copies of {n} tokens must be from 0 to {n - 1}; got {list(lags)}"
         )
-    offsets = torch.tensor([n - lag for lag in lags], device=tokens.device)
+    offsets = torch.tensor([n - lag for lag in lags], device=pattern.device)
     return slash_rows(pattern, offsets)[:, :, -n:].double().mean(2)

@@ -88,7 +88,8 @@ class MetricRunner:
         saving = {"use_cache": False, "logits_to_keep": kept_positions(self.metrics, tokens)}
         kwargs: dict[str, Any] = {name: saving[name] for name in self.info.saving}
         with leaving_no_trace(self.model), torch.set_grad_enabled(gradients):
-            return self.model.run_with_hooks(tokens, fwd_hooks=list(hooks), **kwargs)
+            logits: Tensor = self.model.run_with_hooks(tokens, fwd_hooks=list(hooks), **kwargs)
+        return logits.to(tokens.device)  # the last layer may be on another device than the first
 
     def run(
         self,

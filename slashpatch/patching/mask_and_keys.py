@@ -47,22 +47,26 @@ class MaskArgument:
         """Return the mask itself; `matrix` takes the dtype of the scores."""
         return self
 
-    def matrix(self, dtype: torch.dtype) -> Float[Tensor, "batch 1 query key"]:
-        """Return the mask's matrix: 0 where a key may be read, else the dtype's lowest number."""
+    def matrix(self, like: Tensor) -> Float[Tensor, "batch 1 query key"]:
+        """Return the mask's matrix: 0 where a key may be read, else the dtype's lowest number.
+
+        In the dtype and on the device of `like`, which are those of the layer's scores.
+        """
+        dtype = like.dtype
         if self._matrix is None or self._matrix.dtype != dtype:
             rows = torch.arange(self.mask.n_queries, device=self.device)
             columns = torch.arange(self.mask.n_keys, device=self.device)
             allowed = self.mask.at(rows[None, None, :, None], columns[None, None, None])
             zero = torch.zeros((), dtype=dtype, device=self.device)
             self._matrix = torch.where(allowed, zero, torch.finfo(dtype).min)
-        return self._matrix
+        return self._matrix.to(like.device)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Tensor:
         if is_function(func, "add") and len(args) == 2 and isinstance(args[0], Tensor):
-            return args[0] + args[1].matrix(args[0].dtype)
+            return args[0] + args[1].matrix(args[0])
         raise FusedError(
             f"the fused engine cannot apply {function_name(func)} to an attention mask; "
             f"{ALTERNATIVES}"

@@ -91,6 +91,16 @@ def test_generate(call, model):
     assert {"plain", "edited", "prompt"} <= set(record)
 
 
+@pytest.mark.parametrize("device", ["auto", "disk"])
+def test_models_larger_than_one_device(call, model, device):
+    small = SMALL[:-1]
+    _, out, _ = call("scan", "-m", model, *small, device, "--json")
+    _, expected, _ = call("scan", "-m", model, *small, "cpu", "--json")
+    ours, expected = json.loads(out), json.loads(expected)
+    assert ours["slash_heads"] == expected["slash_heads"]
+    assert ours["provenance"].get("weights_on") == {"auto": None, "disk": ["disk"]}[device]
+
+
 def test_sampling_follows_the_seed(call, model):
     def text(seed):
         arguments = ("generate", "the of", "-m", model, "-e", "KnockOut(L0H0, 1)", "--sample")

@@ -30,7 +30,7 @@ class Mask:
         plain: Whether the mask is just causal: every key up to the query is allowed, apart from
             padding.
         real: True for key columns of real (unpadded) tokens; None when there is no padding.
-        device: Where the mask's index tensors are.
+        device: Where `allows` works: it may hold tensors.
     """
 
     allows: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -56,8 +56,12 @@ class Mask:
     ) -> Bool[Tensor, "batch #head row col"]:
         """Return whether query rows may attend to key columns; False outside the key columns.
 
-        `rows` and `columns` are index tensors that broadcast against each other.
+        `rows` and `columns` are index tensors that broadcast against each other; the answer is on
+        their device.
         """
+        if rows.device != self.device:  # the rule may hold tensors, which are on the mask's device
+            at_home = self.at(rows.to(self.device), columns.to(self.device))
+            return at_home.to(rows.device)
         prompt = torch.arange(self.batch, device=rows.device)[:, None, None, None]
         inside = (columns >= 0) & (columns < self.n_keys)
         kept = columns.clamp(0, self.n_keys - 1)
