@@ -15,6 +15,7 @@ from ..data.progress import busy
 from ..errors import ModelError
 from .converted import _converted_gguf, _quiet_transformers, default_model_path
 from .info import refuse_remote
+from .sources import remember
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,15 @@ def load(
             TransformerLens does not support, or an object that is no model.
         DownloadError: The default model cannot be fetched, or is not the expected file.
     """
+    bridge = _load(model, device, dtype, tokenizer, trust_remote_code)
+    remember(bridge, model, dtype=dtype, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    return bridge
+
+
+def _load(
+    model: Any, device: Any, dtype: Any, tokenizer: Any, trust_remote_code: bool
+) -> TransformerBridge:
+    """Return what `load` does, which also remembers the source."""
     _require_tokenizer(tokenizer)
     if model is None:
         return _boot(default_model_path(), device, dtype, tokenizer)

@@ -1,0 +1,51 @@
+"""A pool of workers whose models are edited and run as the model here is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..bridge.attached import active_patches
+from ..bridge.sources import source_of
+from ..bridge.workers.options import Workers
+from ..bridge.workers.pool import WorkerPool
+from ..errors import WorkerError
+from .fused import fused, is_fused
+from .patch import patch
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def worker_pool(model: TransformerBridge, workers: Workers) -> WorkerPool:
+    """Return a pool whose workers attach the model's active edits, in the same order.
+
+    Their models run fused if the model does. Raises WorkerError for a model object that runs fused,
+    which cannot be sent.
+    """
+    runs_fused = is_fused(model)
+    if runs_fused and source_of(model) is None:
+        raise WorkerError(
+            "a model object cannot be sent to workers while it runs fused; leave sp.fused before, "
+            "or load the model from a directory or a hub id"
+        )
+    return WorkerPool(model, workers, _Setting(active_patches(model), runs_fused))
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How a model is run: under these patches, the first the outermost, and fused or not."""
+
+    patches: tuple[tuple[Any, ...], ...]
+    fused: bool
+
+    @contextmanager
+    def __call__(self, model: TransformerBridge) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.fused:
+                stack.enter_context(fused(model))
+            for edits in self.patches:
+                stack.enter_context(patch(model, *edits))
+            yield
