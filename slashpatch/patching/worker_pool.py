@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..bridge.attached import active_patches
 from ..bridge.sources import source_of
 from ..bridge.workers.options import Workers
-from ..bridge.workers.pool import WorkerPool
+from ..bridge.workers.pool import Job, WorkerPool
+from ..data.progress import progress_over
 from ..errors import WorkerError
 from .fused import fused, is_fused
 from .patch import patch
@@ -32,6 +33,32 @@ def worker_pool(model: TransformerBridge, workers: Workers) -> WorkerPool:
             "or load the model from a directory or a hub id"
         )
     return WorkerPool(model, workers, _Setting(active_patches(model), runs_fused))
+
+
+def units_of(
+    model: TransformerBridge,
+    job: Job,
+    indexes: Sequence[int],
+    what: str,
+    workers: Workers | None,
+    progress: bool | None = None,
+    n: Sequence[int] | None = None,
+    ahead: int | None = None,
+) -> Generator[tuple[int, Any], None, None]:
+    """Run units of a job here or, if `workers` is given, in workers; yield (index, values) of each.
+
+    Here they come in the order of `indexes`, from workers as they are finished. The other arguments
+    are those of `WorkerPool.run`.
+    """
+    if not indexes:
+        return
+    if workers is None:
+        run = job.start(model)
+        for index in progress_over(indexes, what, show=progress, n=n):
+            yield index, run(index)
+        return
+    with worker_pool(model, workers) as pool:
+        yield from pool.run(job, indexes, what, show=progress, n=n, ahead=ahead)
 
 
 @dataclass(frozen=True)

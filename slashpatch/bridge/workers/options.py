@@ -38,6 +38,11 @@ class Workers:
         if self.gpus is not None and not (number and self.gpus >= 0):
             raise WorkerError(f"gpus of a worker must be a number from 0; got {self.gpus!r}")
 
+    @property
+    def record(self) -> dict[str, int]:
+        """What a result's provenance says about the workers."""
+        return {"workers": self.count, "threads": self.threads}
+
 
 def as_workers(workers: Any) -> Workers | None:
     """Return what an argument `workers` asks for; None is this process alone.

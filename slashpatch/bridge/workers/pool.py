@@ -30,6 +30,10 @@ _RESTARTS, _DEATHS = 3, 3
 _PATIENCE = 60.0
 
 
+#: A function of a worker's model, which returns the context manager inside which jobs run there.
+Setting = Callable[[Any], AbstractContextManager[Any]]
+
+
 class Job(Protocol):
     """Work on one model, as units with an index. Ray sends it to workers by cloudpickle."""
 
@@ -70,8 +74,8 @@ class WorkerPool:
     Args:
         model: The model, which must stay as it is inside the block.
         workers: How many, and what each may use.
-        setting: A function of a worker's model that returns the context manager inside which jobs
-            run there; Ray sends it by cloudpickle.
+        setting: How their models are run, for example under which edits; Ray sends it by
+            cloudpickle.
     """
 
     def __init__(
@@ -220,8 +224,8 @@ class WorkerPool:
             self._lost(member, ref, work, error)
             return None
         if kind == "raised":
-            error, text = value
-            raise error from WorkerError(f"in {member}:\n{text}")
+            raised, text = value
+            raise raised from WorkerError(f"in {member}:\n{text}")
         if ref is member.hello:
             member.hello = None
             self._welcome(member, *value)

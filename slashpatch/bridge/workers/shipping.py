@@ -67,20 +67,21 @@ def ship(model: TransformerBridge) -> Shipped:
         return Shipped(device, source)
     from ray import cloudpickle
 
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
+    class Pickler(cloudpickle.Pickler):
         """Puts the storages of tensors aside, each once, as torch.save does."""
 
         def persistent_id(self, obj: Any) -> Any:
-            if not isinstance(obj, (torch.storage.TypedStorage, torch.UntypedStorage)):
+            dtype = None
+            if isinstance(obj, torch.storage.TypedStorage):
+                obj, dtype = obj._untyped_storage, obj.dtype
+            elif not isinstance(obj, torch.UntypedStorage):
                 return None
-            typed = isinstance(obj, torch.storage.TypedStorage)
-            storage = obj._untyped_storage if typed else obj
-            place = places.setdefault(storage._cdata, len(places))
+            place = places.setdefault(obj._cdata, len(places))
             if place == len(weights):
-                flat = torch.empty(0, dtype=torch.uint8).set_(storage.cpu())  # type: ignore[arg-type]
-                weights.append(flat.numpy())
-                kept.append(storage)
-            return place, obj.dtype if typed else None
+                flat: Any = torch.empty(0, dtype=torch.uint8)
+                weights.append(flat.set_(obj.cpu()).numpy())
+                kept.append(obj)
+            return place, dtype
 
     places: dict[int, int] = {}
     weights: list[Any] = []
