@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-#: What a worker answers with: "done" and the values, "raised" and (the error, its traceback), or
-#: "empty" if it was restarted and has no model.
+#: What a worker answers with: "done" and the values, "raised" and (the error, its traceback, the
+#: worker's name), or "empty" if it was restarted and has no model.
 Answer = tuple[str, Any]
 
 
@@ -16,12 +16,13 @@ class Worker:
     """Holds a model. Loading is not in the constructor, so that its errors are answers.
 
     Args:
-        setting: A function of the model that returns a context manager, inside which it runs.
+        setting: A function of the model that returns a context manager, inside which it runs; as
+            cloudpickle's bytes, so that what is not installed here is an answer too.
         threads: CPU threads of torch.
         precision: `torch.get_float32_matmul_precision()` of the driver.
     """
 
-    def __init__(self, setting: Any, threads: int, precision: str) -> None:
+    def __init__(self, setting: bytes, threads: int, precision: str) -> None:
         self._setting, self._threads, self._precision = setting, threads, precision
         self._model: Any = None
         self._stack = ExitStack()
@@ -38,6 +39,7 @@ class Worker:
     def _hello(self, shipped: list[Any]) -> tuple[str, dict[str, str], Any]:
         import ray
         import torch
+        from ray import cloudpickle
 
         from .identity import here, identity, probe
 
@@ -45,7 +47,7 @@ class Worker:
         torch.set_float32_matmul_precision(self._precision)
         if self._model is None:
             model = ray.get(shipped[0]).unpack()
-            self._stack.enter_context(self._setting(model))
+            self._stack.enter_context(cloudpickle.loads(self._setting)(model))
             self._model = model
         return here(), identity(self._model), probe(self._model)
 
@@ -69,6 +71,8 @@ def _answer(function: Callable[..., Any], *args: Any) -> Answer:
     """Return what a function returns or raises, as an answer that can be sent."""
     from ray import cloudpickle
 
+    from .identity import here
+
     try:
         return "done", function(*args)
     except Exception as error:
@@ -78,4 +82,4 @@ def _answer(function: Callable[..., Any], *args: Any) -> Answer:
         except Exception:  # an error that cannot be sent is told in words
             error = RuntimeError(f"{type(error).__name__}: {error}")
         error.__cause__ = error.__context__ = None
-        return "raised", (error, text)
+        return "raised", (error, text, here())

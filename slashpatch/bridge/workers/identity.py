@@ -7,6 +7,8 @@ import json
 import os
 import re
 import socket
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +41,7 @@ def identity(model: TransformerBridge) -> dict[str, str]:
         "edits": re.sub(r" at 0x[0-9a-f]+", "", "; ".join(origin["edits"])) or "none",
         "float32 matmul precision": torch.get_float32_matmul_precision(),
         **origin["versions"],
+        "slashpatch's code": _digest_of_code(),
     }
 
 
@@ -82,6 +85,16 @@ def _configuration(model: TransformerBridge) -> str:
     config = model.original_model.config.to_dict()
     kept = {key: value for key, value in config.items() if key not in _PLACES}
     return json.dumps(kept, sort_keys=True, default=str)
+
+
+@cache
+def _digest_of_code() -> str:
+    """Return a hash of slashpatch's files: another machine may have another state of them."""
+    sha = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for path in sorted(root.rglob("*.py")):
+        sha.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def _digest(text: str) -> str:

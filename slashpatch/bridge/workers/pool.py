@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -34,6 +35,7 @@ _PATIENCE = 60.0
 Setting = Callable[[Any], AbstractContextManager[Any]]
 
 
+@runtime_checkable
 class Job(Protocol):
     """Work on one model, as units with an index. Ray sends it to workers by cloudpickle."""
 
@@ -166,7 +168,8 @@ class WorkerPool:
             size = len(shipped.pickled) + sum(array.nbytes for array in shipped.weights)
             self._stack.enter_context(ray_session(cpus, 2 * size))
             self._shipped = [ray.put(shipped)]
-            settings = (self.setting, self.workers.threads, torch.get_float32_matmul_precision())
+            setting = ray.cloudpickle.dumps(self.setting)
+            settings = (setting, self.workers.threads, torch.get_float32_matmul_precision())
             cls = ray.remote(**options)(Worker)
             self._make = lambda: cls.remote(*settings)
             self._waiting_since = time.monotonic()
@@ -224,7 +227,12 @@ class WorkerPool:
             self._lost(member, ref, work, error)
             return None
         if kind == "raised":
-            raised, text = value
+            raised, text, member.name = value
+            if ref is member.hello:
+                raise WorkerError(
+                    f"{member} cannot load the model as it is here: {type(raised).__name__}: "
+                    f"{raised}. What is finished is kept"
+                ) from raised
             raise raised from WorkerError(f"in {member}:\n{text}")
         if ref is member.hello:
             member.hello = None
@@ -340,5 +348,6 @@ class _Work:
 
 
 def _said(error: Exception) -> str:
-    """Return the first line of Ray's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
+    """Return the first line of Ray's message, without its colours."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()
+    return next((line.strip() for line in lines if line.strip()), "no reason")
