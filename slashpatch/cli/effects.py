@@ -22,6 +22,7 @@ from .options import (
     RandomOption,
     SeedOption,
     TextOption,
+    WorkersOption,
     load_bridge,
     require_readable,
 )
@@ -76,6 +77,7 @@ def measure(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
+    workers: WorkersOption = None,
 ) -> None:
     """Measure the effects of edits, with intervals, tests and controls."""
     from ..effects.controls import as_control
@@ -91,7 +93,7 @@ def measure(
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 128)
     draws = sum(drawn.n for drawn in controls)
-    announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions) * (1 + draws))
+    announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions) * (1 + draws), workers)
     result = run(
         bridge,
         conditions,
@@ -102,6 +104,7 @@ def measure(
         n_prompts=prompts,
         max_tokens=n_tokens,
         seed=seed,
+        workers=workers,
     )
     _show(result, out, None, as_json, top)
 
@@ -128,6 +131,7 @@ def flow(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
+    workers: WorkersOption = None,
 ) -> None:
     """Measure how much the token Δ back changes a prediction, by offset, clean and under edits."""
     from ..effects.flow import flow as run
@@ -139,7 +143,9 @@ def flow(
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 64)
     replacements = min(replaced, n_tokens)
-    announce_long_run(bridge, prompts, n_tokens, (1 + len(conditions)) * (1 + replacements))
+    announce_long_run(
+        bridge, prompts, n_tokens, (1 + len(conditions)) * (1 + replacements), workers
+    )
     result = run(
         bridge,
         text,
@@ -150,6 +156,7 @@ def flow(
         n_prompts=prompts,
         max_tokens=n_tokens,
         seed=seed,
+        workers=workers,
     )
     _show(result, out, plot, as_json, top)
 
@@ -223,6 +230,7 @@ def sweep(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
+    workers: WorkersOption = None,
 ) -> None:
     """Apply one edit at every head in turn; --resume continues a run that was stopped."""
     from ..effects.metrics import as_metric
@@ -237,7 +245,7 @@ def sweep(
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 65)
     if not resume:  # how much is left is not known here
-        announce_long_run(bridge, prompts, n_tokens, _sweep_passes(bridge, heads, offsets))
+        announce_long_run(bridge, prompts, n_tokens, _sweep_passes(bridge, heads, offsets), workers)
     result = run(
         bridge,
         edit,
@@ -251,6 +259,7 @@ def sweep(
         n_prompts=prompts,
         max_tokens=n_tokens,
         seed=seed,
+        workers=workers,
     )
     _show(result, out, plot, as_json, top, saved=True)
 

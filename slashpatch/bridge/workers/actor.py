@@ -59,10 +59,11 @@ class Worker:
 
     def _work(self, serial: int, job: list[Any], index: int) -> Any:
         import ray
+        from ray import cloudpickle
 
         if self._serial != serial or self._run is None:
             self._run = None
-            self._run = ray.get(job[0]).start(self._model)
+            self._run = cloudpickle.loads(ray.get(job[0])).start(self._model)
             self._serial = serial
         return self._run(index)
 

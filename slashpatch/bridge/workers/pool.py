@@ -6,7 +6,6 @@ import contextlib
 import re
 import time
 import warnings
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from .identity import difference, difference_of_probes, identity, probe
 from .options import Workers
 from .session import ray_session
 from .shipping import ship
+from .units import Units
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -141,11 +141,12 @@ class WorkerPool:
 
         if not indexes:
             return
+        pickled = _pickled(job, "the work")
         self._start(min(self.workers.count, len(indexes)))
         self._serial += 1
-        job_in_store = [ray.put(job)]
+        job_in_store = [ray.put(pickled)]
         counts = dict(zip(indexes, n or [1] * len(indexes), strict=True))
-        work = _Work(indexes, ahead)
+        work = Units(indexes, ahead)
         with WorkersBar(what, sum(counts.values()), self.workers.count, show) as bar:
             while not work.finished:
                 self._hand_out(work, job_in_store)
@@ -168,7 +169,7 @@ class WorkerPool:
             size = len(shipped.pickled) + sum(array.nbytes for array in shipped.weights)
             self._stack.enter_context(ray_session(cpus, 2 * size))
             self._shipped = [ray.put(shipped)]
-            setting = ray.cloudpickle.dumps(self.setting)
+            setting = _pickled(self.setting, "the active edits")
             settings = (setting, self.workers.threads, torch.get_float32_matmul_precision())
             cls = ray.remote(**options)(Worker)
             self._make = lambda: cls.remote(*settings)
@@ -195,7 +196,7 @@ class WorkerPool:
         member.ready = False
         member.hello = member.actor.hello.remote(self._shipped)
 
-    def _hand_out(self, work: _Work, job: list[Any]) -> None:
+    def _hand_out(self, work: Units, job: list[Any]) -> None:
         """Give each worker that is ready a unit, and a second one ahead while there are many."""
         for depth in (1, 2):
             for member in self._members:
@@ -217,13 +218,15 @@ class WorkerPool:
         self._say_if_none_starts()
         return [(owners[ref], ref) for ref in ready]
 
-    def _receive(self, member: _Member, ref: Any, work: _Work) -> tuple[int, Any] | None:
+    def _receive(self, member: _Member, ref: Any, work: Units) -> tuple[int, Any] | None:
         """Take an answer; return (index, values) if it is that of a unit."""
         import ray
 
         try:
             kind, value = ray.get(ref)
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
             self._lost(member, ref, work, error)
             return None
         if kind == "raised":
@@ -258,7 +261,7 @@ class WorkerPool:
         member.ready = True
         self._waiting_since = None
 
-    def _lost(self, member: _Member, ref: Any, work: _Work, error: Exception) -> None:
+    def _lost(self, member: _Member, ref: Any, work: Units, error: Exception) -> None:
         """Take back what a dead worker had, and greet it again if Ray restarts it."""
         import ray
 
@@ -271,7 +274,7 @@ class WorkerPool:
                     f"restarts at most ({_said(error)}). What is finished is kept: resume it"
                 ) from error
             return
-        if first is not None and member.units[ref] == first and work.died_at(first) >= _DEATHS:
+        if first is not None and work.died_at(first) >= _DEATHS:
             raise WorkerError(
                 f"unit {first} of this work has ended {_DEATHS} workers, {member} the last "
                 f"({_said(error)}); perhaps it needs more memory than there is. What is finished "
@@ -281,7 +284,7 @@ class WorkerPool:
         with contextlib.suppress(ray.exceptions.RayActorError):
             self._greet(member)
 
-    def _take_back(self, member: _Member, work: _Work) -> None:
+    def _take_back(self, member: _Member, work: Units) -> None:
         work.take_back(member.units.values())
         member.units.clear()
 
@@ -299,52 +302,18 @@ class WorkerPool:
             )
 
 
-class _Work:
-    """Which units of a job wait, and which are finished."""
+def _pickled(thing: Any, what: str) -> bytes:
+    """Return an object as cloudpickle's bytes. Raises WorkerError if it cannot be pickled."""
+    from ray import cloudpickle
 
-    def __init__(self, indexes: Sequence[int], ahead: int | None) -> None:
-        self._waiting = deque(indexes)
-        self._places = {index: place for place, index in enumerate(indexes)}
-        self._unfinished = deque(indexes)
-        self._done: set[int] = set()
-        self._deaths: Counter[int] = Counter()
-        self._ahead = len(indexes) if ahead is None else ahead
-
-    @property
-    def finished(self) -> bool:
-        return not self._unfinished
-
-    @property
-    def n_waiting(self) -> int:
-        return len(self._waiting)
-
-    def next(self) -> int | None:
-        """Return the next unit to hand out, or None if there is none, or none may go yet."""
-        if not self._waiting:
-            return None
-        first = self._places[self._unfinished[0]]
-        if self._places[self._waiting[0]] - first > self._ahead:
-            return None
-        return self._waiting.popleft()
-
-    def finish(self, index: int) -> bool:
-        """Note that a unit is finished; return False if it was before."""
-        if index in self._done:
-            return False
-        self._done.add(index)
-        while self._unfinished and self._unfinished[0] in self._done:
-            self._unfinished.popleft()
-        return True
-
-    def take_back(self, indexes: Any) -> None:
-        """Put units back in front, in their order."""
-        back = sorted((i for i in indexes if i not in self._done), key=self._places.__getitem__)
-        self._waiting.extendleft(reversed(back))
-
-    def died_at(self, index: int) -> int:
-        """Count one more worker that died at a unit; return how many did."""
-        self._deaths[index] += 1
-        return self._deaths[index]
+    try:
+        found: bytes = cloudpickle.dumps(thing)
+    except Exception as error:  # any object of the user's may refuse
+        raise WorkerError(
+            f"{what} cannot be sent to workers ({type(error).__name__}: {error}); a metric or edit "
+            "holds something that cannot be pickled"
+        ) from error
+    return found
 
 
 def _said(error: Exception) -> str:
