@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 import slashpatch
 
 from .browser import browser  # noqa: F401
+from .cluster import cluster, two_nodes  # noqa: F401
 
 settings.register_profile(
     "slashpatch",

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..bridge.attached import active_patches
 from ..bridge.sources import source_of
+from ..bridge.watch import watch
 from ..bridge.workers.options import Workers
 from ..bridge.workers.pool import Job, WorkerPool
 from ..data.progress import progress_over
 from ..errors import WorkerError
+from .attachment import Attachment
+from .engine import FusedEngine
 from .fused import fused, is_fused
 from .patch import patch
 
@@ -24,8 +27,14 @@ def worker_pool(model: TransformerBridge, workers: Workers) -> WorkerPool:
     """Return a pool whose workers attach the model's active edits, in the same order.
 
     Their models run fused if the model does. Raises WorkerError for a model object that runs fused,
-    which cannot be sent.
+    which cannot be sent, and for a monitor, which would see no pass.
     """
+    for follower in watch(model).followers:
+        if not isinstance(follower, (Attachment, FusedEngine)):
+            raise WorkerError(
+                f"a {type(follower).__name__} is on the model, and would not see the passes of "
+                "workers; leave it before, or leave workers out to stay in this process"
+            )
     runs_fused = is_fused(model)
     if runs_fused and source_of(model) is None:
         raise WorkerError(

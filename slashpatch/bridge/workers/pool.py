@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +15,7 @@ from ...data.progress import WorkersBar
 from ...errors import WorkerError
 from .actor import Worker
 from .identity import difference, difference_of_probes, identity, probe
+from .member import Member, pickled, said
 from .options import Workers
 from .session import ray_session
 from .shipping import ship
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 _RESTARTS, _DEATHS = 3, 3
 #: Seconds without any worker after which the pool says so, once.
 _PATIENCE = 60.0
-
-
 #: A function of a worker's model, which returns the context manager inside which jobs run there.
 Setting = Callable[[Any], AbstractContextManager[Any]]
 
@@ -44,30 +41,6 @@ class Job(Protocol):
         ...
 
 
-@dataclass
-class _Member:
-    """One worker, as the pool knows it.
-
-    Attributes:
-        number: Counted from 1.
-        actor: Ray's handle.
-        name: Its process and machine, once it has said hello.
-        ready: Whether it has the model.
-        hello: The reference of its hello, while it is awaited.
-        units: Units that it has and has not returned, by reference; the first is being run.
-    """
-
-    number: int
-    actor: Any
-    name: str = "not started"
-    ready: bool = False
-    hello: Any = None
-    units: dict[Any, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"worker {self.number} ({self.name})"
-
-
 class WorkerPool:
     """Workers that hold one model, for one or several jobs. Use it in a `with` block.
 
@@ -76,20 +49,18 @@ class WorkerPool:
     Args:
         model: The model, which must stay as it is inside the block.
         workers: How many, and what each may use.
-        setting: How their models are run, for example under which edits; Ray sends it by
-            cloudpickle.
+        setting: A function of a worker's model that returns the context manager inside which jobs
+            run there, for example a patch; Ray sends it by cloudpickle.
     """
 
     def __init__(
         self,
         model: TransformerBridge,
         workers: Workers,
-        setting: Callable[
-            [TransformerBridge], AbstractContextManager[Any]
-        ] = contextlib.nullcontext,
+        setting: Setting = contextlib.nullcontext,
     ) -> None:
         self.model, self.workers, self.setting = model, workers, setting
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._stack = ExitStack()
         self._serial = 0
         self._make: Callable[[], Any] | None = None
@@ -141,21 +112,26 @@ class WorkerPool:
 
         if not indexes:
             return
-        pickled = _pickled(job, "the work")
+        job_bytes = pickled(job, "the work")
         self._start(min(self.workers.count, len(indexes)))
         self._serial += 1
-        job_in_store = [ray.put(pickled)]
+        job_in_store = [ray.put(job_bytes)]
         counts = dict(zip(indexes, n or [1] * len(indexes), strict=True))
         work = Units(indexes, ahead)
-        with WorkersBar(what, sum(counts.values()), self.workers.count, show) as bar:
-            while not work.finished:
-                self._hand_out(work, job_in_store)
-                bar.alive(sum(member.ready for member in self._members))
-                for member, ref in self._answered():
-                    found = self._receive(member, ref, work)
-                    if found is not None and work.finish(found[0]):
-                        bar.advance(counts[found[0]])
-                        yield found
+        bar = WorkersBar(what, sum(counts.values()), self.workers.count, show)
+        try:
+            with bar:
+                while not work.finished:
+                    self._hand_out(work, job_in_store)
+                    bar.alive(sum(member.ready for member in self._members))
+                    for member, ref in self._answered():
+                        found = self._receive(member, ref, work)
+                        if found is not None and work.finish(found[0]):
+                            bar.advance(counts[found[0]])
+                            yield found
+        finally:
+            for member in self._members:
+                member.units.clear()  # answers of this job that still come are nobody's
 
     def _start(self, count: int) -> None:
         """Connect to Ray and ship the model, once; start workers until there are `count`."""
@@ -169,13 +145,13 @@ class WorkerPool:
             size = len(shipped.pickled) + sum(array.nbytes for array in shipped.weights)
             self._stack.enter_context(ray_session(cpus, 2 * size))
             self._shipped = [ray.put(shipped)]
-            setting = _pickled(self.setting, "the active edits")
+            setting = pickled(self.setting, "the active edits")
             settings = (setting, self.workers.threads, torch.get_float32_matmul_precision())
             cls = ray.remote(**options)(Worker)
             self._make = lambda: cls.remote(*settings)
             self._waiting_since = time.monotonic()
         while len(self._members) < count:
-            member = _Member(len(self._members) + 1, self._make())
+            member = Member(len(self._members) + 1, self._make())
             self._members.append(member)
             self._greet(member)
 
@@ -191,7 +167,7 @@ class WorkerPool:
             "max_task_retries": _RESTARTS,
         }
 
-    def _greet(self, member: _Member) -> None:
+    def _greet(self, member: Member) -> None:
         """Ask a worker that has no model to load it; Ray asks again if it dies meanwhile."""
         member.ready = False
         member.hello = member.actor.hello.remote(self._shipped)
@@ -209,7 +185,7 @@ class WorkerPool:
                     call = member.actor.work.options(max_task_retries=0)
                     member.units[call.remote(self._serial, job, index)] = index
 
-    def _answered(self) -> list[tuple[_Member, Any]]:
+    def _answered(self) -> list[tuple[Member, Any]]:
         """Return some answers that are there, with the workers that gave them; waits a second."""
         import ray
 
@@ -218,7 +194,7 @@ class WorkerPool:
         self._say_if_none_starts()
         return [(owners[ref], ref) for ref in ready]
 
-    def _receive(self, member: _Member, ref: Any, work: Units) -> tuple[int, Any] | None:
+    def _receive(self, member: Member, ref: Any, work: Units) -> tuple[int, Any] | None:
         """Take an answer; return (index, values) if it is that of a unit."""
         import ray
 
@@ -247,7 +223,7 @@ class WorkerPool:
             return None
         return member.units.pop(ref), value
 
-    def _welcome(self, member: _Member, name: str, found: dict[str, str], logits: Any) -> None:
+    def _welcome(self, member: Member, name: str, found: dict[str, str], logits: Any) -> None:
         """Let a worker begin, if it has the same model, versions and edits as this process."""
         member.name = name
         differs = difference(self._expected, found) or difference_of_probes(
@@ -261,7 +237,7 @@ class WorkerPool:
         member.ready = True
         self._waiting_since = None
 
-    def _lost(self, member: _Member, ref: Any, work: Units, error: Exception) -> None:
+    def _lost(self, member: Member, ref: Any, work: Units, error: Exception) -> None:
         """Take back what a dead worker had, and greet it again if Ray restarts it."""
         import ray
 
@@ -271,20 +247,20 @@ class WorkerPool:
             if not self._members:
                 raise WorkerError(
                     f"no worker is left; {member} was the last one to end, after {_RESTARTS} "
-                    f"restarts at most ({_said(error)}). What is finished is kept: resume it"
+                    f"restarts at most ({said(error)}). What is finished is kept: resume it"
                 ) from error
             return
         if first is not None and work.died_at(first) >= _DEATHS:
             raise WorkerError(
                 f"unit {first} of this work has ended {_DEATHS} workers, {member} the last "
-                f"({_said(error)}); perhaps it needs more memory than there is. What is finished "
+                f"({said(error)}); perhaps it needs more memory than there is. What is finished "
                 "is kept: resume it"
             ) from error
         self._take_back(member, work)
         with contextlib.suppress(ray.exceptions.RayActorError):
             self._greet(member)
 
-    def _take_back(self, member: _Member, work: Units) -> None:
+    def _take_back(self, member: Member, work: Units) -> None:
         work.take_back(member.units.values())
         member.units.clear()
 
@@ -300,23 +276,3 @@ class WorkerPool:
                 f"{ray.available_resources()}",
                 stacklevel=2,
             )
-
-
-def _pickled(thing: Any, what: str) -> bytes:
-    """Return an object as cloudpickle's bytes. Raises WorkerError if it cannot be pickled."""
-    from ray import cloudpickle
-
-    try:
-        found: bytes = cloudpickle.dumps(thing)
-    except Exception as error:  # any object of the user's may refuse
-        raise WorkerError(
-            f"{what} cannot be sent to workers ({type(error).__name__}: {error}); a metric or edit "
-            "holds something that cannot be pickled"
-        ) from error
-    return found
-
-
-def _said(error: Exception) -> str:
-    """Return the first line of Ray's message, without its colours."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()
-    return next((line.strip() for line in lines if line.strip()), "no reason")
