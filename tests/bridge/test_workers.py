@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -7,10 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import slashpatch as sp
 from slashpatch.bridge.sources import source_of
-from slashpatch.bridge.workers.identity import difference, identity, probe
+from slashpatch.bridge.workers.identity import (
+    difference,
+    difference_of_probes,
+    identity,
+    probe,
+)
 from slashpatch.bridge.workers.options import Workers, as_workers
 from slashpatch.bridge.workers.pool import WorkerPool
 from slashpatch.bridge.workers.shipping import ship
@@ -187,10 +194,13 @@ class Numbers:
         return run
 
 
-def test_one_pool_runs_several_jobs(cluster, tiny, capfd):
+def test_one_pool_runs_several_jobs(cluster, tiny, monkeypatch):
     """In the order of the units where that is asked for; an error is that of the job."""
     import ray
 
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=120)
+    monkeypatch.setattr("slashpatch.data.progress._stderr_shown", lambda: console)
     with WorkerPool(tiny, Workers(2)) as pool:
         found = dict(pool.run(Numbers(), range(20), "trying", show=True, n=[2] * 20, ahead=3))
         assert found == {index: (index**2, 1, 2) for index in range(20)}
@@ -201,24 +211,34 @@ def test_one_pool_runs_several_jobs(cluster, tiny, capfd):
         found = dict(pool.run(Numbers(), [9, 4, 11], "trying"))
         assert found == {index: (index**2, 1, 2) for index in (9, 4, 11)}
     assert not ray.is_initialized()
-    shown = capfd.readouterr().err
-    assert "trying" in shown
-    assert "2 of 2 workers" in shown
-    assert "40/40" in shown
+    assert all(word in shown.getvalue() for word in ("trying", "of 2 workers", "40/40"))
 
 
 def test_a_worker_with_another_model_is_refused(cluster, saved):
     model = sp.load(saved, device="cpu")
-    config = saved / "config.json"
-    kept = config.read_text()
-    settings = json.loads(kept)
-    settings["rope_parameters"]["rope_theta"] = 5000.0
-    config.write_text(json.dumps(settings))
+    llama(seed=4).save_pretrained(saved)
     with WorkerPool(model, Workers(1)) as pool, pytest.raises(WorkerError) as raised:
         list(pool.run(Numbers(), range(4), "trying"))
     assert "worker 1 (process" in str(raised.value)
-    assert "its configuration is" in str(raised.value)
-    config.write_text(kept)
-    llama(seed=4).save_pretrained(saved)
-    with WorkerPool(model, Workers(1)) as pool, pytest.raises(WorkerError, match="its fingerprint"):
-        list(pool.run(Numbers(), range(4), "trying"))
+    assert "its fingerprint is" in str(raised.value)
+
+
+def test_what_makes_another_model(saved):
+    """The same weights with another rotation, dtype, edit or library; and the edit's numbers."""
+    model = sp.load(saved, device="cpu")
+    expected = identity(model)
+    assert difference(expected, identity(sp.load(saved, device="cpu"))) == ""
+    config = saved / "config.json"
+    settings = json.loads(config.read_text())
+    settings["rope_parameters"]["rope_theta"] = 5000.0
+    config.write_text(json.dumps(settings))
+    other = sp.load(saved, device="cpu")
+    assert difference(expected, identity(other)).startswith("its configuration is")
+    assert "its logits on a short prompt differ" in difference_of_probes(
+        probe(model), probe(other), torch.float32
+    )
+    assert difference_of_probes(probe(model), probe(model) + 1e-6, torch.float32) == ""
+    assert "its dtype is float64" in difference(
+        {"dtype": "float32"}, identity(sp.load(saved, device="cpu", dtype="float64"))
+    )
+    assert difference(expected, {**expected, "torch": "1.0"}).startswith("its torch is 1.0, exp")

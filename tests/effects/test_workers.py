@@ -11,8 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import slashpatch as sp
+from slashpatch.effects.evaluate import _units
 from slashpatch.errors import WorkerError
 
 from ..tiny import random_tokens, tiny_model
@@ -48,9 +51,9 @@ def test_a_sweep_is_that_of_one_process(cluster, model):
     assert in_workers.provenance["edits"] == patched.provenance["edits"]
 
 
-@pytest.mark.parametrize("metrics", [["loss", "kl", "slash"], ["loss", last_logit]])
-def test_measure_is_that_of_one_process(cluster, model, metrics):
-    """Also the draws of controls, and the values of each prompt; with and without clean logits."""
+def test_measure_is_that_of_one_process(cluster, model):
+    """Also the draws of controls, and the values of each prompt."""
+    metrics = ["loss", "kl", "slash", last_logit]
     edits = ["KnockOut(L0H1, 1)", "DropBand(L1H1, high)"]
     arguments = (model, edits, metrics, random_tokens(7, 13), "random-heads:2")
     alone = sp.measure(*arguments, batch_size=2)
@@ -58,6 +61,28 @@ def test_measure_is_that_of_one_process(cluster, model, metrics):
     pd.testing.assert_frame_equal(shared.frame, alone.frame, check_exact=True)
     for name, table in alone.tables.items():
         pd.testing.assert_frame_equal(shared.tables[name], table, check_exact=True)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(1, 30),
+    st.booleans(),
+    st.none() | st.integers(1, 40),
+)
+def test_the_units_of_a_measurement(sizes, n_runs, compares, at_least):
+    """Each batch in each run once, no unit over two chunks, and enough units where that can be."""
+    chunks, start = [], 0
+    for size in sizes:
+        chunks.append(range(start, start + size))
+        start += size
+    units = list(_units(chunks, n_runs, compares, at_least))
+    passes = [(batch, run) for unit in units for batch in unit.batches for run in unit.runs]
+    assert sorted(passes) == [(batch, run) for batch in range(start) for run in range(n_runs)]
+    assert all(any(set(unit.batches) <= set(chunk) for chunk in chunks) for unit in units)
+    if at_least is None:
+        assert len(units) == len(chunks) * n_runs
+    elif not compares:
+        assert len(units) >= min(at_least, n_runs)
 
 
 def test_flow_is_that_of_one_process(cluster, model):
@@ -115,7 +140,18 @@ def rows_of(path):
     return [json.loads(line)["index"] for line in lines]
 
 
-@pytest.mark.parametrize(("kills", "row"), [("worker", 1), ("worker", 6), ("node", 4)])
+_long = pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize(
+    ("kills", "row"),
+    [
+        ("worker", 6),
+        ("node", 4),
+        *(pytest.param("worker", row, marks=_long) for row in (1, 2, 11)),
+        *(pytest.param("node", row, marks=_long) for row in (1, 2, 7)),
+    ],
+)
 def test_a_worker_or_a_node_that_is_killed_costs_what_it_had_not_returned(
     cluster, model, tmp_path, kills, row, monkeypatch
 ):
@@ -148,17 +184,17 @@ def test_a_worker_or_a_node_that_is_killed_costs_what_it_had_not_returned(
 def test_workers_that_all_die_leave_a_journal(cluster, model, tmp_path, monkeypatch):
     monkeypatch.setattr("slashpatch.bridge.workers.pool._DEATHS", 2)
     path = tmp_path / "sweep.json"
-    unfinished = tmp_path / "sweep.json.unfinished"
-    metric = Killer(tmp_path, 4, "each worker")
-    with pytest.raises(WorkerError, match=r"(unit \d+ of this work has ended 2|no worker is left)"):
-        sp.sweep(model, "KnockOut({head}, 1)", "L0H0-2", metric, path=path, workers=1, **SMALL)
-    assert 1 < len(rows_of(unfinished)) <= 4
+    arguments = {"heads": "L0H0-3", "path": path, **SMALL}
+    metric = Killer(tmp_path, 2, "each worker")
+    with pytest.raises(
+        WorkerError, match=r"unit 0 of this work has ended 2 workers, worker 1 \(pro"
+    ):
+        sp.sweep(model, metric=metric, workers=1, **arguments)
+    assert rows_of(tmp_path / "sweep.json.unfinished") == [-1]
     monkeypatch.setattr(Killer, "__call__", lambda self, logits, tokens: last_logit(logits, tokens))
-    found = sp.sweep(
-        model, "KnockOut({head}, 1)", "L0H0-2", metric, path=path, resume=True, **SMALL
-    )
-    expected = sp.sweep(model, "KnockOut({head}, 1)", "L0H0-2", last_logit, **SMALL).frame
-    assert found.frame["effect"].tolist() == expected["effect"].tolist()
+    found = sp.sweep(model, metric=metric, resume=True, **arguments).frame
+    expected = sp.sweep(model, heads="L0H0-3", metric=last_logit, **SMALL).frame
+    assert found["effect"].tolist() == expected["effect"].tolist()
 
 
 _DRIVER = """

@@ -1,6 +1,5 @@
 """A scan in workers: the sums of one process, bit for bit."""
 
-import pytest
 import torch
 
 import slashpatch as sp
@@ -13,15 +12,14 @@ def same(a, b):
     return torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
 
 
-@pytest.mark.parametrize("engine", ["fused", "bridge"])
-def test_a_scan_is_that_of_one_process(cluster, engine):
+def test_a_scan_is_that_of_one_process(cluster):
     """Batches of several chunks of tokens, prompts of unequal lengths, and an edit."""
     model = tiny_model(seed=2, layers=3, n_ctx=400)
     lengths = (400, 33, 390, 40, 12, 12, 300, 400, 39)
     prompts = [row[:n] for row, n in zip(random_tokens(9, 400), lengths, strict=True)]
     with sp.patch(model, "KnockOut(L0H1, 1)"):
-        alone = sp.scan(model, prompts, range(5), engine, batch_size=3)
-        shared = sp.scan(model, prompts, range(5), engine, batch_size=3, workers=2)
+        alone = sp.scan(model, prompts, range(5), batch_size=3)
+        shared = sp.scan(model, prompts, range(5), batch_size=3, workers=2)
     for name in ("sums", "squares", "counts"):
         assert torch.equal(getattr(shared, name), getattr(alone, name))
     found = shared.moments.tensors()
