@@ -49,6 +49,7 @@ bench: .venv/developed
 	$(BIN)/python benchmarks/effects.py
 	$(BIN)/python benchmarks/theory.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/workers.py
 
 families: .venv/developed
 	$(BIN)/python -m tests.zoo

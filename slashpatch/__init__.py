@@ -11,6 +11,7 @@ from .heads import Head, heads
 
 if TYPE_CHECKING:
     from .bridge.loading import load
+    from .bridge.workers.options import Workers
     from .checking.check import check
     from .checking.result import Check, Report
     from .edits import (
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "bridge.loading": "load",
+    "bridge.workers.options": "Workers",
     "checking.check": "check",
     "checking.result": "Check Report",
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
@@ -108,6 +110,7 @@ __all__ = [
     "SlashpatchError",
     "SwapBands",
     "TopKeys",
+    "Workers",
     "check",
     "copied_lags",
     "copying",
