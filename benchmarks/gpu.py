@@ -301,8 +301,8 @@ def main():
     device = Device(chosen.device)
     figures = run(device, chosen.small)
     lines = [
-        f"{device.describe()}, torch {torch.__version__}; medians of {ROUNDS} after a warm-up, both "
-        "sides of a ratio in turns; peaks are of the allocator, weights included.",
+        f"{device.describe()}, torch {torch.__version__}; medians of {ROUNDS} after a warm-up, "
+        "both sides of a ratio in turns; peaks are of the allocator, weights included.",
         "",
         *HEADER,
         *(line(row) for row in figures["rows"]),

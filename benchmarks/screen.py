@@ -56,7 +56,7 @@ def exact(model, edit, seed):
     variants = sweep_variants(model, edit, None, None)
     chosen = prompts_of(model, seed)
     rows, taken = cpu_seconds(
-        lambda: SweepRun(model, runner, chosen, None, None, False).all(variants, None)
+        lambda: SweepRun(model, runner, chosen, variants).all(None, None, False)
     )
     effects = [
         [a - b for a, b in zip(rows[v.index], rows[-1], strict=True)]
@@ -185,9 +185,8 @@ def estimates_only(model, offsets):
     """The estimates of every head at some offsets, without the runs that follow them."""
     runner = MetricRunner(model, [copying_loss])
     half, _ = halves(N_PROMPTS, True, 0)
-    some = batches(prompts_of(model, 0), model.cfg.d_vocab, None, "cpu", half)
     variants = sweep_variants(model, "KnockOut({head}, {offset})", None, offsets)
-    return contributions(runner, some, variants, 0)
+    return contributions(runner, prompts_of(model, 0), variants, 0, chosen=half, progress=False)
 
 
 def figures(sweep, screen, plain, theirs, seed, edit):

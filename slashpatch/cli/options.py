@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+
+def _workers(text: str | None) -> Any:
+    """Return the workers that were asked for. Raises WorkerError or ExtraError."""
+    if text is None:
+        return None  # without importing torch
+    from ..bridge.workers.options import as_workers
+
+    return as_workers(text)
 
 
 class Device(str, Enum):
@@ -86,6 +95,16 @@ TextOption = Annotated[
 ]
 RandomOption = Annotated[
     bool, typer.Option("--random-tokens", help="Use random tokens as prompts.")
+]
+WorkersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        callback=_workers,
+        metavar="N",
+        help="Number of worker processes (by Ray), of one thread each; 8x4 is 8 of 4 threads each. "
+        "Default: none, all in this process.",
+    ),
 ]
 PlotOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Save a figure as .png, .svg or .pdf.")

@@ -29,6 +29,7 @@ from .options import (
     RandomOption,
     SeedOption,
     TextOption,
+    WorkersOption,
     load_bridge,
     require_readable,
 )
@@ -76,6 +77,7 @@ def screen(
     resume: ResumeOption = False,
     plot: PlotOption = None,
     as_json: JsonOption = False,
+    workers: WorkersOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
@@ -110,6 +112,7 @@ def screen(
         random_tokens=random_tokens,
         n_prompts=prompts,
         max_tokens=tokens_per_prompt(bridge, max_tokens, 65),
+        workers=workers,
         seed=seed,
     )
     show(result, out, plot, as_json, top, saved=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..bridge.provenance import provenance
+from ..bridge.workers.options import as_workers
 from ..data.files import require_output
 from ..data.journal import Journal
 from ..errors import MetricError, PromptError
+from ..patching.worker_pool import worker_pool
 from .conditions import require_options
 from .evaluation import MetricRunner
 from .exact_changes import require_one_layer
 from .gradients import require_gradient
-from .inputs import batches, prompts_for
+from .inputs import prompts_for
 from .metrics import as_metric
 from .result import SUFFIXES, Result
 from .resumable import resumable
@@ -55,6 +58,7 @@ def screen(
     max_tokens: int | None = None,
     batch_size: int | None = None,
     per_pass: int | None = None,
+    workers: Any = None,
     confidence: float = 0.95,
     seed: int = 0,
     progress: bool | None = None,
@@ -97,6 +101,7 @@ def screen(
             context if that is shorter.
         batch_size: Prompts per forward pass; None: by memory.
         per_pass: As for `sweep`.
+        workers: As for `sweep`.
         confidence: Level of the intervals and of the audit's bounds.
         seed: Random seed of prompts, halves, moved heads, audit, resamples and sign flips.
         progress: Whether to show progress bars; None: on a terminal only.
@@ -117,9 +122,12 @@ def screen(
         PromptError: Prompts that are empty, longer than the context, or fewer than 4 to be split.
         OutputError: A path that cannot be written.
         SweepError: The file at `path` holds another run.
+        WorkerError: Workers that cannot start, or differ from this process.
+        ExtraError: `workers` without the extra `slashpatch[ray]`.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size, per_pass=per_pass)
     require_counts(verify, audit)
+    pool_of = as_workers(workers)
     if above is not None and not (isinstance(above, (int, float)) and above >= 0):
         raise MetricError(f"above must be an effect's size, at least 0; got {above!r}")
     variants = sweep_variants(model, make_edit, heads, offsets)
@@ -153,17 +161,22 @@ def screen(
         seed=seed,
     )
 
+    made_by = origin if pool_of is None else {**origin, **pool_of.record}
+
     def run(journal: Journal | None) -> Result:
-        of_half = batches(chosen, model.cfg.d_vocab, batch_size, model.cfg.device, screened)
-        found = estimates(contributions(estimated, of_half, variants, seed, progress))
-        layers = torch.tensor([v.edit.layers[0] for v in _in_order(variants)])
-        why = choose(found, layers, verify, audit, seed)
-        kept = [variant for variant in variants if variant.index in why]
-        sweep = SweepRun(model, runner, chosen, batch_size, per_pass, progress, verified)
-        rows = sweep.all(kept, journal)
+        with nullcontext() if pool_of is None else worker_pool(model, pool_of) as pool:
+            by_gradient = contributions(
+                estimated, chosen, variants, seed, batch_size, screened, pool, progress
+            )
+            found = estimates(by_gradient)
+            layers = torch.tensor([v.edit.layers[0] for v in _in_order(variants)])
+            why = choose(found, layers, verify, audit, seed)
+            kept = [variant for variant in variants if variant.index in why]
+            work = SweepRun(model, runner, chosen, kept, batch_size, per_pass, verified)
+            rows = work.all(journal, pool, progress)
         frame = _frame(variants, found, why, rows, origin)
         table = audited(frame, above, confidence)
-        return Result("screen", frame, {"audit": table}, _remarks(frame, table, origin), origin)
+        return Result("screen", frame, {"audit": table}, _remarks(frame, table, origin), made_by)
 
     return resumable(target, resume, origin, "screen", len(variants), len(verified), run)
 

@@ -8,20 +8,30 @@ hides (because the model repairs itself, or a softmax is saturated) is seen from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data.progress import progress_over
+from ..bridge.workers.options import Workers
+from ..bridge.workers.pool import WorkerPool
+from ..data.prompts import PromptSet
 from ..errors import MetricError
 from ..patching.fused import fused_where_exact
+from ..patching.worker_pool import units_of
 from .evaluation import MetricRunner
 from .exact_changes import exact_changes
 from .gradients import ByLayer, gradients
-from .inputs import Batch
+from .inputs import Batch, batches
+from .metrics import Metric
 from .sweep_variants import Variant
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 #: Gradients at randomly moved heads, beside the one at the clean run, and the share of heads moved.
 MOVED_RUNS, MOVED_SHARE = 2, 0.05
@@ -29,36 +39,69 @@ MOVED_RUNS, MOVED_SHARE = 2, 0.05
 
 def contributions(
     runner: MetricRunner,
-    all_batches: Sequence[Batch],
+    prompts: PromptSet,
     variants: Sequence[Variant],
     seed: int,
+    batch_size: int | None = None,
+    chosen: Sequence[int] | None = None,
+    workers: Workers | WorkerPool | None = None,
     progress: bool | None = None,
 ) -> Float[Tensor, "run prompt variant"]:
     """Return each variant's estimated effect on each prompt, by each of the gradients.
 
     Args:
         runner: Of one metric.
-        all_batches: The prompts; the result has them in the order of their indices.
-        variants: Each acts in one layer. The result has them by their `index`, which must count
-            from 0.
+        prompts: The prompts.
+        variants: Each acts in one layer, ordered by layer. The result has them by their `index`,
+            which must count from 0.
         seed: Random seed of the moved heads.
+        batch_size: Prompts per forward pass; None: by memory.
+        chosen: Indices of the prompts to estimate on, in whose order the result has them; None:
+            all.
+        workers: Worker processes, or a pool of them; None: this process.
         progress: Whether to show a progress bar; None: on a terminal only.
 
     Raises MetricError as `gradients`, and for estimates that are not finite.
     """
-    with fused_where_exact(runner.model):
-        parts = [
-            _of_batch(runner, batch, variants, seed)
-            for batch in progress_over(all_batches, "estimating", show=progress)
-        ]
-    order = torch.cat([batch.index for batch in all_batches]).argsort()
-    found = torch.cat(parts, dim=1)[:, order]
-    if not bool(found.isfinite().all()):
-        which = variants[0]
-        bad = set((~found.isfinite()).any(0).any(0).nonzero()[:, 0].tolist())
-        which = next(variant for variant in variants if variant.index in bad)
+    job = EstimateJob(runner.metrics, prompts, batch_size, chosen, tuple(variants), seed)
+    made = job.batches(runner.model)
+    order = torch.cat([batch.index for batch in made]).argsort()
+    units = units_of(runner.model, job, range(len(made)), "estimating", workers, progress)
+    with closing(units) as found:
+        parts = dict(found)
+    whole = torch.cat([parts[at] for at in range(len(made))], dim=1)[:, order]
+    bad = (~whole.isfinite()).any(0).any(0)
+    if bool(bad.any()):
+        which = next(variant for variant in variants if bool(bad[variant.index]))
         raise MetricError(f"the estimated effect of {which.edit} is not a finite number")
-    return found
+    return whole
+
+
+@dataclass(frozen=True)
+class EstimateJob:
+    """The gradients and exact changes of a screen; a unit is a batch. Attributes as above."""
+
+    metrics: tuple[Metric, ...]
+    prompts: PromptSet
+    batch_size: int | None
+    chosen: Sequence[int] | None
+    variants: tuple[Variant, ...]
+    seed: int
+
+    def batches(self, model: TransformerBridge) -> list[Batch]:
+        """Return the batches, the same in each process."""
+        cfg = model.cfg
+        return batches(self.prompts, cfg.d_vocab, self.batch_size, cfg.device, self.chosen)
+
+    def start(self, model: TransformerBridge) -> Callable[[int], Tensor]:
+        """Return a function that estimates on one batch."""
+        runner, made = MetricRunner(model, self.metrics), self.batches(model)
+
+        def run(at: int) -> Float[Tensor, "run batch variant"]:
+            with fused_where_exact(model):
+                return _of_batch(runner, made[at], self.variants, self.seed)
+
+        return run
 
 
 def _of_batch(

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 import slashpatch as sp
 from slashpatch import bridge
+from slashpatch.data.prompts import PromptSet
 from slashpatch.edits import Edit
 from slashpatch.effects.evaluation import MetricRunner
 from slashpatch.effects.exact_changes import exact_changes, joined, passes
 from slashpatch.effects.gradients import gradients
-from slashpatch.effects.inputs import Batch, batches, prompts_for
+from slashpatch.effects.inputs import Batch, prompts_for
 from slashpatch.effects.logit_metrics import next_token_loss
 from slashpatch.effects.result import Result
 from slashpatch.effects.screen import halves
@@ -31,6 +32,7 @@ from slashpatch.effects.screen_choice import (
     most_missed,
 )
 from slashpatch.effects.screen_estimates import contributions
+from slashpatch.effects.sweep_run import _Passes
 from slashpatch.effects.sweep_variants import Variant, sweep_variants
 from slashpatch.errors import EditError, MetricError, PromptError, SweepError
 from slashpatch.patching.fused import fused_where_exact, is_fused
@@ -60,6 +62,10 @@ EDITS = [
 def a_batch(n=2, length=11, seed=0):
     tokens = random_tokens(n, length, seed)
     return Batch(torch.arange(n), tokens, n)
+
+
+def as_prompts(batch):
+    return PromptSet(tuple(batch.tokens), "tokens")
 
 
 def clean_z(model, batch):
@@ -242,7 +248,7 @@ def test_estimates_are_the_slow_reference(edit):
     model, batch = tiny_model(seed=6), a_batch(3)
     variants = sweep_variants(model, edit, None, range(1, 4))
     runner = MetricRunner(model, [next_token_loss])
-    found = contributions(runner, [batch], variants, seed=0)
+    found = contributions(runner, as_prompts(batch), variants, seed=0)
     assert found.shape == (3, 3, 24)
     expected = slow_estimates(model, variants, batch, next_token_loss)
     torch.testing.assert_close(found[0], expected, atol=2e-5, rtol=1e-4)
@@ -258,20 +264,17 @@ def test_estimates_do_not_depend_on_how_prompts_are_batched():
     found = []
     for size in (1, None):
         chosen = prompts_for(model, runner.metrics, prompts, max_tokens=None, n_prompts=4, seed=0)
-        parts = batches(chosen, model.cfg.d_vocab, size, "cpu")
-        found.append(contributions(runner, parts, variants, seed=0))
+        found.append(contributions(runner, chosen, variants, seed=0, batch_size=size))
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 def test_the_first_screened_layer_may_be_a_later_one():
     model, batch = tiny_model(seed=6, layers=3), a_batch(2)
     runner = MetricRunner(model, [next_token_loss])
-    whole = contributions(
-        runner, [batch], sweep_variants(model, "AblateHeads({head})", None, None), 0
-    )
-    part = contributions(
-        runner, [batch], sweep_variants(model, "AblateHeads({head})", "L2", None), 0
-    )
+    all_heads = sweep_variants(model, "AblateHeads({head})", None, None)
+    last_layer = sweep_variants(model, "AblateHeads({head})", "L2", None)
+    whole = contributions(runner, as_prompts(batch), all_heads, 0)
+    part = contributions(runner, as_prompts(batch), last_layer, 0)
     torch.testing.assert_close(part[0], whole[0, :, 8:], atol=1e-5, rtol=1e-4)
 
 
@@ -310,15 +313,15 @@ def test_estimates_and_effects_are_of_different_prompts(monkeypatch):
     model, seen = tiny_model(seed=1), {}
     real_contributions = contributions
 
-    def spy(runner, all_batches, *rest):
-        seen["estimated"] = torch.cat([batch.index for batch in all_batches]).tolist()
-        return real_contributions(runner, all_batches, *rest)
+    def spy(runner, prompts, variants, seed, batch_size, chosen, *rest):
+        seen["estimated"] = chosen
+        return real_contributions(runner, prompts, variants, seed, batch_size, chosen, *rest)
 
     monkeypatch.setattr("slashpatch.effects.screen.contributions", spy)
     found = sp.screen(model, "KnockOut({head}, 1)", prompts=random_tokens(7, 9), metric="loss")
     first, second = halves(7, True, 0)
     assert (len(first), len(second)) == (3, 4)
-    assert sorted(seen["estimated"]) == first
+    assert seen["estimated"] == first
     assert sorted(first + second) == list(range(7))
     assert set(found.frame["n"]) == {4}
     assert "estimates on other prompts" in found.remarks[0]
@@ -543,25 +546,23 @@ def test_a_screen_is_saved_and_loaded(tmp_path):
 
 
 def test_an_interrupted_screen_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    from slashpatch.effects.sweep_run import SweepRun
-
     model, path = tiny_model(seed=1, layers=3), tmp_path / "screen.json"
     whole = sp.screen(model, verify=4, audit=3, **SMALL)
-    run, calls = SweepRun._run, itertools.count()
+    run, calls = _Passes._run, itertools.count()
 
     def stop(self, *given):
         if next(calls) == 3:
             raise KeyboardInterrupt
         return run(self, *given)
 
-    monkeypatch.setattr(SweepRun, "_run", stop)
+    monkeypatch.setattr(_Passes, "_run", stop)
     with pytest.raises(KeyboardInterrupt):
         sp.screen(model, verify=4, audit=3, path=path, **SMALL)
     journal = tmp_path / "screen.json.unfinished"
     rows = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     assert len(rows) == 4  # the clean run and three others
     ran = []
-    monkeypatch.setattr(SweepRun, "_run", lambda self, *given: ran.append(1) or run(self, *given))
+    monkeypatch.setattr(_Passes, "_run", lambda self, *given: ran.append(1) or run(self, *given))
     resumed = sp.screen(model, verify=4, audit=3, path=path, resume=True, **SMALL)
     assert len(ran) == (resumed.frame["why"] != "").sum() - 3
     assert resumed.frame.equals(whole.frame)
