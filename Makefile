@@ -50,6 +50,7 @@ bench: .venv/developed
 	$(BIN)/python benchmarks/theory.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/dtypes.py
+	$(BIN)/python benchmarks/workers.py
 
 bench-gpu: .venv/developed
 	$(BIN)/python benchmarks/gpu.py

@@ -89,7 +89,8 @@ def flow(model, sp):
 def sweep_cost(model, sp):
     """Seconds of a sweep of a sample of heads, and of patching and running the whole model."""
     from slashpatch.effects.conditions import conditions
-    from slashpatch.effects.evaluation import MetricRunner, evaluate
+    from slashpatch.effects.evaluate import evaluate
+    from slashpatch.effects.evaluation import MetricRunner
     from slashpatch.effects.inputs import prompts_for
     from slashpatch.effects.metrics import as_metric
 

@@ -28,8 +28,9 @@ _ERRORS = [
 PAGES = {
     "models": (
         "Models and heads",
-        "How to: [load a model, name heads](../how-to/load.md).",
-        "load memory_needed MemoryNeeded Head heads",
+        "How to: [load a model, name heads](../how-to/load.md), [run in many "
+        "processes](../how-to/workers.md).",
+        "load memory_needed MemoryNeeded Head heads Workers",
     ),
     "scanning": (
         "Scanning",

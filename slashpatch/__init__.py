@@ -12,6 +12,7 @@ from .heads import Head, heads
 if TYPE_CHECKING:
     from .bridge.loading import load, memory_needed
     from .bridge.memory import MemoryNeeded
+    from .bridge.workers.options import Workers
     from .checking.check import check
     from .checking.result import Check, Report
     from .edits import (
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "bridge.loading": "load memory_needed",
     "bridge.memory": "MemoryNeeded",
+    "bridge.workers.options": "Workers",
     "checking.check": "check",
     "checking.result": "Check Report",
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
@@ -113,6 +115,7 @@ __all__ = [
     "SlashpatchError",
     "SwapBands",
     "TopKeys",
+    "Workers",
     "check",
     "copied_lags",
     "copying",

@@ -59,6 +59,10 @@ class SweepError(SlashpatchError, RuntimeError):
     """Raised for a file that belongs to another sweep, is damaged, or is not a sweep at all."""
 
 
+class WorkerError(SlashpatchError, RuntimeError):
+    """Raised for workers that cannot start, differ from this process, or end too often."""
+
+
 class ReportError(SlashpatchError, ValueError):
     """Raised for parts that make no report: of another class, or of different models."""
 

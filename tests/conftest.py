@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_ADDRESS", "local")  # no cluster that happens to run on this machine
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Processes that together use more threads than there are cores wait for one another; set before
     # torch is imported, and for the commands that tests start.
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, settings
 import slashpatch
 
 from .browser import browser  # noqa: F401
+from .cluster import cluster, two_nodes  # noqa: F401
 
 settings.register_profile(
     "slashpatch",

@@ -192,7 +192,8 @@ FIVE = "(L16H0, L11H1, L1H2, L19H3, L2H1)"
 @pytest.mark.exhaustive
 def test_a_sweep_is_the_naive_loop_bit_for_bit(real):
     from slashpatch.effects.conditions import conditions
-    from slashpatch.effects.evaluation import MetricRunner, evaluate
+    from slashpatch.effects.evaluate import evaluate
+    from slashpatch.effects.evaluation import MetricRunner
     from slashpatch.effects.inputs import prompts_for
     from slashpatch.effects.metrics import as_metric
 

@@ -38,11 +38,21 @@ def reads_diagonals(hook_fn: Any) -> Any:
 
 def active_edits(model: TransformerBridge) -> tuple[Any, ...]:
     """Return the edits whose hooks are on the model now, in the order of attaching."""
+    return tuple(edit for together in active_patches(model) for edit in together)
+
+
+def active_patches(model: TransformerBridge) -> tuple[tuple[Any, ...], ...]:
+    """Return the active edits, those that were attached together in one tuple."""
     marks = [
         mark_of(handle.user_hook) for point in model.hook_points() for handle in point.fwd_hooks
     ]
-    found = {(mark.serial, mark.place): mark.edit for mark in marks if mark is not None}
-    return tuple(found[key] for key in sorted(found))
+    found: dict[int, dict[int, Any]] = {}
+    for mark in marks:
+        if mark is not None:
+            found.setdefault(mark.serial, {})[mark.place] = mark.edit
+    return tuple(
+        tuple(edits[place] for place in sorted(edits)) for _, edits in sorted(found.items())
+    )
 
 
 def has_per_head_keys(model: TransformerBridge) -> bool:

@@ -13,6 +13,7 @@ from ..errors import ModelError
 from . import memory
 from .converted import _converted_gguf, _quiet_transformers, default_model_path
 from .offloaded import input_device
+from .sources import remember
 from .wrapping import bridge_of, no_adapter, one_error, pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -86,7 +87,12 @@ def load(
                 "directory, a file or a hub id (or call accelerate.dispatch_model before)"
             )
         return bridge_of(model, device, dtype, tokenizer)
-    return _boot(_source(model), device, dtype, tokenizer, trust_remote_code, spread)
+    bridge = _boot(_source(model), device, dtype, tokenizer, trust_remote_code, spread)
+    if device_map is None:
+        remember(
+            bridge, model, dtype=dtype, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+        )
+    return bridge
 
 
 def memory_needed(

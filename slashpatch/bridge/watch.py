@@ -46,6 +46,11 @@ class ForwardWatch:
         """The forward pass that this thread is in, if any."""
         return self._calls[-1] if self._calls else None
 
+    @property
+    def followers(self) -> list[Follower]:
+        """Those who follow the model now."""
+        return [found for ref in self._followers if (found := ref()) is not None]
+
     def require(self) -> ForwardCall:
         """Return the current forward pass. Raises PatchError outside one."""
         if self.current is None:
@@ -109,8 +114,7 @@ class ForwardWatch:
             self._detach()
             return
         self._calls.append(call)
-        followers = [found for ref in self._followers if (found := ref()) is not None]
-        for follower in followers:
+        for follower in self.followers:
             call.followers.append(follower)
             follower.on_pass_start(call)
 

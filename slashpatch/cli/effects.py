@@ -22,6 +22,7 @@ from .options import (
     RandomOption,
     SeedOption,
     TextOption,
+    WorkersOption,
     load_bridge,
     require_readable,
 )
@@ -95,6 +96,7 @@ def measure(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
+    workers: WorkersOption = None,
 ) -> None:
     """Measure the effects of edits, with intervals, tests and controls."""
     from ..effects.controls import as_control
@@ -110,7 +112,7 @@ def measure(
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 128)
     draws = sum(drawn.n for drawn in controls)
-    announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions) * (1 + draws))
+    announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions) * (1 + draws), workers)
     result = run(
         bridge,
         conditions,
@@ -121,6 +123,7 @@ def measure(
         n_prompts=prompts,
         max_tokens=n_tokens,
         seed=seed,
+        workers=workers,
     )
     show(result, out, None, as_json, top)
 
@@ -147,6 +150,7 @@ def flow(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
+    workers: WorkersOption = None,
 ) -> None:
     """Measure how much the token Δ back changes a prediction, by offset, clean and under edits."""
     from ..effects.flow import flow as run
@@ -158,7 +162,9 @@ def flow(
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 64)
     replacements = min(replaced, n_tokens)
-    announce_long_run(bridge, prompts, n_tokens, (1 + len(conditions)) * (1 + replacements))
+    announce_long_run(
+        bridge, prompts, n_tokens, (1 + len(conditions)) * (1 + replacements), workers
+    )
     result = run(
         bridge,
         text,
@@ -169,6 +175,7 @@ def flow(
         n_prompts=prompts,
         max_tokens=n_tokens,
         seed=seed,
+        workers=workers,
     )
     show(result, out, plot, as_json, top)
 
@@ -227,6 +234,7 @@ def sweep(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
+    workers: WorkersOption = None,
 ) -> None:
     """Apply one edit at every head in turn; --resume continues a run that was stopped."""
     from ..effects.metrics import as_metric
@@ -241,7 +249,7 @@ def sweep(
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 65)
     if not resume:  # how much is left is not known here
-        announce_long_run(bridge, prompts, n_tokens, _sweep_passes(bridge, heads, offsets))
+        announce_long_run(bridge, prompts, n_tokens, _sweep_passes(bridge, heads, offsets), workers)
     result = run(
         bridge,
         edit,
@@ -255,6 +263,7 @@ def sweep(
         n_prompts=prompts,
         max_tokens=n_tokens,
         seed=seed,
+        workers=workers,
     )
     show(result, out, plot, as_json, top, saved=True)
 

@@ -32,16 +32,26 @@ def tokens_per_prompt(model: TransformerBridge, asked: int | None, default: int)
 
 
 def announce_long_run(
-    model: TransformerBridge, n_prompts: int, n_tokens: int, n_passes: int
+    model: TransformerBridge,
+    n_prompts: int,
+    n_tokens: int,
+    n_passes: int,
+    workers: str | None = None,
 ) -> None:
     """Print on stderr what a run will do and roughly how long it takes, if that is long.
 
     `n_passes` is about how often the model reads each prompt. The estimate is the time of one pass
-    times the tokens: longer prompts take more than that, prompts batched together less.
+    times the tokens: longer prompts take more than that, prompts batched together less. It is
+    divided by the number of `workers`, if they are given.
     """
+    from ..bridge.workers.options import as_workers
+
+    asked = as_workers(workers)
+    shared_by = 1 if asked is None else asked.count
     for limit in _TIMED:
         n_timed = min(n_tokens, limit)
         seconds = _seconds_of_pass(model, n_timed) * n_tokens / n_timed * n_prompts * n_passes
+        seconds /= shared_by
         if seconds < _LONG:
             return
     prompts = "1 prompt" if n_prompts == 1 else f"{n_prompts:,} prompts"

@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+def _workers(text: str | None) -> str | None:
+    """Return the text, which was checked. Raises WorkerError or ExtraError."""
+    if text is not None:  # otherwise without importing torch
+        from ..bridge.workers.options import as_workers
+
+        as_workers(text)
+    return text
+
+
 class Device(str, Enum):
     """Devices that a model can run on, and placements of models larger than one device."""
 
@@ -86,6 +95,16 @@ TextOption = Annotated[
 ]
 RandomOption = Annotated[
     bool, typer.Option("--random-tokens", help="Use random tokens as prompts.")
+]
+WorkersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        callback=_workers,
+        metavar="N",
+        help="Number of worker processes (by Ray), of one thread each; 8x4 is 8 of 4 threads each. "
+        "Default: none, all in this process.",
+    ),
 ]
 PlotOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Save a figure as .png, .svg or .pdf.")

@@ -25,6 +25,7 @@ from .options import (
     RandomOption,
     SeedOption,
     TextOption,
+    WorkersOption,
     load_bridge,
 )
 from .output import FIGURE_SUFFIXES, new_console, print_json, print_written
@@ -53,6 +54,7 @@ def scan(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
+    workers: WorkersOption = None,
 ) -> None:
     """Find the slash heads of a model, on natural text and on random tokens."""
     from ..data.files import TABLE_SUFFIXES, write_table
@@ -71,13 +73,14 @@ def scan(
     n_tokens = tokens_per_prompt(bridge, max_tokens, 512)
     saved = out is not None and out.suffix == ".safetensors"
     # Moments take about as long as slash scores; natural text is followed by random tokens.
-    announce_long_run(bridge, prompts, n_tokens, 1 + saved + (not random_tokens))
+    announce_long_run(bridge, prompts, n_tokens, 1 + saved + (not random_tokens), workers)
     common: dict[str, Any] = {
         "offsets": wanted,
         "engine": engine.value,
         "n_prompts": prompts,
         "max_tokens": n_tokens,
         "seed": seed,
+        "workers": workers,
     }
     with patch(bridge, *(edit or ())):
         if random_tokens:

@@ -47,6 +47,57 @@ def progress_over(
             bar.advance(task, weight)
 
 
+class WorkersBar:
+    """A progress bar with the workers that are alive, rows per second, and the time left.
+
+    Args:
+        what: Its title.
+        total: Number of rows.
+        n_workers: How many workers were asked for.
+        show: Whether to show it; None: if stderr is a terminal.
+    """
+
+    def __init__(self, what: str, total: int, n_workers: int, show: bool | None = None) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._n_workers = n_workers
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[workers]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=_stderr() if show is None else _stderr_shown(),
+            transient=True,
+            disable=not (sys.stderr.isatty() if show is None else show),
+        )
+        self._task = self._bar.add_task(what, total=total, workers="starting", rate="")
+
+    def __enter__(self) -> WorkersBar:
+        self._bar.start()
+        return self
+
+    def alive(self, n: int) -> None:
+        """Show how many workers are alive, and the rate so far."""
+        speed = self._bar.tasks[0].speed
+        rate = "" if speed is None else f"{speed:.3g} rows/s"
+        self._bar.update(self._task, workers=f"{n} of {self._n_workers} workers", rate=rate)
+
+    def advance(self, n: int) -> None:
+        """Show that some more rows are finished."""
+        self._bar.advance(self._task, n)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+
 def busy(what: str) -> AbstractContextManager[object]:
     """Show a spinner on stderr while the block runs, if stderr is a terminal."""
     return _stderr().status(what)
@@ -62,6 +113,13 @@ def _stderr() -> Console:
 
     # Given the stream, because code that runs meanwhile may redirect stderr.
     return Console(file=sys.stderr, force_jupyter=False, force_terminal=sys.stderr.isatty())
+
+
+def _stderr_shown() -> Console:
+    """Return a console on stderr for a bar that was asked for."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 class Stages:

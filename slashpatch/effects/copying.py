@@ -18,7 +18,8 @@ from ..errors import OffsetError, PromptError
 from ..maths.offsets import as_offsets
 from .attention_metrics import PrefixMatching
 from .conditions import Condition, conditions, require_options
-from .evaluation import MetricRunner, evaluate
+from .evaluate import evaluate
+from .evaluation import MetricRunner
 from .inputs import repeated
 from .logit_metrics import copy_length, copying_loss
 from .result import Result

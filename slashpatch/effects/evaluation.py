@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +14,13 @@ from .. import bridge
 from ..bridge import ModelInfo
 from ..bridge.attached import reads_diagonals
 from ..bridge.passes import leaving_no_trace
-from ..data.progress import progress_over
-from ..data.prompts import PromptSet
 from ..errors import MetricError
 from ..heads import Head
-from ..patching.patch import patch
-from .conditions import Condition
-from .inputs import Batch, batches
+from .inputs import Batch
 from .metrics import Metric, kept_positions, metric_name, required_arguments
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-#: Bytes that the clean logits may take while they wait to be compared with edited ones.
-_KEPT_BYTES = 1024 * 2**20
 
 
 @dataclass(frozen=True)
@@ -201,65 +193,3 @@ def checked(value: Any, batch: Batch, name: str, label: Any) -> Float[Tensor, "b
             f"{int(batch.index[prompt])} under {label}; expected finite numbers"
         )
     return values
-
-
-def evaluate(
-    model: TransformerBridge,
-    runner: MetricRunner,
-    prompts: PromptSet,
-    edited: Sequence[Condition],
-    batch_size: int | None = None,
-    progress: bool | None = None,
-) -> list[list[Float[Tensor, "prompt _"]]]:
-    """Return the values of each metric in the clean run and under each condition, in this order.
-
-    All runs are on the same prompts, so values are paired by prompt.
-    """
-    all_batches = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device)
-    runs = [Condition(), *edited]
-    steps = [
-        (chunk, run)
-        for chunk in _chunks(all_batches, runner.compares, model.cfg.d_vocab)
-        for run in range(len(runs))
-    ]
-    parts: list[list[list[Tensor]]] = [[[] for _ in runner.metrics] for _ in runs]
-    clean: list[RunOutputs] = []
-    for chunk, run in progress_over(steps, "measuring", show=progress):
-        with patch(model, *runs[run].edits) if run else nullcontext():
-            if run == 0:
-                clean = []
-            for place, batch in enumerate(chunk):
-                values, outputs = runner.run(batch, clean[place] if run else None, runs[run])
-                if run == 0:
-                    clean.append(outputs)
-                for metric, value in enumerate(values):
-                    parts[run][metric].append(value)
-    order = torch.cat([batch.index for batch in all_batches]).argsort()
-    return [
-        [_joined(values, name)[order] for values, name in zip(of_run, runner.names, strict=True)]
-        for of_run in parts
-    ]
-
-
-def _chunks(all_batches: list[Batch], compares: bool, d_vocab: int) -> Iterator[list[Batch]]:
-    """Yield batches whose clean logits fit memory together; all at once if no metric compares."""
-    chunk: list[Batch] = []
-    size = 0
-    for batch in all_batches:
-        size += 4 * d_vocab * batch.tokens.numel() if compares else 0
-        if chunk and size > _KEPT_BYTES:
-            yield chunk
-            chunk, size = [], 4 * d_vocab * batch.tokens.numel()
-        chunk.append(batch)
-    yield chunk
-
-
-def _joined(parts: list[Tensor], name: str) -> Float[Tensor, "prompt _"]:
-    """Return a metric's values of all batches. Raises MetricError if their numbers differ."""
-    widths = {part.shape[1] for part in parts}
-    if len(widths) > 1:
-        raise MetricError(
-            f"the metric {name} gave {min(widths)} numbers for one prompt and {max(widths)} for "
-            "another; use prompts of one length, for example with max_tokens"
-        )
-    return torch.cat(parts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..bridge.provenance import provenance
-from ..data.progress import progress_over
+from ..bridge.workers.options import Workers, as_workers
 from ..data.prompts import PromptSet
 from ..errors import PromptError
 from ..maths.offsets import as_offsets
 from ..patching.patch import patch
+from ..patching.worker_pool import units_of
 from .conditions import Condition, conditions, require_options
 from .evaluation import MetricRunner
 from .inputs import batches, prompts_for
@@ -59,6 +62,7 @@ def flow(
     confidence: float = 0.95,
     seed: int = 0,
     progress: bool | None = None,
+    workers: int | str | Workers | None = None,
 ) -> Result:
     """Measure how much the token i−Δ moves the prediction at token i, clean and under edits.
 
@@ -81,6 +85,7 @@ def flow(
         confidence: Level of the intervals.
         seed: Random seed of prompts, replaced tokens, bootstrap resamples and sign flips.
         progress: Whether to show a progress bar; None: on a terminal only.
+        workers: Number of worker processes, or a `Workers`; None stays in this process.
 
     Returns:
         A Result. `frame` has a row per condition and offset: `flow` with its interval, and an
@@ -91,14 +96,15 @@ def flow(
         EditError: An edit that does not fit the model.
         OffsetError: Offsets that are negative or not integers.
         PromptError: Prompts that are too short for the largest offset.
+        WorkerError: Workers that cannot start, or differ from this process.
+        ExtraError: `workers` without the extra `slashpatch[ray]`.
     """
     require_options(
         seed, confidence, n_prompts=n_prompts, n_replaced=n_replaced, batch_size=batch_size
     )
+    pool_of = as_workers(workers)
     wanted = () if isinstance(edits, (list, tuple)) and not edits else conditions(edits)
     deltas = as_offsets(offsets)
-    # Only the runner's logits are used; any metric that needs all positions would do.
-    runner = MetricRunner(model, [next_token_loss])
     chosen = prompts_for(
         model,
         (),
@@ -114,11 +120,13 @@ def flow(
         for index in range(len(chosen.tokens))
     ]
     runs = [Condition(), *wanted]
-    jobs = [(run, prompt) for run in range(len(runs)) for prompt in range(len(replaced))]
-    curves = torch.zeros(len(runs), len(replaced), len(deltas), dtype=torch.float64)
-    for run, prompt in progress_over(jobs, "replacing tokens", show=progress):
-        with patch(model, *runs[run].edits) if run else nullcontext():
-            curves[run, prompt] = _curve(runner, replaced[prompt], torch.tensor(deltas), batch_size)
+    job = _FlowJob(runs, replaced, deltas, batch_size)
+    curves = torch.zeros(len(runs) * len(replaced), len(deltas), dtype=torch.float64)
+    for index, curve in units_of(
+        model, job, range(len(curves)), "replacing tokens", pool_of, progress
+    ):
+        curves[index] = curve
+    curves = curves.view(len(runs), len(replaced), -1)
     frame = _frame(runs, deltas, curves, seed, confidence)
     details = {
         "measured": [str(condition) for condition in wanted],
@@ -126,9 +134,38 @@ def flow(
         "n_replaced": [len(variants.positions) for variants in replaced],
         "confidence": confidence,
         "seed": seed,
+        **({} if pool_of is None else pool_of.record),
     }
     remarks = tuple(_remark(condition, frame) for condition in wanted)
     return Result("flow", frame, {}, remarks, provenance(model, **details))
+
+
+@dataclass(frozen=True)
+class _FlowJob:
+    """The passes of flow; a unit is one prompt and its variants in one run.
+
+    Attributes:
+        runs: The clean run, and the conditions.
+        replaced: The prompts, with their variants.
+        offsets: Offsets after the replaced token.
+        batch_size: As for `flow`.
+    """
+
+    runs: list[Condition]
+    replaced: list[ReplacedTokens]
+    offsets: tuple[int, ...]
+    batch_size: int | None
+
+    def start(self, model: TransformerBridge) -> Callable[[int], Tensor]:
+        """Return a function that measures one prompt in one run."""
+        # Only the runner's logits are used; any metric that needs all positions would do.
+        return partial(self._measure, MetricRunner(model, [next_token_loss]))
+
+    def _measure(self, runner: MetricRunner, index: int) -> Tensor:
+        run, prompt = divmod(index, len(self.replaced))
+        with patch(runner.model, *self.runs[run].edits) if run else nullcontext():
+            offsets = torch.tensor(self.offsets)
+            return _curve(runner, self.replaced[prompt], offsets, self.batch_size)
 
 
 def _replace_tokens(

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..bridge.provenance import provenance
+from ..bridge.workers.options import Workers, as_workers
 from .base_control import Control
 from .conditions import Condition, conditions, require_options
 from .controls import as_control
-from .evaluation import MetricRunner, evaluate
+from .evaluate import evaluate
+from .evaluation import MetricRunner
 from .inputs import batches, prompts_for
 from .metrics import as_metric
 from .result import Result
@@ -37,6 +39,7 @@ def measure(
     confidence: float = 0.95,
     seed: int = 0,
     progress: bool | None = None,
+    workers: int | str | Workers | None = None,
 ) -> Result:
     """Measure the effects of edits on metrics, with intervals, p-values and controls.
 
@@ -55,6 +58,7 @@ def measure(
         confidence: Level of the intervals.
         seed: Random seed of prompts, controls, bootstrap resamples and sign flips.
         progress: Whether to show a progress bar; None: on a terminal only.
+        workers: Number of worker processes, or a `Workers`; None stays in this process.
 
     Returns:
         A Result. `frame` has a row per edit, metric and number of the metric (`of`: a head or a
@@ -71,7 +75,7 @@ def measure(
         PatchError: As `patch` raises it.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size)
-    wanted = conditions(edits)
+    pool_of, wanted = as_workers(workers), conditions(edits)
     several = metrics if isinstance(metrics, (list, tuple)) else [metrics]
     runner = MetricRunner(model, [as_metric(metric) for metric in several])
     drawn_by = [
@@ -95,7 +99,7 @@ def measure(
         for control in drawn_by
     }
     edited = list(dict.fromkeys([*wanted, *itertools.chain.from_iterable(draws.values())]))
-    clean, *others = evaluate(model, runner, chosen, edited, batch_size, progress)
+    clean, *others = evaluate(model, runner, chosen, edited, batch_size, progress, pool_of)
     values = dict(zip(edited, others, strict=True))
     table = _Table(runner, seed, confidence)
     for condition in wanted:
@@ -110,6 +114,7 @@ def measure(
         "prompts": chosen.record,
         "confidence": confidence,
         "seed": seed,
+        **({} if pool_of is None else pool_of.record),
     }
     per_prompt = _values(runner, {Condition(): clean, **values})
     return table.result(per_prompt, provenance(model, **details))

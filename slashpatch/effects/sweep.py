@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..bridge.provenance import provenance
+from ..bridge.workers.options import Workers, as_workers
 from ..data.files import require_output
 from ..data.journal import Journal
 from .conditions import require_options
@@ -44,6 +45,7 @@ def sweep(
     confidence: float = 0.95,
     seed: int = 0,
     progress: bool | None = None,
+    workers: int | str | Workers | None = None,
 ) -> Result:
     """Measure the effect of an edit on one metric, at every head, one head at a time.
 
@@ -75,6 +77,8 @@ def sweep(
         confidence: Level of the intervals.
         seed: Random seed of prompts, bootstrap resamples and sign flips.
         progress: Whether to show a progress bar with the time left; None: on a terminal only.
+        workers: Number of worker processes, or a `Workers`; None stays in this process. Only this
+            process writes the file, and a sweep can be resumed with any number of workers.
 
     Returns:
         A Result; `frame` has a row per head (and offset), the largest effect first.
@@ -87,8 +91,11 @@ def sweep(
         PromptError: Prompts that are empty or longer than the context.
         OutputError: A path that cannot be written.
         SweepError: The file at `path` holds another sweep.
+        WorkerError: Workers that cannot start, or differ from this process.
+        ExtraError: `workers` without the extra `slashpatch[ray]`.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size, per_pass=per_pass)
+    pool_of = as_workers(workers)
     variants = sweep_variants(model, make_edit, heads, offsets)
     runner = MetricRunner(model, [as_metric(metric)])
     target = None if path is None else Path(path)
@@ -113,8 +120,10 @@ def sweep(
     )
 
     def run(journal: Journal | None) -> Result:
-        work = SweepRun(model, runner, chosen, batch_size, per_pass, progress)
-        return _result(variants, work.all(variants, journal), origin)
+        work = SweepRun(model, runner, chosen, batch_size, per_pass, progress, None, pool_of)
+        # Workers are not in the journal's header: any number of them may go on with it.
+        made_by = origin if pool_of is None else {**origin, **pool_of.record}
+        return _result(variants, work.all(variants, journal), made_by)
 
     return resumable(target, resume, origin, "sweep", len(variants), len(chosen.tokens), run)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,16 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..bridge.prefix_cache import PrefixCache
+from ..bridge.workers.options import Workers
 from ..data.journal import Journal
-from ..data.progress import progress_over
 from ..data.prompts import PromptSet
 from ..edits import Edit
 from ..errors import MetricError
 from ..patching.patch import patch
+from ..patching.worker_pool import units_of
 from .batch_rows import OnRows
 from .conditions import Condition
 from .evaluation import MetricRunner, RunOutputs
 from .inputs import Batch, batches
+from .metrics import Metric
 from .sweep_variants import Variant
 
 if TYPE_CHECKING:
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
 #: Bytes that one layer's patterns, or the logits, of variants in one forward pass may take.
 _SHARED_BYTES = 512 * 2**20
 
-
+#: The unit, and the index, of the clean run.
+CLEAN = -1
 #: Bytes of residual streams that the clean run may cache; above this, each is computed when needed.
 _AHEAD_BYTES = 1024 * 2**20
 
@@ -40,6 +44,7 @@ class SweepRun:
 
     Args:
         chosen: Indices of the prompts to run; None: all.
+        workers: Workers that run them; None: this process.
 
     Attributes:
         per_pass: Number of variants that share a forward pass.
@@ -54,9 +59,11 @@ class SweepRun:
         per_pass: int | None,
         progress: bool | None,
         chosen: Sequence[int] | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        self.model, self.runner, self.progress = model, runner, progress
-        self.batches = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device, chosen)
+        self.model, self.runner, self.progress, self.workers = model, runner, progress, workers
+        self.inputs = _Inputs(prompts, batch_size, chosen)
+        self.batches = self.inputs.batches(model)
         self.order = torch.cat([batch.index for batch in self.batches]).argsort()
         self.per_pass = per_pass or self._default_per_pass()
 
@@ -75,32 +82,24 @@ class SweepRun:
         Returns the values [prompt] of each variant by its index; −1 is the clean run.
         """
         rows = {} if journal is None else journal.rows
-        prefixes = [PrefixCache(self.model, batch.tokens) for batch in self.batches]
-        layers = {variant.edit.layers[0] for variant in variants}
-        size = 4 * self.model.cfg.d_model * sum(batch.tokens.numel() for batch in self.batches)
-        ahead = layers if len(layers) * size <= _AHEAD_BYTES else set()
-        clean = []
-        for prefix, batch in zip(prefixes, self.batches, strict=True):
-            with prefix.keeping(ahead):
-                clean.append(self.runner.run(batch, None, Condition()))
-        clean_outputs = [outputs for _, outputs in clean]
-        if -1 not in rows:
-            self._write(rows, journal, {-1: [values for (values,), _ in clean]})
-        groups = [
-            group
-            for group in self._groups(variants)
+        groups = self._groups(variants)
+        # In the order of layers, so that cached residual streams only move forward.
+        left = [
+            place
+            for place, group in enumerate(groups)
             if not all(variant.index in rows for variant in group)
         ]
-        sizes = [len(group) for group in groups]
-        for group in progress_over(groups, "sweeping", show=self.progress, n=sizes):
-            parts: dict[int, list[Tensor]] = {variant.index: [] for variant in group}
-            for prefix, batch, outputs in zip(prefixes, self.batches, clean_outputs, strict=True):
-                prefix.advance(group[0].edit.layers[0])
-                of_group = self._run(prefix, batch, outputs, group)
-                for variant, values in zip(group, of_group, strict=True):
-                    parts[variant.index].append(values)
-            # A run that was killed may have written a part of this group: those rows stay.
-            self._write(rows, journal, {i: v for i, v in parts.items() if i not in rows})
+        places = left if CLEAN in rows else [CLEAN, *left]
+        sizes = [1 if place == CLEAN else len(groups[place]) for place in places]
+        size = 4 * self.model.cfg.d_model * sum(batch.tokens.numel() for batch in self.batches)
+        layers = {variant.edit.layers[0] for variant in variants}
+        ahead = layers if len(layers) * size <= _AHEAD_BYTES else set()
+        job = SweepJob(self.runner.metrics, self.inputs, groups, frozenset(ahead))
+        units = units_of(self.model, job, places, "sweeping", self.workers, self.progress, sizes)
+        with closing(units) as found:
+            for _, parts in found:
+                # A run that was killed may have written a part of this group: those rows stay.
+                self._write(rows, journal, {i: v for i, v in parts.items() if i not in rows})
         return rows
 
     def _write(
@@ -139,6 +138,77 @@ class SweepRun:
             else:
                 groups.append([variant])
         return groups
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Prompts of a sweep, of which each process makes the same batches."""
+
+    prompts: PromptSet
+    batch_size: int | None
+    chosen: Sequence[int] | None
+
+    def batches(self, model: TransformerBridge) -> list[Batch]:
+        """Return the batches, on the model's device."""
+        cfg = model.cfg
+        return batches(self.prompts, cfg.d_vocab, self.batch_size, cfg.device, self.chosen)
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """The forward passes of a sweep. Unit −1 is the clean run, the others are groups of variants.
+
+    Attributes:
+        metrics: The one metric.
+        inputs: The prompts.
+        groups: Variants that share a pass.
+        ahead: Layers whose input the clean run caches; that of others is computed when needed.
+    """
+
+    metrics: tuple[Metric, ...]
+    inputs: _Inputs
+    groups: list[list[Variant]]
+    ahead: frozenset[int]
+
+    def start(self, model: TransformerBridge) -> Callable[[int], dict[int, list[Tensor]]]:
+        """Return a function that runs a unit; values by a variant's index, one tensor a batch."""
+        return _Passes(model, self).run
+
+
+class _Passes:
+    """The passes of a sweep in one process, with its cached residual streams."""
+
+    def __init__(self, model: TransformerBridge, job: SweepJob) -> None:
+        self.model, self.job = model, job
+        self.runner = MetricRunner(model, job.metrics)
+        self.batches = job.inputs.batches(model)
+        self._start_again()
+
+    def _start_again(self) -> None:
+        """Run the clean run, and cache the residual streams of later layers."""
+        self.prefixes = [PrefixCache(self.model, batch.tokens) for batch in self.batches]
+        self.clean = []
+        for prefix, batch in zip(self.prefixes, self.batches, strict=True):
+            with prefix.keeping(self.job.ahead):
+                self.clean.append(self.runner.run(batch, None, Condition()))
+
+    def run(self, place: int) -> dict[int, list[Tensor]]:
+        """Return the values of a group of variants, or of the clean run."""
+        if place == CLEAN:
+            return {CLEAN: [values for (values,), _ in self.clean]}
+        group = self.job.groups[place]
+        layer = group[0].edit.layers[0]
+        if layer < self.prefixes[0].layer:  # another worker ended before it finished this group
+            self._start_again()
+        parts: dict[int, list[Tensor]] = {variant.index: [] for variant in group}
+        for prefix, batch, (_, outputs) in zip(
+            self.prefixes, self.batches, self.clean, strict=True
+        ):
+            prefix.advance(layer)
+            of_group = self._run(prefix, batch, outputs, group)
+            for variant, values in zip(group, of_group, strict=True):
+                parts[variant.index].append(values)
+        return parts
 
     def _run(
         self, prefix: PrefixCache, batch: Batch, clean: RunOutputs, group: list[Variant]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -26,8 +26,17 @@ if TYPE_CHECKING:
 _CHUNK_TOKENS = 1024
 
 
+class BatchMoments(NamedTuple):
+    """The sums of one batch, as another process can send them; names as in `MomentSums`."""
+
+    sums: dict[str, Tensor]
+    n_tokens: Tensor
+    logit_rows: Tensor
+    rotaries: dict[int, Rotary]
+
+
 class MomentSums:
-    """Running sums of one scan. Raises ModelError if queries or keys cannot be read.
+    """Sums of one batch, or of a scan. Raises ModelError if queries or keys cannot be read.
 
     Attributes:
         sums: The sums by their names in `Moments`, one row per layer.
@@ -60,6 +69,20 @@ class MomentSums:
         }
         self.n_tokens = torch.tensor(0)
         self.logit_rows = torch.zeros(n_layers, n_heads, n_offsets, dtype=torch.int64)
+
+    @property
+    def of_batch(self) -> BatchMoments:
+        """The sums so far."""
+        return BatchMoments(self.sums, self.n_tokens, self.logit_rows, self.rotaries)
+
+    def add(self, batch: BatchMoments) -> None:
+        """Add the sums of a batch. Raises ScanError if its RoPE is another than that of before."""
+        for layer, rotary in batch.rotaries.items():
+            self._require_same(self.rotaries.setdefault(layer, rotary), rotary)
+        for name, sums in batch.sums.items():
+            self.sums[name] += sums
+        self.n_tokens = self.n_tokens + batch.n_tokens
+        self.logit_rows += batch.logit_rows
 
     def hooks(self, real: Bool[Tensor, "batch pos"]) -> list[tuple[str, Callable[..., None]]]:
         """Return hooks that add one batch to the sums; padding is left out."""
@@ -102,7 +125,10 @@ class MomentSums:
         if qk.live is None:
             return
         now = qk.current()
-        before = self.rotaries.setdefault(qk.layer, now)
+        self._require_same(self.rotaries.setdefault(qk.layer, now), now)
+
+    @staticmethod
+    def _require_same(before: Rotary, now: Rotary) -> None:
         if not torch.equal(before.inv_freq, now.inv_freq):
             raise ScanError(
                 "the model's RoPE frequencies follow the prompt's length (dynamic NTK or LongRoPE) "

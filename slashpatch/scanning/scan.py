@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from .. import bridge
-from ..bridge.attached import has_per_head_keys, reads_diagonals
-from ..bridge.modes import forming_matrices
+from ..bridge.attached import has_per_head_keys
 from ..bridge.provenance import provenance
-from ..data.progress import progress_over
+from ..bridge.workers.options import Workers, as_workers
 from ..data.prompts import PromptSet, prompt_set
 from ..errors import ModelError, OffsetError, ScanError
-from ..heads import Head
 from ..maths.offsets import as_offsets
-from ..maths.slash_scores import slash_sums
-from ..patching.fused import engine_of_layers, fused, why_not
+from ..patching.fused import why_not
+from ..patching.worker_pool import units_of
+from .batches import BatchSums, ScanJob, run_by
 from .moment_sums import MomentSums
 from .result import Scan
 
@@ -48,6 +45,7 @@ def scan(
     profile_offsets: int = 64,
     seed: int = 0,
     progress: bool | None = None,
+    workers: int | str | Workers | None = None,
 ) -> Scan:
     """Measure the slash scores of every head, averaged over prompts.
 
@@ -71,6 +69,8 @@ def scan(
         profile_offsets: Number of offsets of `Scan.profile`, counted from 0.
         seed: Random seed of natural and random prompts.
         progress: Whether to show a progress bar; None: on a terminal only.
+        workers: Number of worker processes, or a `Workers`; None stays in this process. The unit is
+            a batch, and their sums are added in the same order.
 
     Returns:
         A Scan. A prompt that is too short for an offset does not count in that offset's mean.
@@ -80,8 +80,10 @@ def scan(
         PromptError: Prompts that are empty, unreadable or longer than the context.
         OffsetError: An offset that no prompt is long enough for.
         ScanError: An unknown engine, or a pattern with NaN.
+        WorkerError: Workers that cannot start, or differ from this process.
+        ExtraError: `workers` without the extra `slashpatch[ray]`.
     """
-    info = bridge.read(model)
+    info, pool_of = bridge.read(model), as_workers(workers)
     all_offsets = isinstance(offsets, str) and offsets.strip() == "all"
     deltas = (0,) if all_offsets else as_offsets(offsets)
     engine = which_engine(model, engine)
@@ -122,22 +124,28 @@ def scan(
     counts = torch.zeros(len(deltas), dtype=torch.int64)
     # Where RoPE follows a batch's length, a long prompt would change the others of its batch.
     batch_size = 1 if info.rope_follows_length else batch_size
-    batches = list(_batches(chosen, batch_size, info.n_heads, engine))
-    with run_by(model, engine):
-        for indices in progress_over(
-            batches, "scanning", show=progress, n=[len(b) for b in batches]
-        ):
-            batch = [chosen.tokens[index] for index in indices]
-            means, counted = _scan_batch(model, info, batch, deltas, moment_sums)
-            sums += means.sum(0)
-            squares += means.square().sum(0)
-            counts += counted
-        by_layer = engine_of_layers(model)
+    batches = [
+        [chosen.tokens[index] for index in indices]
+        for indices in _batches(chosen, batch_size, info.n_heads, engine)
+    ]
+    n_profile = None if moment_sums is None else profile_offsets
+    job = ScanJob(batches, deltas, engine, n_profile)
+    by_layer = ["bridge"] * info.n_layers
+    with closing(_in_order(model, job, pool_of, progress)) as in_order:
+        # Sums of a batch first, so that rounding does not depend on who computed them.
+        for found in in_order:
+            sums += found.sums
+            squares += found.squares
+            counts += found.counts
+            by_layer = found.engine_of_layers
+            if moment_sums is not None and found.moments is not None:
+                moment_sums.add(found.moments)
     details = {
         "engine": engine,
         "engine_of_layers": by_layer,
         "prompts": [chosen.record],
         "seed": seed,
+        **({} if pool_of is None else pool_of.record),
     }
     if refusal is not None:
         details["moments"] = refusal
@@ -152,6 +160,24 @@ def scan(
     )
 
 
+def _in_order(
+    model: TransformerBridge, job: ScanJob, workers: Workers | None, progress: bool | None
+) -> Generator[BatchSums, None, None]:
+    """Yield the sums of each batch in order, from this process or from workers."""
+    waiting: dict[int, BatchSums] = {}
+    place = 0
+    ahead = None if workers is None else 4 * workers.count  # bounds how many wait here
+    places, sizes = range(len(job.batches)), [len(batch) for batch in job.batches]
+    # Entered for all batches, since that takes a moment; workers enter it for each.
+    with run_by(model, job.engine) if workers is None else nullcontext():
+        units = units_of(model, job, places, "scanning", workers, progress, sizes, ahead)
+        for index, found in units:
+            waiting[index] = found
+            while place in waiting:
+                yield waiting.pop(place)
+                place += 1
+
+
 def which_engine(model: TransformerBridge, engine: str) -> str:
     """Return "fused" or "bridge": the one that was asked for, or that "auto" stands for.
 
@@ -162,13 +188,6 @@ def which_engine(model: TransformerBridge, engine: str) -> str:
     if engine == "auto":
         return "bridge" if why_not(model) else "fused"
     return engine
-
-
-@contextmanager
-def run_by(model: TransformerBridge, engine: str) -> Iterator[None]:
-    """Run the model by one of the engines "fused" and "bridge"."""
-    with fused(model) if engine == "fused" else forming_matrices():
-        yield
 
 
 def _batches(
@@ -188,43 +207,3 @@ def _batches(
             batch = []
         batch.append(index)
     yield batch
-
-
-def _scan_batch(
-    model: TransformerBridge,
-    info: bridge.ModelInfo,
-    prompts: list[Tensor],
-    offsets: tuple[int, ...],
-    moments: MomentSums | None,
-) -> tuple[Float[Tensor, "batch layer head offset"], Int[Tensor, "offset"]]:
-    """Return each prompt's scores (0 if it is too short), and the prompts that count by offset."""
-    device = torch.device(model.cfg.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    n_pos = int(lengths.max())
-    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
-    real = torch.arange(n_pos) < lengths[:, None]
-    per_layer: list[Tensor | None] = [None] * info.n_layers
-
-    @reads_diagonals
-    def accumulate(pattern: Any, hook: Any) -> None:
-        per_layer[hook.layer()] = slash_sums(pattern, offsets, real)
-
-    hooks = [(info.hook(layer, "pattern"), accumulate) for layer in range(info.n_layers)]
-    if moments is not None:
-        hooks += moments.hooks(real)
-    with torch.no_grad():
-        mask = None if bool(real.all()) else real.long()
-        bridge.run_for_hooks(model, tokens, hooks, mask)
-    missing = [layer for layer, layer_sums in enumerate(per_layer) if layer_sums is None]
-    if missing:
-        raise ModelError(f"the pattern hook of layer {missing[0]} did not fire")
-    totals = torch.stack([x for x in per_layer if x is not None], dim=1)
-    if not bool(totals.isfinite().all()):
-        _, layer, head, _ = (~totals.isfinite()).nonzero()[0].tolist()
-        raise ScanError(
-            f"the attention pattern of {Head(layer, head)} has NaN or infinite entries; "
-            "check the model's weights and dtype (fp16 overflows easily; try bfloat16 or float32)"
-        )
-    n_rows = (lengths[:, None] - torch.tensor(offsets)).clamp(min=0)
-    means = totals / n_rows.clamp(min=1)[:, None, None, :]
-    return means, (n_rows > 0).sum(0)

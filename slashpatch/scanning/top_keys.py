@@ -15,7 +15,8 @@ from ..errors import HeadError, ModelError, PromptError, ScanError
 from ..heads import Head, HeadsLike
 from ..maths import top_keys as maths
 from ..patching.fused import engine_of_layers
-from .scan import run_by, which_engine
+from .batches import run_by
+from .scan import which_engine
 from .top_keys_result import TopKeys
 
 if TYPE_CHECKING:

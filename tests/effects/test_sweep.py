@@ -15,7 +15,8 @@ import slashpatch as sp
 from slashpatch.bridge.prefix_cache import PrefixCache
 from slashpatch.data.journal import Journal, row
 from slashpatch.effects.conditions import conditions
-from slashpatch.effects.evaluation import MetricRunner, evaluate
+from slashpatch.effects.evaluate import evaluate
+from slashpatch.effects.evaluation import MetricRunner
 from slashpatch.effects.inputs import prompts_for
 from slashpatch.effects.metrics import as_metric
 from slashpatch.errors import (

@@ -1,0 +1,51 @@
+"""Ray's session: the one that is there, the cluster of RAY_ADDRESS, or one on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...errors import WorkerError
+
+#: Bytes that a session on this machine keeps for objects, beside the weights.
+_STORE = 256 * 2**20
+
+
+@contextmanager
+def ray_session(cpus: int, object_bytes: int) -> Iterator[None]:
+    """Connect to Ray as `ray.init()` does, and disconnect on leaving.
+
+    A session that is there already is used and left. Without one, and without a cluster to connect
+    to, Ray is started on this machine with at least `cpus` CPUs, and stopped on leaving. Raises
+    WorkerError if that fails.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    own = {
+        "num_cpus": max(cpus, os.cpu_count() or 1),
+        "object_store_memory": _STORE + object_bytes,
+        "include_dashboard": False,
+    }
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+            try:
+                ray.init(**quiet, **own)
+            except ValueError:  # a cluster was started on this machine: its resources are given
+                ray.init(**quiet)
+        else:
+            ray.init(**quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"connect to the Ray cluster at {address}" if address else "start Ray here"
+        raise WorkerError(f"cannot {where}: {' '.join(str(error).split())}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
