@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -62,6 +63,17 @@ def announce_long_run(
         file=sys.stderr,
         flush=True,
     )
+
+
+def sweep_passes(model: TransformerBridge, heads: str | None, offsets: str | None) -> int:
+    """Return how often a sweep reads each prompt: layers before the edited one are kept."""
+    from .. import bridge
+
+    info = bridge.read(model)
+    swept = info.heads if heads is None else info.require(heads)
+    n_offsets = 1 if offsets is None else len(info.require_offsets(offsets))
+    shares = sum(1 - head.layer / info.n_layers for head in swept)
+    return 1 + math.ceil(n_offsets * shares)
 
 
 def _seconds_of_pass(model: TransformerBridge, n_tokens: int) -> float:
