@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 _sources: weakref.WeakKeyDictionary[Any, tuple[dict[str, Any], Any]] = weakref.WeakKeyDictionary()
 
 
-def remember(model: TransformerBridge, source: Any, **arguments: Any) -> None:
+def remember(
+    model: TransformerBridge, source: str | os.PathLike[str] | None, **arguments: Any
+) -> None:
     """Note from which source `load` made the model, and by which further arguments but device.
 
-    A path is noted as an absolute one. A model object is no source.
+    A path is noted as an absolute one.
     """
-    if source is not None and not isinstance(source, (str, os.PathLike)):
-        return
     if source is not None:
         path = Path(source).expanduser()
         source = str(path.resolve()) if path.exists() else str(source)

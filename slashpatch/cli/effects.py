@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from ..data.files import require_output
 from ..errors import EditError
-from .length import announce_long_run, tokens_per_prompt
+from .length import announce_long_run, sweep_passes, tokens_per_prompt
 from .options import (
     DeviceOption,
     Dtype,
@@ -249,7 +248,7 @@ def sweep(
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 65)
     if not resume:  # how much is left is not known here
-        announce_long_run(bridge, prompts, n_tokens, _sweep_passes(bridge, heads, offsets), workers)
+        announce_long_run(bridge, prompts, n_tokens, sweep_passes(bridge, heads, offsets), workers)
     result = run(
         bridge,
         edit,
@@ -266,17 +265,6 @@ def sweep(
         workers=workers,
     )
     show(result, out, plot, as_json, top, saved=True)
-
-
-def _sweep_passes(model: Any, heads: str | None, offsets: str | None) -> int:
-    """Return how often a sweep reads each prompt: layers before the edited one are kept."""
-    from .. import bridge
-
-    info = bridge.read(model)
-    swept = info.heads if heads is None else info.require(heads)
-    n_offsets = 1 if offsets is None else len(info.require_offsets(offsets))
-    shares = sum(1 - head.layer / info.n_layers for head in swept)
-    return 1 + math.ceil(n_offsets * shares)
 
 
 def _edits(typed: list[str] | None, together: bool, needed: bool = True) -> list[Any]:

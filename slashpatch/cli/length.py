@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import PromptError
 
@@ -32,7 +33,11 @@ def tokens_per_prompt(model: TransformerBridge, asked: int | None, default: int)
 
 
 def announce_long_run(
-    model: TransformerBridge, n_prompts: int, n_tokens: int, n_passes: int, workers: Any = None
+    model: TransformerBridge,
+    n_prompts: int,
+    n_tokens: int,
+    n_passes: int,
+    workers: str | None = None,
 ) -> None:
     """Print on stderr what a run will do and roughly how long it takes, if that is long.
 
@@ -40,7 +45,10 @@ def announce_long_run(
     times the tokens: longer prompts take more than that, prompts batched together less. It is
     divided by the number of `workers`, if they are given.
     """
-    shared_by = 1 if workers is None else workers.count
+    from ..bridge.workers.options import as_workers
+
+    asked = as_workers(workers)
+    shared_by = 1 if asked is None else asked.count
     for limit in _TIMED:
         n_timed = min(n_tokens, limit)
         seconds = _seconds_of_pass(model, n_timed) * n_tokens / n_timed * n_prompts * n_passes
@@ -55,6 +63,17 @@ def announce_long_run(
         file=sys.stderr,
         flush=True,
     )
+
+
+def sweep_passes(model: TransformerBridge, heads: str | None, offsets: str | None) -> int:
+    """Return how often a sweep reads each prompt: layers before the edited one are kept."""
+    from .. import bridge
+
+    info = bridge.read(model)
+    swept = info.heads if heads is None else info.require(heads)
+    n_offsets = 1 if offsets is None else len(info.require_offsets(offsets))
+    shares = sum(1 - head.layer / info.n_layers for head in swept)
+    return 1 + math.ceil(n_offsets * shares)
 
 
 def _seconds_of_pass(model: TransformerBridge, n_tokens: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-def _workers(text: str | None) -> Any:
-    """Return the workers that were asked for. Raises WorkerError or ExtraError."""
-    if text is None:
-        return None  # without importing torch
-    from ..bridge.workers.options import as_workers
+def _workers(text: str | None) -> str | None:
+    """Return the text, which was checked. Raises WorkerError or ExtraError."""
+    if text is not None:  # otherwise without importing torch
+        from ..bridge.workers.options import as_workers
 
-    return as_workers(text)
+        as_workers(text)
+    return text
 
 
 class Device(str, Enum):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ...errors import WorkerError
@@ -13,7 +13,7 @@ from ...errors import WorkerError
 _STORE = 256 * 2**20
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_session(cpus: int, object_bytes: int) -> Iterator[None]:
     """Connect to Ray as `ray.init()` does, and disconnect on leaving.
 
@@ -45,7 +45,19 @@ def ray_session(cpus: int, object_bytes: int) -> Iterator[None]:
         address = os.environ.get("RAY_ADDRESS")
         where = f"connect to the Ray cluster at {address}" if address else "start Ray here"
         raise WorkerError(f"cannot {where}: {' '.join(str(error).split())}") from error
+    _keep_off_stdout()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_off_stdout() -> None:
+    """Stop Ray from printing what its daemons say of lost workers: stdout may be a result as JSON.
+
+    The pool notices lost workers itself. There is no public setting for this.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
