@@ -1,6 +1,6 @@
-"""How far slash scores of the default model are from float32 in half precision. Part of `make bench`.
+"""How far slash scores of the default model in half precision are from float32.
 
-Takes about a minute on two cores and writes a table of docs/limits.md.
+Part of `make bench`; takes about a minute on two cores and writes a table of docs/limits.md.
 """
 
 from common import THREADS, setting, write_results, write_table
@@ -72,8 +72,8 @@ def main():
         }
     write_results("dtypes", figures, source)
     lines = [
-        f"{setting(source)} as the reference; {N_PROMPTS} prompts of {N_TOKENS} tokens, Δ from 0 to "
-        f"15; κ = {KAPPA}.",
+        f"{setting(source)} as the reference; {N_PROMPTS} prompts of {N_TOKENS} tokens, Δ from 0 "
+        f"to 15; κ = {KAPPA}.",
         "",
         "| against float32 | largest difference of a score | median | slash heads lost | gained | "
         "largest difference of r1 of q | same top-1 token |",
