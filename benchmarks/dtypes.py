@@ -1,6 +1,6 @@
-"""How far slash scores of the default model are from float32 in half precision.
+"""How far slash scores of the default model in half precision are from float32.
 
-Takes about a minute on two cores and writes a table of docs/limits.md.
+Part of `make bench`; takes about a minute on two cores and writes a table of docs/limits.md.
 """
 
 from common import THREADS, setting, write_results, write_table

@@ -108,13 +108,13 @@ def places(hf_model: torch.nn.Module) -> list[str]:
     "meta" stands for weights that have no values anywhere.
     """
     found = {str(weight.device) for weight in hf_model.parameters() if not weight.is_meta}
-    offloaded = 0
+    kept = set()
     for module, name in offloaded_weights(hf_model):
         where = stored(module, name)
         found.add("disk" if isinstance(where, InFile) else str(where.device))
-        offloaded += name in module._parameters
-    meta = {id(weight) for weight in hf_model.parameters() if weight.is_meta}
-    return sorted(found | ({"meta"} if len(meta) > offloaded else set()))
+        kept.add(id(module._parameters.get(name)))
+    lost = any(weight.is_meta and id(weight) not in kept for weight in hf_model.parameters())
+    return sorted(found | ({"meta"} if lost else set()))
 
 
 def input_device(hf_model: PreTrainedModel) -> torch.device | None:

@@ -194,6 +194,25 @@ def test_check(offloaded):
     assert sp.check(offloaded).ok
 
 
+def test_gradients(offloaded, plain):
+    """Of hooked values: the weights that a pass used are kept until its backward."""
+    found = []
+    for model in (offloaded, plain):
+        kept = {}
+
+        def keep(z, hook, kept=kept):
+            kept[hook.layer()] = z.requires_grad_()
+            z.retain_grad()
+            return z
+
+        hooks = [(f"blocks.{layer}.attn.hook_z", keep) for layer in range(3)]
+        loss = model.run_with_hooks(random_tokens(2, 9), fwd_hooks=hooks, return_type="loss")
+        loss.backward()
+        found.append([kept[layer].grad for layer in range(3)])
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_output_norms(offloaded, plain):
     """They read W_O outside a pass, where it has no values."""
     batch = Batch(torch.arange(2), random_tokens(2, 9), 2)
