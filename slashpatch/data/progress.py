@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+
+#: Whether a progress bar is on the terminal, where a second display would draw over it.
+_bar_is_shown: ContextVar[bool] = ContextVar("slashpatch_bar_is_shown", default=False)
 
 
 def progress_over(
@@ -21,7 +25,7 @@ def progress_over(
     `n` is how much each item counts. The bar is shown if `show` is True, or if it is None and
     stderr is a terminal; it is erased at the end.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if _bar_is_shown.get() or not (sys.stderr.isatty() if show is None else show):
         yield from items
         return
     from rich.console import Console
@@ -42,9 +46,13 @@ def progress_over(
     weights = [1] * len(items) if n is None else list(n)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=sum(weights))
-        for item, weight in zip(items, weights, strict=True):
-            yield item
-            bar.advance(task, weight)
+        _bar_is_shown.set(True)
+        try:
+            for item, weight in zip(items, weights, strict=True):
+                yield item
+                bar.advance(task, weight)
+        finally:
+            _bar_is_shown.set(False)
 
 
 class WorkersBar:
@@ -99,7 +107,9 @@ class WorkersBar:
 
 
 def busy(what: str) -> AbstractContextManager[object]:
-    """Show a spinner on stderr while the block runs, if stderr is a terminal."""
+    """Show a spinner on stderr while the block runs, if stderr is a terminal without a bar."""
+    if _bar_is_shown.get():
+        return nullcontext()
     return _stderr().status(what)
 
 
