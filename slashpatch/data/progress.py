@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,8 +13,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Whether a progress bar is on the terminal, where a second display would draw over it.
-_bar_is_shown: ContextVar[bool] = ContextVar("slashpatch_bar_is_shown", default=False)
+_hidden: ContextVar[bool] = ContextVar("slashpatch_hidden_progress", default=False)
+
+
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Show no bars and spinners inside, where another display is on the terminal already."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 def progress_over(
@@ -25,7 +34,7 @@ def progress_over(
     `n` is how much each item counts. The bar is shown if `show` is True, or if it is None and
     stderr is a terminal; it is erased at the end.
     """
-    if _bar_is_shown.get() or not (sys.stderr.isatty() if show is None else show):
+    if _hidden.get() or not (sys.stderr.isatty() if show is None else show):
         yield from items
         return
     from rich.console import Console
@@ -46,13 +55,9 @@ def progress_over(
     weights = [1] * len(items) if n is None else list(n)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=sum(weights))
-        _bar_is_shown.set(True)
-        try:
-            for item, weight in zip(items, weights, strict=True):
-                yield item
-                bar.advance(task, weight)
-        finally:
-            _bar_is_shown.set(False)
+        for item, weight in zip(items, weights, strict=True):
+            yield item
+            bar.advance(task, weight)
 
 
 class WorkersBar:
@@ -107,13 +112,13 @@ class WorkersBar:
 
 
 def busy(what: str) -> AbstractContextManager[object]:
-    """Show a spinner on stderr while the block runs, if stderr is a terminal without a bar."""
-    if _bar_is_shown.get():
+    """Show a spinner on stderr while the block runs, if stderr is a terminal."""
+    if _hidden.get():
         return nullcontext()
-    return _stderr().status(what)
+    return terminal().status(what)
 
 
-def _stderr() -> Console:
+def terminal() -> Console:
     """Return a console on stderr that takes it for a terminal only if it is one.
 
     In notebooks rich would display what is printed; kernels set FORCE_COLOR, which rich reads as a
@@ -141,7 +146,7 @@ class Stages:
     def __enter__(self) -> Stages:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        self._console = _stderr()
+        self._console = terminal()
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),

@@ -1,0 +1,322 @@
+"""How heads that form during training look: tables, figures, and the view while a model trains."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..data.progress import terminal
+from .charts.palette import CATEGORIES
+from .style import ink, line_style, new_figure, printable, shortened, styled
+from .tables import heatmap, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..scanning.emergence_result import Emergence
+
+#: How many steps and heads a table has at most, and how many heads a figure colours.
+_STEPS, _HEADS, _COLOURED = 16, 16, 7
+#: What panels of a figure show besides slash scores: the measure, its column and the axis' label.
+_PANELS = (
+    ("prefix", "prefix_matching", "prefix matching"),
+    ("rank", "r1_q", "r1 of queries"),
+    ("rank", "r1_k", "r1 of keys"),
+    ("cone", "cone_q", "cosine of queries to their mean"),
+    ("cone", "cone_k", "cosine of keys to their mean"),
+)
+
+
+def emergence_table(found: Emergence, kappa: float = 0.1) -> Group:
+    """Return a table of the steps, and one of when each head first reached κ."""
+    titles, rows = step_cells(found, kappa)
+    steps = Table(*[""] * 0)
+    for index, title in enumerate(titles):
+        steps.add_column(title, justify="right" if index != len(titles) - 1 else "left")
+    for cells in rows:
+        steps.add_row(*cells)
+    title = Text(
+        f"{len(found.steps)} steps of {printable(found.provenance['model'])}, "
+        f"{_prompts(found)}",
+        style="bold",
+    )
+    titles, rows, more = head_cells(found, kappa)
+    if not rows:
+        return Group(title, steps, Text(f"no head reaches κ = {kappa:g}"))
+    heads = Table()
+    for index, name in enumerate(titles):
+        heads.add_column(name, justify="right" if index else "left")
+    for cells in rows:
+        heads.add_row(*cells)
+    when = Text(f"when heads first reached κ = {kappa:g}", style="bold")
+    parts: list[RenderableType] = [title, steps, Text(), when, heads]
+    return Group(*parts, *([Text(more)] if more else []))
+
+
+def step_cells(found: Emergence, kappa: float) -> tuple[list[str], list[list[str]]]:
+    """Return titles and cells of a table of at most 16 steps; the strongest head comes last."""
+    summary = found.summary(kappa)
+    chosen = summary
+    if len(summary) > _STEPS:
+        places = np.linspace(0, len(summary) - 1, _STEPS).round().astype(int)
+        chosen = summary.iloc[places]
+    columns: dict[str, tuple[str, str]] = {"step": ("step", "{:.0f}")}
+    for name, title in (("loss", "loss"), ("eval_loss", "eval loss")):
+        if summary[name].notna().any():
+            columns[name] = (title, "{:.3f}")
+    for name, title in (("copying_loss", "copying loss"), ("prefix_matching", "prefix matching")):
+        if name in summary:
+            columns[name] = (title, "{:.3f}")
+    columns["slash_heads"] = (f"heads ≥ {kappa:g}", "{:.0f}")
+    rows = []
+    for row in chosen.to_dict(orient="records"):
+        cells = [
+            "–" if math.isnan(row[name]) else form.format(row[name])
+            for name, (_, form) in columns.items()
+        ]
+        if "prefix_matching" in columns:
+            at = list(columns).index("prefix_matching")
+            cells[at] = f"{row['prefix_head']} {cells[at]}"
+        bar = "█" * round(16 * max(row["score"], 0))
+        rows.append([*cells, f"{row['head']} Δ{row['offset']} {number(row['score'])} {bar}"])
+    return [*(title for title, _ in columns.values()), "strongest head"], rows
+
+
+def head_cells(found: Emergence, kappa: float) -> tuple[list[str], list[list[str]], str]:
+    """Return titles and cells of when heads first reached κ, and what is said of the others."""
+    table = found.first_steps(kappa)
+    rows = [
+        [
+            row["name"],
+            str(row["offset"]),
+            str(row["first"]),
+            "–" if row["before"] < 0 else str(row["before"]),
+            "–" if row["since"] < 0 else str(row["since"]),
+            number(row["highest"]),
+            number(row["last"]),
+        ]
+        for row in table.head(_HEADS).to_dict(orient="records")
+    ]
+    left = len(table) - len(rows)
+    more = f"and {left} more heads and offsets: first_steps({kappa:g})" if left else ""
+    titles = ["head", "Δ", "first at step", "not yet at", "stays from", "highest", "last"]
+    return titles, rows, more
+
+
+def _prompts(found: Emergence) -> str:
+    """Return how many prompts there were, and what uniform attention would score on them."""
+    record = found.provenance["prompts"]
+    n, tokens = record["n"], found.provenance["n_tokens"] / record["n"]
+    # Row i of uniform attention has 1/(i+1) everywhere; the mean over rows at Δ=0.
+    uniform = sum(1 / (i + 1) for i in range(round(tokens))) / max(1, round(tokens))
+    return (
+        f"{n} prompts of {tokens:.0f} tokens ({printable(record['source'])}; uniform attention "
+        f"would score {uniform:.3f})"
+    )
+
+
+class LiveHeads:
+    """A view on the terminal while a model trains: the grid of heads and the strongest ones.
+
+    What others print meanwhile stands above it. The methods are `start`, `update` and `stop`.
+    """
+
+    def __init__(
+        self,
+        found: Emergence,
+        total: int,
+        kappa: float = 0.1,
+        console: Console | None = None,
+    ) -> None:
+        self.total, self.kappa = total, kappa
+        self._shown = found
+        self._live = Live(
+            live_view(found, total, kappa),
+            console=terminal() if console is None else console,
+            auto_refresh=False,
+            vertical_overflow="crop",
+        )
+
+    def start(self) -> None:
+        """Begin to draw."""
+        self._live.start()
+
+    def update(
+        self, found: Emergence, step: int | None = None, loss: float | None = None
+    ) -> None:
+        """Draw the newest measurements, with the step and the loss of the training."""
+        self._shown = found
+        self._live.update(live_view(found, self.total, self.kappa, step, loss), refresh=True)
+
+    def stop(self) -> None:
+        """Leave the last view on the terminal."""
+        self._live.stop()
+
+
+def live_view(
+    found: Emergence,
+    total: int,
+    kappa: float,
+    step: int | None = None,
+    loss: float | None = None,
+) -> RenderableType:
+    """Return the grid of heads at the newest step, and the strongest heads with their history."""
+    if found.frame.empty:
+        return Text("no measurement yet")
+    best = found.best()
+    newest = int(best["step"].iloc[-1])
+    now = best[best["step"] == newest]
+    step = newest if step is None else step
+    told = "" if loss is None else f", loss {loss:.3f}"
+    n = int((now["score"] >= kappa).sum())
+    title = f"step {step} of {total}{told}: {n} slash heads (κ = {kappa:g}) at step {newest}"
+    n_layers, n_heads, _ = found.provenance["layers_heads_vocabulary"]
+    import torch
+
+    grid = heatmap(torch.tensor(now["score"].to_numpy()).reshape(n_layers, n_heads), title)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("head")
+    table.add_column("Δ", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("since the first step", no_wrap=True)
+    for row in now.sort_values("score", ascending=False).head(6).itertuples():
+        history = found.frame.loc[found.frame["name"] == row.name, f"score_{row.offset}"]
+        table.add_row(
+            str(row.name), str(row.offset), number(float(row.score)), _spark(history.tolist())
+        )
+    return Group(grid, Text(), table)
+
+
+def _spark(values: list[float], width: int = 40) -> Text:
+    """Return values from 0 to 1 as a line of bars, at most `width` of them."""
+    places = np.linspace(0, len(values) - 1, min(width, len(values))).round().astype(int)
+    bars = " ▁▂▃▄▅▆▇█"
+    heights = [min(max(values[place], 0.0), 1.0) * (len(bars) - 1) for place in places.tolist()]
+    return Text("".join(bars[math.ceil(height)] for height in heights), style="yellow")
+
+
+@styled
+def emergence_figure(found: Emergence, kappa: float = 0.1, log_steps: bool = False) -> Figure:
+    """Draw each head's slash score over steps, and a panel for each other measure.
+
+    Heads that reach κ are coloured, at most seven of them, those with the highest scores.
+    """
+    panels = [panel for panel in _PANELS if panel[0] in found.measures]
+    losses = [
+        (name, label)
+        for name, label in (
+            ("loss", "training loss"),
+            ("eval_loss", "evaluation loss"),
+            ("copying_loss", "loss on repeated tokens"),
+        )
+        if name in found.frame and found.frame[name].notna().any()
+    ]
+    n = 1 + len(panels) + ("bands" in found.measures) + bool(losses)
+    columns = 1 if n == 1 else 2
+    rows = math.ceil(n / columns)
+    figure = new_figure(7.5 if columns == 1 else 11, 0.5 + 3.1 * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
+    best = found.best()
+    chosen = coloured(best, kappa)
+    _draw_scores(axes[0], found, best, chosen, kappa)
+    for axis, (_, column, label) in zip(axes[1:], panels, strict=False):
+        _draw_heads(axis, found.frame, column, chosen)
+        axis.set_title(label)
+    if "bands" in found.measures:
+        _draw_bands(axes[1 + len(panels)], found, best)
+    if losses:
+        _draw_losses(axes[n - 1], found.frame.drop_duplicates("step"), losses)
+    for axis in axes[n:]:
+        axis.remove()
+    for axis in axes[:n]:
+        if log_steps:
+            axis.set_xscale("symlog", linthresh=max(1, _second(found.steps)))
+            axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlim(found.steps[0], max(found.steps[-1], found.steps[0] + 1))
+        axis.set_xlabel("training step")
+        axis.grid(alpha=0.3)
+    figure.suptitle(
+        shortened(f"{found.provenance['model']}: heads over {len(found.steps)} steps", 90),
+        fontsize=11,
+    )
+    return figure
+
+
+def coloured(best: pd.DataFrame, kappa: float) -> list[tuple[str, int]]:
+    """Return the heads to colour, with the offset of each one's highest score."""
+    rows = best.loc[best.groupby("name", sort=False)["score"].idxmax()]
+    rows = rows[rows["score"] >= kappa].sort_values("score", ascending=False).head(_COLOURED)
+    return [(str(row.name), int(row.offset)) for row in rows.itertuples(index=False)]
+
+
+def _second(steps: tuple[int, ...]) -> int:
+    return next((step for step in steps if step > 0), 1)
+
+
+def _draw_scores(
+    axis: Axes, found: Emergence, best: pd.DataFrame, chosen: list[tuple[str, int]], kappa: float
+) -> None:
+    names = {name for name, _ in chosen}
+    others = best[~best["name"].isin(names)]
+    for index, (_, rows) in enumerate(others.groupby("name", sort=False)):
+        label = "other heads" if index == 0 else None
+        axis.plot(rows["step"], rows["score"], color="grey", lw=0.7, alpha=0.5, label=label)
+    for index, (name, offset) in enumerate(chosen):
+        rows = found.frame[found.frame["name"] == name]
+        axis.plot(
+            rows["step"],
+            rows[f"score_{offset}"],
+            label=f"{name} Δ={offset}",
+            markersize=3,
+            **line_style(index),
+        )
+    axis.axhline(kappa, color=ink(), lw=0.6, ls="--")
+    axis.set_ylim(0, 1.02)
+    axis.set_title("slash score")
+    axis.legend(loc="upper left")
+
+
+def _draw_heads(
+    axis: Axes, frame: pd.DataFrame, column: str, chosen: list[tuple[str, int]]
+) -> None:
+    names = [name for name, _ in chosen]
+    for name, rows in frame.groupby("name", sort=False):
+        if name not in names:
+            axis.plot(rows["step"], rows[column], color="grey", lw=0.7, alpha=0.5)
+    for index, name in enumerate(names):
+        rows = frame[frame["name"] == name]
+        axis.plot(rows["step"], rows[column], markersize=3, **line_style(index))
+    axis.set_ylim(min(0.0, float(frame[column].min())), 1.02)
+
+
+def _draw_bands(axis: Axes, found: Emergence, best: pd.DataFrame) -> None:
+    """Draw the bands' shares of one head: that with the highest score at the last step."""
+    last = best[best["step"] == best["step"].iloc[-1]]
+    name = str(last.loc[last["score"].idxmax(), "name"])
+    rows = found.frame[found.frame["name"] == name]
+    for index, band in enumerate(("high", "medium", "low")):
+        label = f"{band} frequencies"
+        axis.plot(
+            rows["step"], rows[f"band_{band}"], markersize=3, label=label, **line_style(index)
+        )
+    axis.axhline(0, color=ink(), lw=0.6)
+    axis.set_title(f"share of the predicted peak of {name}")
+    axis.legend()
+
+
+def _draw_losses(axis: Axes, steps: pd.DataFrame, losses: list[tuple[str, str]]) -> None:
+    for index, (column, label) in enumerate(losses):
+        known = steps[steps[column].notna()]
+        axis.plot(known["step"], known[column], markersize=3, label=label, **line_style(index))
+    axis.set_title("loss (nats)")
+    axis.set_ylim(bottom=0)
+    axis.legend()
