@@ -98,6 +98,7 @@ __all__ = [
     "Check",
     "DropBand",
     "Edit",
+    "Emergence",
     "Explanation",
     "FreezeBand",
     "Head",

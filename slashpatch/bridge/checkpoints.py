@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.progress import busy
 from ..errors import ModelError
+from .converted import _quiet_transformers
 from .loading import _HUB_ID, _one_error, load, pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ class Checkpoint:
     step: int | None
     folder: Path | None = None
     revision: tuple[str, str] | None = None
+
+    @property
+    def run(self) -> str:
+        """What its training run is called: the hub id, or the name of the run's folder."""
+        if self.revision is not None:
+            return self.revision[0]
+        folder = Path() if self.folder is None else self.folder.resolve()
+        return folder.parent.name if _FOLDER.fullmatch(folder.name) else folder.name
 
     def state(self) -> str:
         """Return a digest of its files' names, sizes and times, by which changes are noticed."""
@@ -135,7 +144,7 @@ def _fetched(name: str, revision: str) -> Path:
 
 def _without_tokenizer(folder: Path, device: Any, dtype: Any) -> TransformerBridge:
     """Return a bridge of a folder without a tokenizer, as the Trainer writes when it has none."""
-    with _one_error(f"cannot load {str(folder)!r}"):
+    with _quiet_transformers(), _one_error(f"cannot load {str(folder)!r}"):
         from transformers import AutoModelForCausalLM
 
         model, info = AutoModelForCausalLM.from_pretrained(

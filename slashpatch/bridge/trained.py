@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import ModelError
 from ..maths.precision import logits_slack
@@ -69,18 +70,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def unwrapped(model: Any) -> Any:
     """Return the model inside torch.compile's and data parallelism's wrappers."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, _distributed())):
-            inner = model.module
-        if inner is None:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        else:
             return model
-        model = inner
-
-
-def _distributed() -> type:
-    from torch.nn.parallel import DistributedDataParallel
-
-    return DistributedDataParallel
 
 
 def bridge_of_copy(

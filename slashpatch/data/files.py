@@ -154,9 +154,7 @@ def save_tensors(
         save_file(tensors, file, metadata={"slashpatch": json.dumps(header)})
 
 
-def save_frame(
-    path: str | os.PathLike[str], header: dict[str, Any], frame: pd.DataFrame
-) -> None:
+def save_frame(path: str | os.PathLike[str], header: dict[str, Any], frame: pd.DataFrame) -> None:
     """Write a DataFrame and a header of JSON values as a .parquet file. Raises OutputError."""
     import pyarrow
     from pyarrow import parquet
@@ -184,9 +182,7 @@ def load_frame(
         table = parquet.ParquetFile(Path(path)).read()
         header = json.loads((table.schema.metadata or {}).get(b"slashpatch", b"{}"))
         if header.get("format") != format:
-            raise error(
-                f"{str(path)!r} holds nothing of the format {format}; choose another file"
-            )
+            raise error(f"{str(path)!r} holds nothing of the format {format}; choose another file")
         return build(header, table.to_pandas())
     except FileNotFoundError:
         raise error(f"no file {str(path)!r}; expected a file of the format {format}") from None

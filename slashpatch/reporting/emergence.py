@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.progress import terminal
-from .charts.palette import CATEGORIES
+from .charts.training_rows import coloured
 from .style import ink, line_style, new_figure, printable, shortened, styled
 from .tables import heatmap, number
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
     from ..scanning.emergence_result import Emergence
 
-#: How many steps and heads a table has at most, and how many heads a figure colours.
-_STEPS, _HEADS, _COLOURED = 16, 16, 7
+#: How many steps and heads a table has at most.
+_STEPS, _HEADS = 16, 16
 #: What panels of a figure show besides slash scores: the measure, its column and the axis' label.
 _PANELS = (
     ("prefix", "prefix_matching", "prefix matching"),
@@ -39,14 +38,13 @@ _PANELS = (
 def emergence_table(found: Emergence, kappa: float = 0.1) -> Group:
     """Return a table of the steps, and one of when each head first reached κ."""
     titles, rows = step_cells(found, kappa)
-    steps = Table(*[""] * 0)
-    for index, title in enumerate(titles):
-        steps.add_column(title, justify="right" if index != len(titles) - 1 else "left")
+    steps = Table()
+    for index, name in enumerate(titles):
+        steps.add_column(name, justify="right" if index != len(titles) - 1 else "left")
     for cells in rows:
         steps.add_row(*cells)
     title = Text(
-        f"{len(found.steps)} steps of {printable(found.provenance['model'])}, "
-        f"{_prompts(found)}",
+        f"{len(found.steps)} steps of {printable(found.provenance['model'])}, {_prompts(found)}",
         style="bold",
     )
     titles, rows, more = head_cells(found, kappa)
@@ -150,9 +148,7 @@ class LiveHeads:
         """Begin to draw."""
         self._live.start()
 
-    def update(
-        self, found: Emergence, step: int | None = None, loss: float | None = None
-    ) -> None:
+    def update(self, found: Emergence, step: int | None = None, loss: float | None = None) -> None:
         """Draw the newest measurements, with the step and the loss of the training."""
         self._shown = found
         self._live.update(live_view(found, self.total, self.kappa, step, loss), refresh=True)
@@ -188,10 +184,10 @@ def live_view(
     table.add_column("Δ", justify="right")
     table.add_column("score", justify="right")
     table.add_column("since the first step", no_wrap=True)
-    for row in now.sort_values("score", ascending=False).head(6).itertuples():
-        history = found.frame.loc[found.frame["name"] == row.name, f"score_{row.offset}"]
+    for row in now.sort_values("score", ascending=False).head(6).to_dict(orient="records"):
+        history = found.frame.loc[found.frame["name"] == row["name"], f"score_{row['offset']}"]
         table.add_row(
-            str(row.name), str(row.offset), number(float(row.score)), _spark(history.tolist())
+            row["name"], str(row["offset"]), number(row["score"]), _spark(history.tolist())
         )
     return Group(grid, Text(), table)
 
@@ -242,20 +238,15 @@ def emergence_figure(found: Emergence, kappa: float = 0.1, log_steps: bool = Fal
             axis.set_xscale("symlog", linthresh=max(1, _second(found.steps)))
             axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlim(found.steps[0], max(found.steps[-1], found.steps[0] + 1))
-        axis.set_xlabel("training step")
         axis.grid(alpha=0.3)
+    for axis in axes[max(0, n - columns) : n]:
+        axis.set_xlabel("training step")
+        axis.tick_params(labelbottom=True)
     figure.suptitle(
         shortened(f"{found.provenance['model']}: heads over {len(found.steps)} steps", 90),
         fontsize=11,
     )
     return figure
-
-
-def coloured(best: pd.DataFrame, kappa: float) -> list[tuple[str, int]]:
-    """Return the heads to colour, with the offset of each one's highest score."""
-    rows = best.loc[best.groupby("name", sort=False)["score"].idxmax()]
-    rows = rows[rows["score"] >= kappa].sort_values("score", ascending=False).head(_COLOURED)
-    return [(str(row.name), int(row.offset)) for row in rows.itertuples(index=False)]
 
 
 def _second(steps: tuple[int, ...]) -> int:

@@ -64,8 +64,8 @@ class SlashCallback(TrainerCallback):
             checkpoint (`resume_from_checkpoint`) continues the file: rows of steps after the
             checkpoint are replaced. A new run refuses a file that exists.
         overwrite: Whether a new run may replace an existing file.
-        bridge: A TransformerBridge around the trained model itself, which then is measured in place,
-            active patches included.
+        bridge: A TransformerBridge around the trained model itself, which is then measured in
+            place, active patches included.
         live: Whether to show the heads on the terminal; None: if stderr is one.
 
     Attributes:
@@ -217,7 +217,7 @@ class SlashCallback(TrainerCallback):
         newest = Emergence(self._record.rows[state.global_step], self._record.header)
         row = newest.summary(self.kappa).iloc[0]
         best = newest.best()
-        top = best.loc[best["score"].idxmax()]
+        top = best.iloc[int(best["score"].argmax())]
         numbers: dict[str, float] = {
             "slash/heads": int(row["slash_heads"]),
             "slash/highest_score": float(row["score"]),

@@ -14,7 +14,7 @@ from ..data.progress import progress_over, without_progress
 from ..errors import EmergenceError
 from .emergence_result import Emergence
 from .probe import Probe, probe_of, require_measures
-from .record import Record, require_file
+from .record import Record, require_file, require_new
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -81,6 +81,7 @@ def emergence(
     require_file(path)
     if resume and path is None:
         raise EmergenceError("resume needs a path: the file of the run that is to be continued")
+    require_new(path, "continue" if resume else "refuse")
 
     def make_probe(model: TransformerBridge) -> Probe:
         return probe_of(
@@ -120,19 +121,15 @@ class _Run:
         self.make_probe, self.load = make_probe, load
         self.path, self.resume = path, resume
         self.record: Record | None = None
-        self.steps: dict[int, str] = {}
-        self.stepped: bool | None = None
         self.skipped: Checkpoint | None = None
         self.before: Emergence | None = None
         if resume and path is not None and os.path.exists(path):
             self.before = Emergence.load(path)
 
-    def measure(self, index: int, step: int | None, source: Any) -> None:
+    def measure(self, step: int, source: Any) -> None:
         """Measure one model, unless the file has it already."""
         checkpoint = source if isinstance(source, Checkpoint) else None
-        name = f"model {index}" if checkpoint is None else checkpoint.name
-        step = self._step(index, step, name)
-        self.steps[step] = name
+        name = f"model of step {step}" if checkpoint is None else checkpoint.name
         if checkpoint is not None and self._has(step, checkpoint):
             self.skipped = checkpoint
             return
@@ -140,28 +137,13 @@ class _Run:
             model = self.load(source)
             record = self._record(model)
             if checkpoint is not None:
+                record.header |= {"model": checkpoint.run}
                 record.header["files"][name] = checkpoint.state()
             loss = None if checkpoint is None else checkpoint.loss()
             with undisturbed(model):
                 record.add(step, name, model, loss)
         del model, source
         gc.collect()  # bridges hold themselves in circles
-
-    def _step(self, index: int, step: int | None, name: str) -> int:
-        """Return a model's step. Raises EmergenceError if it does not go with those before."""
-        if self.stepped not in (None, step is not None):
-            raise EmergenceError(
-                f"{name!r} has {'no' if step is None else 'a'} step, unlike those before it; give "
-                "(step, model) for each"
-            )
-        self.stepped = step is not None
-        step = index if step is None else step
-        if step in self.steps:
-            raise EmergenceError(
-                f"{name!r} has the step {step}, as {self.steps[step]!r} has; give (step, model) for "
-                "each"
-            )
-        return step
 
     def _has(self, step: int, checkpoint: Checkpoint) -> bool:
         """Whether the file that is resumed has a checkpoint. Raises EmergenceError if it changed"""
@@ -197,8 +179,8 @@ class _Run:
         return self.record.result
 
 
-def _entries(models: Any, progress: bool | None) -> Iterator[tuple[int, int | None, Any]]:
-    """Yield (index, step or None, checkpoint or model) of each model, while a bar is shown."""
+def _entries(models: Any, progress: bool | None) -> Iterator[tuple[int, Any]]:
+    """Yield (step, checkpoint or model) of each model, while a bar is shown."""
     given = models if isinstance(models, Iterable) and not _is_one(models) else [models]
     if not isinstance(given, Sequence):  # a generator makes each model when it is asked for
         yield from _numbered(_expanded(given))
@@ -211,11 +193,25 @@ def _is_one(models: Any) -> bool:
     return isinstance(models, (str, os.PathLike)) or hasattr(models, "forward")
 
 
-def _numbered(
-    entries: Iterable[tuple[int | None, Any]],
-) -> Iterator[tuple[int, int | None, Any]]:
+def _numbered(entries: Iterable[tuple[int | None, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield models with their steps; counted from 0 where none has one. Raises EmergenceError."""
+    seen: set[int] = set()
+    stepped: bool | None = None
     for index, (step, source) in enumerate(entries):
-        yield index, step, source
+        name = repr(source.name) if isinstance(source, Checkpoint) else f"model {index}"
+        if stepped not in (None, step is not None):
+            raise EmergenceError(
+                f"{name} has {'no' if step is None else 'a'} step, unlike those before it; give "
+                "(step, model) for each"
+            )
+        stepped = step is not None
+        at = index if step is None else step
+        if at in seen:
+            raise EmergenceError(
+                f"{name} has the step {at}, as another one has; give (step, model) for each"
+            )
+        seen.add(at)
+        yield at, source
         del source
 
 

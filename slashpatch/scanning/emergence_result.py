@@ -102,9 +102,9 @@ class Emergence:
                 give a row for each head and offset.
 
         Returns:
-            Columns layer, head, name, offset (−1 for other columns), `before` (the last measured
-            step before; −1 if none: the head crossed between `before` and `first`), `first`, `since`
-            (from which it stayed until the last step; −1 if it fell below again), highest, last.
+            Columns layer, head, name, offset (−1 for other columns), `first` (the step), `before`
+            (the last measured step before it, −1 if none: the head crossed in between), `since`
+            (from which it stayed until the last step, −1 if it fell below again), highest, last.
 
         Raises:
             ScanError: κ outside [0, 1].

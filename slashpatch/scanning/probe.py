@@ -189,9 +189,7 @@ def require_measures(measures: Iterable[str]) -> tuple[str, ...]:
     given = [measures] if isinstance(measures, str) else list(measures)
     for name in given:
         if name not in MEASURES:
-            raise EmergenceError(
-                f"unknown measure {name!r}; expected one of {', '.join(MEASURES)}"
-            )
+            raise EmergenceError(f"unknown measure {name!r}; expected one of {', '.join(MEASURES)}")
     return tuple(name for name in MEASURES if name == "slash" or name in given)
 
 

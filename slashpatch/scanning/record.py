@@ -48,20 +48,16 @@ class Record:
         if self.path is None:
             return
         require_file(self.path)
+        require_new(self.path, existing)
         if not self.path.exists():
             return
-        if existing == "refuse":
-            raise EmergenceError(
-                f"{str(self.path)!r} holds a run already; resume it, choose another file, or "
-                "delete this one to start again"
-            )
         found = Emergence.load(self.path)
         if existing == "replace":
             return
         require_same_run(found.provenance, header, self.path)
         self.header = {**found.provenance, "versions": header["versions"]}
-        for step, rows in found.frame.groupby("step", sort=False):
-            self.rows[int(step)] = rows  # type: ignore[call-overload]
+        for step in found.steps:
+            self.rows[step] = found.frame[found.frame["step"] == step]
 
     def keep(self, steps: Iterable[int]) -> None:
         """Forget all other steps; the file follows with the next `write`."""
@@ -77,7 +73,7 @@ class Record:
         """
         frame, fingerprint = self.probe.measure(model)
         nan = float("nan")
-        known = {
+        known: dict[str, Any] = {
             "step": step,
             "checkpoint": checkpoint,
             "fingerprint": fingerprint,
@@ -115,3 +111,12 @@ def require_file(path: str | os.PathLike[str] | None) -> None:
     if path is not None:
         require_parquet(path)
         require_writable(path)
+
+
+def require_new(path: str | os.PathLike[str] | None, existing: str) -> None:
+    """Raise EmergenceError for a file that exists, if `existing` is "refuse"."""
+    if path is not None and existing == "refuse" and os.path.exists(path):
+        raise EmergenceError(
+            f"{os.fspath(path)!r} holds a run already; resume it (--resume, resume=True, "
+            "resume_from_checkpoint), choose another file, or delete this one to start again"
+        )

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ...theory import Run
 
 
+#: How many heads have a colour of their own.
+_COLOURED = 7
+
+
 def training_rows(runs: Sequence[Run]) -> pd.DataFrame:
     """Return slash score and layer 2's attention to the answer: columns step, value, what, seed."""
     import pandas as pd
@@ -39,8 +43,6 @@ def emergence_rows(found: Emergence, kappa: float) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from ..emergence import coloured
-
     best = found.best()
     chosen = dict(coloured(best, kappa))
     peaks = best.loc[best.groupby("name", sort=False)["score"].idxmax()]
@@ -53,6 +55,13 @@ def emergence_rows(found: Emergence, kappa: float) -> pd.DataFrame:
     order = {name: place for place, name in enumerate(chosen)}
     parts.sort(key=lambda rows: order.get(rows["name"].iloc[0], len(order)))
     return pd.concat(parts, ignore_index=True)
+
+
+def coloured(best: pd.DataFrame, kappa: float) -> list[tuple[str, int]]:
+    """Return the heads to colour, with the offset of each one's highest score."""
+    rows = best.loc[best.groupby("name", sort=False)["score"].idxmax()]
+    rows = rows[rows["score"] >= kappa].sort_values("score", ascending=False).head(_COLOURED)
+    return list(zip(rows["name"].tolist(), rows["offset"].tolist(), strict=True))
 
 
 def phase_rows(frame: pd.DataFrame) -> pd.DataFrame:
