@@ -42,4 +42,11 @@ def trainer(folder, callbacks=(), model=None, steps=12, **options):
         },
     )
     model = llama(layers=2, sharpness=1.0).train() if model is None else model
-    return Trainer(model=model, args=made, train_dataset=Repeats(), callbacks=list(callbacks))
+    rows = Repeats()
+    return Trainer(
+        model=model,
+        args=made,
+        train_dataset=rows,
+        eval_dataset=torch.utils.data.Subset(rows, range(8)),
+        callbacks=list(callbacks),
+    )

@@ -260,8 +260,11 @@ class SlashCallback(TrainerCallback):
             return
         self._loss = float(loss)
         # Step 0 has no loss: the mean is over the steps after it.
-        self._record.note("loss", self._loss, [step for step in self._without_loss if step])
+        waiting = [step for step in self._without_loss if step]
         self._without_loss = []
+        if waiting:
+            self._record.note("loss", self._loss, waiting)
+            self._write()
         self._show(state.global_step)
 
     def on_evaluate(
@@ -271,24 +274,28 @@ class SlashCallback(TrainerCallback):
         loss = (kwargs.get("metrics") or {}).get("eval_loss")
         if self._record is not None and loss is not None and state.global_step in self._record.rows:
             self._record.note("eval_loss", float(loss), [state.global_step])
+            self._write()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the file with all losses, and end the view."""
+        """Measure the last step if it was not yet, and end the view."""
         if self._record is None:
             return
+        # By now the model may be the best one instead of the last.
+        if state.best_model_checkpoint is None or not args.load_best_model_at_end:
+            self._measure(kwargs["model"], state, control)
+        if self._view is not None:
+            self._view.stop()
+            self._view = None
+
+    def _write(self) -> None:
+        """Write the file; where that fails, as on a full disk, training goes on."""
+        assert self._record is not None
         try:
-            # By now the model may be the best one instead of the last.
-            if state.best_model_checkpoint is None or not args.load_best_model_at_end:
-                self._measure(kwargs["model"], state, control)
             self._record.write()
         except SlashpatchError as error:
-            _log.warning("slashpatch could not write the last step: %s", error)
-        finally:
-            if self._view is not None:
-                self._view.stop()
-                self._view = None
+            _log.warning("slashpatch could not write its measurements: %s", error)
 
     def _show(self, step: int | None = None) -> None:
         """Draw the view anew."""
