@@ -57,8 +57,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put a model into evaluation mode, and each of its modules back into its own mode.
+
+    Also of a TransformerBridge, which passes its mode on to the model that it does not register.
+    """
+    inner: Any = getattr(model, "original_model", None)
+    modules = [*model.modules(), *(inner.modules() if isinstance(inner, nn.Module) else ())]
+    modes = [(module, module.training) for module in modules]
     model.eval()
     try:
         yield
@@ -86,8 +91,8 @@ def bridge_of_copy(
     The copy is made from the model's configuration, and has its parameters and buffers: memory for
     its weights once more. Call it within `undisturbed`, because new models draw random weights.
 
-    Raises ModelError for what is no Transformers model, for weights that are spread over processes,
-    and for a model that has other weights than its configuration describes.
+    Raises ModelError for what is no Transformers model, for weights that are spread over processes
+    or not finite, and for a model that has other weights than its configuration describes.
     """
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformers import PreTrainedModel
@@ -115,6 +120,7 @@ def bridge_of_copy(
             copy.deepcopy(model.config), attn_implementation="eager", dtype=model.dtype
         )
         _copy_tensors(dict(model.named_parameters()), dict(twin.named_parameters()), model)
+        _require_finite(twin)
         _copy_tensors(dict(model.named_buffers()), dict(twin.named_buffers()), model)
         if tokenizer is None:
             return load(twin)
@@ -141,6 +147,13 @@ def _copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor], model: A
                 f"describes {list(tensor.shape)}, so no copy of it can be measured"
             )
         tensor.data = source[name].detach().clone()
+
+
+def _require_finite(model: nn.Module) -> None:
+    """Raise ModelError for weights with NaN or infinite values, as where training diverged."""
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ModelError(f"{name} holds NaN or infinite values; expected finite weights")
 
 
 def require_same_logits(model: PreTrainedModel, bridge: TransformerBridge) -> None:

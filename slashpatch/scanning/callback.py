@@ -126,6 +126,7 @@ class SlashCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._without_loss: list[int] = []
         self._loss: float | None = None
+        self._failed: int | None = None
 
     def attach(self, trainer: Trainer) -> SlashCallback:
         """Add this callback to a trainer, and log through `trainer.log`, which reaches all loggers.
@@ -150,7 +151,7 @@ class SlashCallback(TrainerCallback):
         """Verify the model, continue the file, and measure before the first step."""
         if not state.is_world_process_zero:
             return
-        self._without_loss, self._loss = [], None
+        self._without_loss, self._loss, self._failed = [], None, None
         model = unwrapped(kwargs["model"])
         with undisturbed(model):
             self._begin(model, state.global_step, kwargs.get("processing_class"))
@@ -193,7 +194,7 @@ class SlashCallback(TrainerCallback):
     def _measure(self, model: Any, state: TrainerState, control: TrainerControl) -> None:
         """Measure the model as it is now, and log the numbers. Failures are logged."""
         record, step = self._record, state.global_step
-        if record is None or step in record.rows:
+        if record is None or step in record.rows or step == self._failed:
             return
         model = unwrapped(model)
         try:
@@ -202,6 +203,7 @@ class SlashCallback(TrainerCallback):
                 with evaluating(made):
                     record.add(step, f"step {step}", made)
         except (SlashpatchError, RuntimeError, OSError) as error:
+            self._failed = step
             _log.warning("slashpatch could not measure step %d: %s", step, error)
         finally:
             made = None

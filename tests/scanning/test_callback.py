@@ -306,13 +306,12 @@ def test_arguments_that_are_refused(unchecked, tmp_path, monkeypatch):
 
 
 class Spoil(TrainerCallback):
+    """Weights that diverge at step 4."""
+
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step in (3, 4):
+        if state.global_step == 3:
             with torch.no_grad():
-                weight = model.model.norm.weight
-                value = float("nan") if state.global_step == 3 else 1.0
-                model.model.layers[0].self_attn.q_proj.weight.fill_(value)
-                weight.fill_(1.0)
+                model.model.layers[0].self_attn.q_proj.weight.fill_(float("nan"))
 
 
 def test_what_cannot_be_measured_later_is_a_warning(tmp_path, caplog):
@@ -322,8 +321,9 @@ def test_what_cannot_be_measured_later_is_a_warning(tmp_path, caplog):
         made.train()
     assert made.state.global_step == 4
     assert watched.result.steps == (0, 2)
+    assert caplog.text.count("could not measure") == 1
     assert "could not measure step 4" in caplog.text
-    assert "NaN" in caplog.text
+    assert "holds NaN or infinite" in caplog.text
 
 
 class Stop(TrainerCallback):
@@ -366,7 +366,6 @@ def test_a_bridge_is_measured_in_place_with_its_patches(tmp_path):
     model = llama(sharpness=1.0).train()
     bridge = sp.load(model)
     watched = watch(4, bridge=bridge)
-    model.train()
     head = sp.Head(0, 1)
     with sp.patch(bridge, sp.KnockOut(head, 1)):
         trainer(tmp_path, [watched], model, steps=4).train()
