@@ -197,7 +197,9 @@ def _numbered(entries: Iterable[tuple[int | None, Any]]) -> Iterator[tuple[int, 
     """Yield models with their steps; counted from 0 where none has one. Raises EmergenceError."""
     seen: set[int] = set()
     stepped: bool | None = None
-    for index, (step, source) in enumerate(entries):
+    index = -1
+    for step, source in entries:  # enumerate would keep the model before
+        index += 1  # noqa: SIM113
         name = repr(source.name) if isinstance(source, Checkpoint) else f"model {index}"
         if stepped not in (None, step is not None):
             raise EmergenceError(

@@ -59,7 +59,8 @@ TWO_RUNS = """
             import slashpatch as sp
             measures = ("rank", "cone", "bands", "prefix", "copying")
             callbacks = [sp.SlashCallback(3, measures=measures, random_tokens=True, n_prompts=2,
-                                          max_tokens=40, live=False, path=f"{folder}/{name}.parquet")]
+                                          max_tokens=40, live=False,
+                                          path=f"{folder}/{name}.parquet")]
         config = {"attention_dropout": 0.2} if name == "dropout" else {}
         config |= {"tie_word_embeddings": True} if name == "tied" else {}
         model = llama(sharpness=1.0, attn_implementation="sdpa", **config).train()
