@@ -42,7 +42,7 @@ def emergence_table(found: Emergence, kappa: float = 0.1) -> Group:
     for index, name in enumerate(titles):
         steps.add_column(name, justify="right" if index != len(titles) - 1 else "left")
     for cells in rows:
-        steps.add_row(*cells)
+        steps.add_row(*map(Text, cells))
     title = Text(
         f"{len(found.steps)} steps of {printable(found.provenance['model'])}, {_prompts(found)}",
         style="bold",
@@ -54,7 +54,7 @@ def emergence_table(found: Emergence, kappa: float = 0.1) -> Group:
     for index, name in enumerate(titles):
         heads.add_column(name, justify="right" if index else "left")
     for cells in rows:
-        heads.add_row(*cells)
+        heads.add_row(*map(Text, cells))
     when = Text(f"when heads first reached κ = {kappa:g}", style="bold")
     parts: list[RenderableType] = [title, steps, Text(), when, heads]
     return Group(*parts, *([Text(more)] if more else []))
@@ -75,6 +75,11 @@ def step_cells(found: Emergence, kappa: float) -> tuple[list[str], list[list[str
         if name in summary:
             columns[name] = (title, "{:.3f}")
     columns["slash_heads"] = (f"heads ≥ {kappa:g}", "{:.0f}")
+    # Where no step was known they are counted, and the name tells more.
+    named = any(
+        str(step) not in name
+        for step, name in zip(summary["step"], summary["checkpoint"], strict=True)
+    )
     rows = []
     for row in chosen.to_dict(orient="records"):
         cells = [
@@ -84,9 +89,14 @@ def step_cells(found: Emergence, kappa: float) -> tuple[list[str], list[list[str
         if "prefix_matching" in columns:
             at = list(columns).index("prefix_matching")
             cells[at] = f"{row['prefix_head']} {cells[at]}"
+        if named:
+            cells.insert(1, shortened(row["checkpoint"], 40))
         bar = "█" * round(16 * max(row["score"], 0))
         rows.append([*cells, f"{row['head']} Δ{row['offset']} {number(row['score'])} {bar}"])
-    return [*(title for title, _ in columns.values()), "strongest head"], rows
+    titles = [title for title, _ in columns.values()]
+    if named:
+        titles.insert(1, "checkpoint")
+    return [*titles, "strongest head"], rows
 
 
 def head_cells(found: Emergence, kappa: float) -> tuple[list[str], list[list[str]], str]:

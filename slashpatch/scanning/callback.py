@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from ..bridge.trained import (
     unwrapped,
 )
 from ..data import display
-from ..errors import EmergenceError, ExtraError, SlashpatchError
+from ..errors import EmergenceError, SlashpatchError
 from .emergence_result import Emergence
 from .probe import probe_of, require_measures
 from .record import Record, require_file
@@ -76,7 +75,6 @@ class SlashCallback(TrainerCallback):
         ScanError: κ outside [0, 1].
         ModelError: When training begins, a model that slashpatch does not support.
         PromptError: When training begins, prompts as in `scan`.
-        ExtraError: The package accelerate, which the Trainer needs, is not installed.
     """
 
     def __init__(
@@ -97,11 +95,6 @@ class SlashCallback(TrainerCallback):
         bridge: TransformerBridge | None = None,
         live: bool | None = None,
     ) -> None:
-        if importlib.util.find_spec("accelerate") is None:
-            raise ExtraError(
-                "the Trainer needs the package accelerate, which is not installed; run "
-                "pip install 'slashpatch[train]'"
-            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise EmergenceError(f"every is a number of steps from 1; got {every!r}")
         require_kappa(kappa)

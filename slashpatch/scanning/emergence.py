@@ -199,7 +199,7 @@ def _numbered(entries: Iterable[tuple[int | None, Any]]) -> Iterator[tuple[int, 
     stepped: bool | None = None
     index = -1
     for step, source in entries:  # enumerate would keep the model before
-        index += 1  # noqa: SIM113
+        index += 1
         name = repr(source.name) if isinstance(source, Checkpoint) else f"model {index}"
         if stepped not in (None, step is not None):
             raise EmergenceError(

@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 
 import slashpatch as sp
 from slashpatch.bridge import trained
-from slashpatch.scanning import callback as callback_module
 
 from ..tiny import llama, tokenizer
 from ..training import trainer
@@ -288,7 +287,7 @@ def test_a_module_that_is_no_transformers_model_is_not_copied(unchecked):
         trained.bridge_of_copy(torch.nn.Linear(2, 2))
 
 
-def test_arguments_that_are_refused(unchecked, tmp_path, monkeypatch):
+def test_arguments_that_are_refused(unchecked, tmp_path):
     for options, message in (
         ({"every": 0}, "every is a number of steps from 1"),
         ({"every": True}, "every is a number"),
@@ -301,9 +300,6 @@ def test_arguments_that_are_refused(unchecked, tmp_path, monkeypatch):
             sp.SlashCallback(**options)
     with pytest.raises(sp.SlashpatchError, match="nothing was measured yet"):
         _ = sp.SlashCallback(live=False).result
-    monkeypatch.setattr(callback_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(sp.SlashpatchError, match=r"slashpatch\[train\]"):
-        sp.SlashCallback()
 
 
 class Spoil(TrainerCallback):

@@ -346,6 +346,15 @@ def test_how_it_looks():
     assert "<svg" in found._repr_html_()
 
 
+def test_checkpoints_without_steps_are_named():
+    found = made([[[0.1, 0.3], [0.0, 0.2]], [[0.9, 0.3], [0.1, 0.6]]])
+    assert "checkpoint" not in found.table()
+    frame = found.frame.assign(checkpoint=["[bold]a", "[bold]a", "b\n", "b\n"])
+    table = sp.Emergence(frame, found.provenance).table()
+    assert "[bold]a" in table
+    assert "b\\n" in table
+
+
 def test_the_live_view_shows_the_newest_step():
     found = made([[[0.1, 0.3], [0.0, 0.2]], [[0.9, 0.3], [0.1, 0.6]]])
     console = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)

@@ -1,0 +1,83 @@
+"""Trains a tiny Llama with SlashCallback, and without: the picture and the table of training.md.
+
+The task: sequences of 16 random tokens that come twice. Run by `make bench`; about two minutes.
+"""
+
+import tempfile
+
+import common
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import slashpatch as sp
+from slashpatch.reporting.figures import save_figure
+
+STEPS, EVERY, COPY, VOCABULARY, KAPPA = 400, 20, 16, 80, 0.3
+PICTURE = common.HERE.parent / "docs" / "pictures" / "emergence.png"
+
+
+class Repeats(torch.utils.data.Dataset):
+    def __init__(self):
+        draw = torch.Generator().manual_seed(0)
+        first = torch.randint(4, VOCABULARY, (4096, COPY), generator=draw)
+        self.rows = torch.cat([first, first], dim=1)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def train(callbacks, steps=STEPS):
+    """A run from the same initial weights; its logged losses."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, head_dim=16, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, use_cpu=True, report_to=[], max_steps=steps, learning_rate=3e-3,
+            per_device_train_batch_size=32, logging_steps=EVERY, save_strategy="no",
+            disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(
+            LlamaForCausalLM(config), arguments, train_dataset=Repeats(), callbacks=callbacks
+        )
+        trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def watcher(measures):
+    return sp.SlashCallback(
+        EVERY, offsets=range(COPY + 4), measures=measures, random_tokens=True, n_prompts=4,
+        max_tokens=64, live=False,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(common.THREADS)
+    measures = {"none": None, "slash scores": (), "all": ("rank", "cone", "bands", "prefix")}
+    found, losses, callbacks = {}, {}, {}
+    for name, wanted in measures.items():
+        callbacks[name] = [] if wanted is None else [watcher(wanted)]
+
+        def run(name=name):
+            losses[name] = train(callbacks[name])
+
+        if not found:
+            train([], EVERY)  # warm-up
+        found[name] = common.seconds(run)
+    n = STEPS // EVERY + 1
+    rows = ["| measured | seconds | for each measurement | losses |", "|---|---|---|---|"]
+    for name in measures:
+        each = "" if name == "none" else f"{(found[name] - found['none']) / n:.2f} s"
+        same = "" if name == "none" else "the same" if losses[name] == losses["none"] else "OTHERS"
+        rows.append(f"| {name} | {found[name]:.1f} | {each} | {same} |")
+    about = callbacks["all"][0].result
+    said = common.setting(about.provenance)
+    common.write_table("how-to/training", "training", [*rows, "", f"{said}, 2 layers × 4 heads."])
+    save_figure(about.plot(kappa=KAPPA), PICTURE)
+    print("\n".join(rows))
