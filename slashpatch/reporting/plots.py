@@ -11,7 +11,7 @@ from .charts import effect_rows, effects, heads, pairs, rows, training, training
 from .charts.palette import theme
 from .charts.parts import require_altair, source, stacked
 from .checks import check_figure
-from .emergence import emergence_figure
+from .emergence_figure import emergence_figure
 from .explanation_figure import explanation_figure
 from .figures import effects_figure, grid_figure, scan_figure
 from .style import shortened

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..emergence import emergence_figure, head_cells, step_cells
+from ..emergence import head_cells, step_cells
+from ..emergence_figure import emergence_figure
 from ..style import printable
 from .block import Block, Table
 from .svg import inline_svg
