@@ -48,7 +48,6 @@ bench: .venv/developed
 	$(BIN)/python benchmarks/fused.py
 	$(BIN)/python benchmarks/effects.py
 	$(BIN)/python benchmarks/theory.py
-	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/dtypes.py
 	$(BIN)/python benchmarks/screen.py
@@ -67,6 +66,7 @@ gallery: .venv/developed
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/report_pictures.py
+	$(BIN)/python benchmarks/training.py
 
 reference: .venv/developed
 	$(BIN)/python benchmarks/reference.py

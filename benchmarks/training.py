@@ -1,11 +1,11 @@
-"""Trains a tiny Llama with SlashCallback, and without: the picture and the table of training.md.
+"""Trains a tiny Llama with SlashCallback, and draws the picture of docs/how-to/training.md.
 
-The task: sequences of 16 random tokens that come twice. Run by `make bench`; about two minutes.
+The task: sequences of 16 random tokens that come twice. Run by `make gallery`; about a minute.
 """
 
 import tempfile
+from pathlib import Path
 
-import common
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -13,7 +13,7 @@ import slashpatch as sp
 from slashpatch.reporting.figures import save_figure
 
 STEPS, EVERY, COPY, VOCABULARY, KAPPA = 400, 20, 16, 80, 0.3
-PICTURE = common.HERE.parent / "docs" / "pictures" / "emergence.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "emergence.png"
 
 
 class Repeats(torch.utils.data.Dataset):
@@ -29,8 +29,7 @@ class Repeats(torch.utils.data.Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def train(callbacks, steps=STEPS):
-    """A run from the same initial weights; its logged losses."""
+def train(callbacks):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, head_dim=16, intermediate_size=64,
@@ -39,7 +38,7 @@ def train(callbacks, steps=STEPS):
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, use_cpu=True, report_to=[], max_steps=steps, learning_rate=3e-3,
+            output_dir=folder, use_cpu=True, report_to=[], max_steps=STEPS, learning_rate=3e-3,
             per_device_train_batch_size=32, logging_steps=EVERY, save_strategy="no",
             disable_tqdm=True,
         )  # fmt: skip
@@ -47,7 +46,6 @@ def train(callbacks, steps=STEPS):
             LlamaForCausalLM(config), arguments, train_dataset=Repeats(), callbacks=callbacks
         )
         trainer.train()
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 def watcher(measures):
@@ -58,26 +56,8 @@ def watcher(measures):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(common.THREADS)
-    measures = {"none": None, "slash scores": (), "all": ("rank", "cone", "bands", "prefix")}
-    found, losses, callbacks = {}, {}, {}
-    for name, wanted in measures.items():
-        callbacks[name] = [] if wanted is None else [watcher(wanted)]
-
-        def run(name=name):
-            losses[name] = train(callbacks[name])
-
-        if not found:
-            train([], EVERY)  # warm-up
-        found[name] = common.seconds(run)
-    n = STEPS // EVERY + 1
-    rows = ["| measured | seconds | for each measurement | losses |", "|---|---|---|---|"]
-    for name in measures:
-        each = "" if name == "none" else f"{(found[name] - found['none']) / n:.2f} s"
-        same = "" if name == "none" else "the same" if losses[name] == losses["none"] else "OTHERS"
-        rows.append(f"| {name} | {found[name]:.1f} | {each} | {same} |")
-    about = callbacks["all"][0].result
-    said = common.setting(about.provenance)
-    common.write_table("how-to/training", "training", [*rows, "", f"{said}, 2 layers × 4 heads."])
-    save_figure(about.plot(kappa=KAPPA), PICTURE)
-    print("\n".join(rows))
+    torch.set_num_threads(1)
+    watch = watcher(("rank", "cone", "bands", "prefix"))
+    train([watch])
+    save_figure(watch.result.plot(kappa=KAPPA), PICTURE)
+    print(watch.result.table(KAPPA))
