@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..data.progress import busy
 from ..errors import ModelError
 from .converted import _quiet_transformers
-from .loading import _HUB_ID, _one_error, load, pick_device, pick_dtype
+from .loading import _HUB_ID, load
+from .wrapping import one_error, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -136,7 +137,7 @@ def _trainer_state(folder: Path | None) -> dict[str, Any]:
 
 def _fetched(name: str, revision: str) -> Path:
     """Return the folder of a hub revision, fetched into the hub's own cache."""
-    with busy(f"fetching {name}@{revision}"), _one_error(f"cannot fetch {name}@{revision}"):
+    with busy(f"fetching {name}@{revision}"), one_error(f"cannot fetch {name}@{revision}"):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
@@ -144,7 +145,7 @@ def _fetched(name: str, revision: str) -> Path:
 
 def _without_tokenizer(folder: Path, device: Any, dtype: Any) -> TransformerBridge:
     """Return a bridge of a folder without a tokenizer, as the Trainer writes when it has none."""
-    with _quiet_transformers(), _one_error(f"cannot load {str(folder)!r}"):
+    with _quiet_transformers(), one_error(f"cannot load {str(folder)!r}"):
         from transformers import AutoModelForCausalLM
 
         model, info = AutoModelForCausalLM.from_pretrained(

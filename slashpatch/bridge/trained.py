@@ -108,6 +108,12 @@ def bridge_of_copy(
             "a TransformerBridge is around this model already, and edits on it would be lost in a "
             "copy; pass the bridge itself"
         )
+    places = sorted({str(weight.device) for weight in model.parameters()})
+    if len(places) > 1:
+        raise ModelError(
+            f"the weights are on several devices ({', '.join(places)}); slashpatch measures models "
+            "in training that are on one; measure checkpoints with slashpatch.emergence(...)"
+        )
     for name, weight in model.named_parameters():
         if weight.is_meta or hasattr(weight, "ds_id") or type(weight).__name__ == "DTensor":
             raise ModelError(

@@ -10,6 +10,7 @@ import typer
 from ..data.files import require_output
 from ..errors import EmergenceError
 from .options import (
+    Device,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -74,6 +75,11 @@ def emergence(
         raise EmergenceError("give --text or --random-tokens, not both")
     if resume and out is None:
         raise EmergenceError("--resume goes with --out: the file of the run to continue")
+    if device in (Device.auto, Device.disk):
+        raise EmergenceError(
+            f"--device {device.value} is not for checkpoints; each is loaded on one device: cpu, "
+            "cuda or mps"
+        )
     require_output(out, (".parquet",))
     require_output(plot, FIGURE_SUFFIXES)
     found = run(

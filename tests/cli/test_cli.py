@@ -695,6 +695,7 @@ def test_emergence(call, tmp_path, capsys):
         (("--out", "run.csv"), "expected a name that ends in .parquet"),
         (("--measures", "bogus"), "unknown measure 'bogus'"),
         (("--kappa", 2), "kappa must be a score"),
+        (("--device", "disk"), "--device disk is not for checkpoints"),
     ):
         code, printed, err = call(*arguments, *more)
         assert (code, printed, len(err.splitlines())) == (2, "", 1)
