@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import slashpatch as sp
 from slashpatch.reporting.figures import save_figure
 
-STEPS, EVERY, COPY, VOCABULARY, KAPPA = 400, 20, 16, 80, 0.3
+STEPS, EVERY, COPY, VOCABULARY, KAPPA = 120, 4, 16, 80, 0.3
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "emergence.png"
 
 

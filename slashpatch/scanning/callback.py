@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -144,6 +145,7 @@ class SlashCallback(TrainerCallback):
         """Verify the model, continue the file, and measure before the first step."""
         if not state.is_world_process_zero:
             return
+        self._end_view()
         self._without_loss, self._loss, self._failed = [], None, None
         model = unwrapped(kwargs["model"])
         with undisturbed(model):
@@ -151,6 +153,7 @@ class SlashCallback(TrainerCallback):
         gc.collect()
         if self._live:
             self._view = display.live(self.result, total=state.max_steps, kappa=self.kappa)
+            atexit.register(self._end_view)  # the Trainer does not say that it was interrupted
             self._view.start()
             self._show(state.global_step)
         if self._without_loss:
@@ -280,6 +283,11 @@ class SlashCallback(TrainerCallback):
         # By now the model may be the best one instead of the last.
         if state.best_model_checkpoint is None or not args.load_best_model_at_end:
             self._measure(kwargs["model"], state, control)
+        self._end_view()
+
+    def _end_view(self) -> None:
+        """Leave the last view on the terminal, and give the terminal back."""
+        atexit.unregister(self._end_view)
         if self._view is not None:
             self._view.stop()
             self._view = None
