@@ -66,6 +66,7 @@ gallery: .venv/developed
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/report_pictures.py
+	$(BIN)/python benchmarks/training.py
 
 reference: .venv/developed
 	$(BIN)/python benchmarks/reference.py

@@ -34,9 +34,10 @@ PAGES = {
     ),
     "scanning": (
         "Scanning",
-        "How to: [find slash heads](../how-to/find.md).",
+        "How to: [find slash heads](../how-to/find.md), "
+        "[watch a training run](../how-to/training.md).",
         "scan Scan SlashHead scanning.moments.Profile top_keys TopKeys SlashMonitor "
-        "scanning.monitor.Detection",
+        "scanning.monitor.Detection emergence Emergence SlashCallback",
     ),
     "edits": (
         "Edits",

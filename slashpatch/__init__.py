@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from .patching.fused import fused
     from .patching.patch import hooks, patch
     from .reporting.page.report import report
+    from .scanning.callback import SlashCallback
+    from .scanning.emergence import emergence
+    from .scanning.emergence_result import Emergence
     from .scanning.monitor import SlashMonitor
     from .scanning.result import Scan, SlashHead
     from .scanning.scan import scan
@@ -77,6 +80,9 @@ _HOMES = {
     "patching.fused": "fused",
     "patching.patch": "hooks patch",
     "reporting.page.report": "report",
+    "scanning.callback": "SlashCallback",
+    "scanning.emergence": "emergence",
+    "scanning.emergence_result": "Emergence",
     "scanning.monitor": "SlashMonitor",
     "scanning.result": "Scan SlashHead",
     "scanning.scan": "scan",
@@ -92,6 +98,7 @@ __all__ = [
     "Check",
     "DropBand",
     "Edit",
+    "Emergence",
     "Explanation",
     "FreezeBand",
     "Head",
@@ -109,6 +116,7 @@ __all__ = [
     "Scan",
     "SetFrequencies",
     "ShiftSlash",
+    "SlashCallback",
     "SlashHead",
     "SlashMonitor",
     "SlashScores",
@@ -120,6 +128,7 @@ __all__ = [
     "copied_lags",
     "copying",
     "copying_losses",
+    "emergence",
     "explain",
     "explain_all",
     "fit_rank_one",

@@ -63,6 +63,10 @@ class WorkerError(SlashpatchError, RuntimeError):
     """Raised for workers that cannot start, differ from this process, or end too often."""
 
 
+class EmergenceError(SlashpatchError, ValueError):
+    """Raised for a record of training that cannot be made, continued or loaded."""
+
+
 class ReportError(SlashpatchError, ValueError):
     """Raised for parts that make no report: of another class, or of different models."""
 

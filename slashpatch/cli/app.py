@@ -12,6 +12,7 @@ from ..errors import SlashpatchError
 from .check import check
 from .demo import demo
 from .effects import copying, flow, measure, sweep
+from .emergence import emergence
 from .explain import explain
 from .generate import generate, watch
 from .report import report
@@ -49,7 +50,8 @@ def _root(
 
 
 for _command in (
-    scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, screen, check,
+    scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, screen,
+    emergence, check,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(theory, name="theory")

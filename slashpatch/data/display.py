@@ -23,11 +23,13 @@ class Look:
         text: `text(result, **options)`, plain text.
         html: `html(result)`, a piece of HTML.
         plot: `plot(result, backend, **options)`, a matplotlib figure or an Altair chart.
+        live: `live(result, **options)`, a display on the terminal with start, update and stop.
     """
 
     text: Callable[..., str] | None = None
     html: Callable[[Any], str] | None = None
     plot: Callable[..., Any] | None = None
+    live: Callable[..., Any] | None = None
 
 
 _looks: dict[str, Look] = {}
@@ -60,6 +62,13 @@ def plot(result: Any, backend: str, **options: Any) -> Any:
     look = _of(result).plot
     assert look is not None
     return look(result, backend, **options)
+
+
+def live(result: Any, **options: Any) -> Any:
+    """Return a display on the terminal with the methods start, update and stop."""
+    look = _of(result).live
+    assert look is not None
+    return look(result, **options)
 
 
 def _of(result: Any) -> Look:

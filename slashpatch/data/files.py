@@ -154,6 +154,44 @@ def save_tensors(
         save_file(tensors, file, metadata={"slashpatch": json.dumps(header)})
 
 
+def save_frame(path: str | os.PathLike[str], header: dict[str, Any], frame: pd.DataFrame) -> None:
+    """Write a DataFrame and a header of JSON values as a .parquet file. Raises OutputError."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    metadata = {**(table.schema.metadata or {}), b"slashpatch": json.dumps(header).encode()}
+    with written_whole(path) as file:
+        parquet.write_table(table.replace_schema_metadata(metadata), file)
+
+
+def load_frame(
+    path: str | os.PathLike[str],
+    format: str,
+    build: Callable[[dict[str, Any], pd.DataFrame], Any],
+    error: type[SlashpatchError],
+) -> Any:
+    """Return `build(header, frame)` for a file that `save_frame` wrote.
+
+    Raises `error` for other files: those whose header has another `format`, and those for whose
+    parts `build` raises.
+    """
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.ParquetFile(Path(path)).read()
+        header = json.loads((table.schema.metadata or {}).get(b"slashpatch", b"{}"))
+        if header.get("format") != format:
+            raise error(f"{str(path)!r} holds nothing of the format {format}; choose another file")
+        return build(header, table.to_pandas())
+    except FileNotFoundError:
+        raise error(f"no file {str(path)!r}; expected a file of the format {format}") from None
+    except error:
+        raise
+    except (ArrowException, *DAMAGED) as why:
+        raise error(f"{str(path)!r} is no file of the format {format}: {said(why)}") from None
+
+
 def load_tensors(
     path: str | os.PathLike[str],
     format: str,

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+
+_hidden: ContextVar[bool] = ContextVar("slashpatch_hidden_progress", default=False)
+
+
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Show no bars and spinners inside, where another display is on the terminal already."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 def progress_over(
@@ -21,7 +34,7 @@ def progress_over(
     `n` is how much each item counts. The bar is shown if `show` is True, or if it is None and
     stderr is a terminal; it is erased at the end.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if _hidden.get() or not (sys.stderr.isatty() if show is None else show):
         yield from items
         return
     from rich.console import Console
@@ -100,10 +113,12 @@ class WorkersBar:
 
 def busy(what: str) -> AbstractContextManager[object]:
     """Show a spinner on stderr while the block runs, if stderr is a terminal."""
-    return _stderr().status(what)
+    if _hidden.get():
+        return nullcontext()
+    return terminal().status(what)
 
 
-def _stderr() -> Console:
+def terminal() -> Console:
     """Return a console on stderr that takes it for a terminal only if it is one.
 
     In notebooks rich would display what is printed; kernels set FORCE_COLOR, which rich reads as a
@@ -131,7 +146,7 @@ class Stages:
     def __enter__(self) -> Stages:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        self._console = _stderr()
+        self._console = terminal()
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from ..errors import MetricError, PromptError
 from ..heads import HeadsLike, heads
+from ..maths.repeated_tokens import prefix_matching
 from ..maths.slash_scores import slash_rows
-from .logit_metrics import _is_integer, copy_length
+from .logit_metrics import _is_integer
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,3 @@ def _fix_heads(metric: Any) -> None:
         if not chosen:
             raise MetricError(f"{type(metric).__name__} needs at least one head, or None for all")
         object.__setattr__(metric, "heads", chosen)
-
-
-def prefix_matching(
-    pattern: Any, tokens: Int[Tensor, "batch pos"], lags: Sequence[int]
-) -> Float[Tensor, "batch head lag"]:
-    """Return the mean attention from the second copy to `lag` after each first occurrence."""
-    n = copy_length(tokens)
-    if not all(0 <= lag < n for lag in lags):
-        raise PromptError(
-            f"lags in copies of {n} tokens must be from 0 to {n - 1}; got {list(lags)}"
-        )
-    offsets = torch.tensor([n - lag for lag in lags], device=pattern.device)
-    return slash_rows(pattern, offsets)[:, :, -n:].double().mean(2)

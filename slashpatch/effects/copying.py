@@ -16,12 +16,12 @@ from torch import Tensor
 from ..bridge.provenance import provenance
 from ..errors import OffsetError, PromptError
 from ..maths.offsets import as_offsets
+from ..maths.repeated_tokens import copy_length, copying_loss
 from .attention_metrics import PrefixMatching
 from .conditions import Condition, conditions, require_options
 from .evaluate import evaluate
 from .evaluation import MetricRunner
 from .inputs import repeated
-from .logit_metrics import copy_length, copying_loss
 from .result import Result
 from .statistics import adjusted, compared, interval
 

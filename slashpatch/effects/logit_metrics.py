@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import MetricError, PromptError
+from ..errors import MetricError
+from ..maths.repeated_tokens import copy_length
 
 
 def token_losses(
@@ -57,32 +58,6 @@ def top1_agreement(
 ) -> Float[Tensor, "batch"]:
     """Return how often the likeliest next token equals the clean run's, from 0 to 1."""
     return (logits.argmax(-1) == clean_logits.argmax(-1)).double().mean(1)
-
-
-def copy_length(tokens: Int[Tensor, "batch pos"]) -> int:
-    """Return the length of one copy, in prompts that hold the same tokens twice.
-
-    One further token, such as BOS, may come first. Raises PromptError for other prompts.
-    """
-    n = tokens.shape[1] // 2
-    if n < 2 or not torch.equal(tokens[:, -n:], tokens[:, -2 * n : -n]):
-        raise PromptError(
-            "copying metrics need prompts that hold the same tokens twice over; leave the prompts "
-            "out to get such ones, or choose another metric"
-        )
-    return n
-
-
-def copying_loss(
-    logits: Float[Tensor, "batch kept d_vocab"], tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch"]:
-    """Return the mean loss on the second copy of repeated tokens, without its first, in nats.
-
-    Chance is log d_vocab. *Ours*, after the usual induction test (Olsson et al., arXiv
-    2209.11895). Raises PromptError.
-    """
-    n = copy_length(tokens)
-    return token_losses(logits[:, -n:], tokens[:, -n:]).double().mean(1)
 
 
 def copying_top1(

@@ -18,10 +18,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import MetricError
+from ..maths.repeated_tokens import copy_length, copying_loss
 from .attention_metrics import PrefixMatching, SlashScores
 from .logit_metrics import (
-    copy_length,
-    copying_loss,
     copying_top1,
     kl_to_clean,
     loss_by_position,

@@ -30,6 +30,14 @@ def attention_slack(dtype: torch.dtype, largest_score: float) -> float:
     return min(math.expm1(min(3 * eps * largest_score, 1.0)) + 8 * eps, 0.5)
 
 
+def logits_slack(dtype: torch.dtype, n_layers: int) -> float:
+    """Return how far two computations of the same logits may differ through rounding alone.
+
+    The result is relative to the largest logit: 64 roundings a layer, at most 0.5 (*ours*).
+    """
+    return min(64 * (n_layers + 1) * rounding(dtype), 0.5)
+
+
 #: Logits at or below this value are masked. Masks contain −inf or the lowest number of a dtype, and
 #: that dtype may be float16 where the scores themselves are float32.
 MASKED = torch.finfo(torch.float16).min / 2

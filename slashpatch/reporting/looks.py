@@ -7,10 +7,13 @@ from typing import Any
 
 from ..data.display import Look, register
 from .checks import check_table
+from .emergence import LiveHeads, emergence_table
 from .explanation import explanation_report
+from .notebook.emergence import emergence_html
 from .notebook.results import explanation_html, report_html, result_html, run_html
 from .notebook.scans import edit_html, monitor_html, scan_html
 from .plots import (
+    plot_emergence,
     plot_explanation,
     plot_monitor,
     plot_report,
@@ -26,6 +29,10 @@ def _plain(look: Callable[..., Any]) -> Callable[..., str]:
 
 
 register("scanning.result.Scan", Look(_plain(scan_table), scan_html, plot_scan))
+register(
+    "scanning.emergence_result.Emergence",
+    Look(_plain(emergence_table), emergence_html, plot_emergence, LiveHeads),
+)
 register("scanning.monitor.SlashMonitor", Look(None, monitor_html, plot_monitor))
 register(
     "explaining.result.Explanation",

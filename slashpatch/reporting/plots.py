@@ -11,6 +11,7 @@ from .charts import effect_rows, effects, heads, pairs, rows, training, training
 from .charts.palette import theme
 from .charts.parts import require_altair, source, stacked
 from .checks import check_figure
+from .emergence_figure import emergence_figure
 from .explanation_figure import explanation_figure
 from .figures import effects_figure, grid_figure, scan_figure
 from .style import shortened
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..checking.result import Report
     from ..effects.result import Result
     from ..explaining.result import Explanation
+    from ..scanning.emergence_result import Emergence
     from ..scanning.monitor import SlashMonitor
     from ..scanning.result import Scan
     from ..theory import Run
@@ -62,6 +64,22 @@ def plot_scan(scan: Scan, backend: str, control: Scan | None = None, kappa: floa
         return grids[0] if control is None else stacked(*grids)
 
     return _drawn(backend, lambda: scan_figure(scan, control, kappa), chart)
+
+
+def plot_emergence(
+    found: Emergence, backend: str, kappa: float = 0.1, log_steps: bool = False
+) -> Any:
+    """Return each head's slash score over the steps of training, and the other measures."""
+    require_kappa(kappa)
+    if found.frame.empty:
+        raise PlotError("there are no measurements yet to plot")
+
+    def chart() -> Any:
+        title = shortened(f"{found.provenance['model']}: heads over training", 80)
+        data = training_rows.emergence_rows(found, kappa)
+        return training.emergence(data, kappa=kappa, log_steps=log_steps, title=title)
+
+    return _drawn(backend, lambda: emergence_figure(found, kappa, log_steps), chart)
 
 
 def plot_monitor(monitor: SlashMonitor, backend: str) -> Any:

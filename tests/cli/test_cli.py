@@ -13,7 +13,7 @@ import slashpatch as sp
 from slashpatch.cli import app as cli
 from slashpatch.cli import generate, length
 
-from ..tiny import N_CTX, tokenizer
+from ..tiny import N_CTX, llama, tokenizer
 
 SMALL = ("--prompts", 2, "--max-tokens", 24, "--offsets", "0-3", "--device", "cpu")
 
@@ -226,6 +226,7 @@ def test_every_command_names_the_model_by_an_option(call, model, command):
 def test_no_command_takes_a_model_argument():
     commands = get_command(cli.app).commands
     commands.pop("theory")  # trains models of its own
+    commands.pop("emergence")  # measures checkpoints, which are its arguments
     assert sorted(commands) == sorted(WITH_MODEL)
     for command in commands.values():
         parameters = {parameter.name: parameter for parameter in command.params}
@@ -666,3 +667,39 @@ def test_theory_refuses(call, arguments, said):
     code, out, err = call("theory", *arguments)
     assert (code, out) == (2, "")
     assert said in " ".join(err.split())
+
+
+def test_emergence(call, tmp_path, capsys):
+    for step in (1, 5):
+        llama(seed=step).save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    capsys.readouterr()  # what saving printed
+    out, plot = tmp_path / "run.parquet", tmp_path / "run.svg"
+    arguments = ("emergence", tmp_path / "run", "--random-tokens", *SMALL)
+    written = ("--measures", "rank, prefix", "--out", out, "--plot", plot, "--log-steps")
+    code, printed, err = call(*arguments, *written)
+    assert (code, err) == (0, "")
+    assert "2 steps of run, 2 prompts of 24 tokens" in printed
+    assert "when heads first reached κ = 0.1" in printed
+    assert f"wrote {out}" in printed
+    assert plot.read_text().startswith("<?xml")
+    assert sp.Emergence.load(out).measures == ("slash", "rank", "prefix")
+    code, printed, err = call(*arguments, *written, "--resume", "--json")
+    record = json.loads(printed)
+    assert [row["step"] for row in record["steps"]] == [1, 5]
+    assert record["steps"][0]["loss"] is None
+    assert record["first_steps"][0]["first"] in (1, 5)
+    for more, message in (
+        (written, "holds a run already; resume it (--resume"),
+        (("--resume",), "--resume goes with --out"),
+        (("--text", "a.txt"), "give --text or --random-tokens, not both"),
+        (("--out", "run.csv"), "expected a name that ends in .parquet"),
+        (("--measures", "bogus"), "unknown measure 'bogus'"),
+        (("--kappa", 2), "kappa must be a score"),
+        (("--device", "disk"), "--device disk is not for checkpoints"),
+    ):
+        code, printed, err = call(*arguments, *more)
+        assert (code, printed, len(err.splitlines())) == (2, "", 1)
+        assert message in err
+    code, _, err = call("emergence", "EleutherAI/pythia-160m@step1000")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "cannot fetch EleutherAI/pythia-160m@step1000" in err

@@ -77,6 +77,48 @@ def training(
     return finished(alt.layer(*layers, data=rows), description, title, width, height)
 
 
+def emergence(
+    data: Rows,
+    *,
+    kappa: float | None = None,
+    log_steps: bool = False,
+    width: Width = 460,
+    height: int = 260,
+    title: str | None = None,
+    description: str = "Slash score of each head over the steps of training.",
+) -> alt.LayerChart:
+    """Return each head's slash score over training steps.
+
+    Args:
+        data: Columns step, score, name (the head), what (the legend's entry).
+        kappa: Where to draw a rule, if anywhere.
+        log_steps: Whether the axis of steps is logarithmic.
+        width: In pixels, or "container".
+        height: In pixels.
+        title: The title, if any.
+        description: What is seen, for screen readers.
+    """
+    alt = require_altair()
+    rows = source(data)
+    scale = alt.Scale(type="symlog", constant=8) if log_steps else alt.Undefined
+    curves = (
+        alt.Chart()
+        .mark_line(opacity=0.8)
+        .encode(
+            x=alt.X("step:Q", title="training step", scale=scale),
+            y=alt.Y("score:Q", title="slash score", scale=alt.Scale(domain=[0, 1])),
+            detail="name:N",
+            **of(kinds("what", seen(rows, "what")), "color", "strokeDash"),
+            tooltip=tooltip(head="name:N", step="step:Q", score="score:Q:.3f"),
+        )
+    )
+    layers = [curves]
+    if kappa is not None:
+        rule = alt.Chart(alt.Data(values=[{"kappa": kappa}])).mark_rule(strokeDash=[4, 3])
+        layers.append(rule.encode(y="kappa:Q", tooltip=tooltip(κ="kappa:Q")))
+    return finished(alt.layer(*layers, data=rows), description, title, width, height)
+
+
 def phases(
     data: Rows,
     rows: str = "row",

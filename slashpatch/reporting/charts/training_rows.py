@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ...checking.result import Report
+    from ...scanning.emergence_result import Emergence
     from ...theory import Run
+
+
+#: How many heads have a colour of their own.
+_COLOURED = 7
 
 
 def training_rows(runs: Sequence[Run]) -> pd.DataFrame:
@@ -28,6 +33,35 @@ def training_rows(runs: Sequence[Run]) -> pd.DataFrame:
         for row in run.rows
     ]
     return pd.DataFrame(rows, columns=["step", "value", "what", "seed"])
+
+
+def emergence_rows(found: Emergence, kappa: float) -> pd.DataFrame:
+    """Return each head's slash score at the offset of its highest one, by step.
+
+    Columns step, score, name, and what: head and offset of the seven highest heads that reach κ,
+    else "other heads".
+    """
+    import pandas as pd
+
+    best = found.best()
+    chosen = dict(coloured(best, kappa))
+    peaks = best.loc[best.groupby("name", sort=False)["score"].idxmax()]
+    parts = []
+    for name, offset in zip(peaks["name"], peaks["offset"], strict=True):
+        rows = found.frame.loc[found.frame["name"] == name, ["step", f"score_{offset}", "name"]]
+        rows = rows.set_axis(["step", "score", "name"], axis=1)
+        what = f"{name} Δ={offset}" if name in chosen else "other heads"
+        parts.append(rows.assign(what=what))
+    order = {name: place for place, name in enumerate(chosen)}
+    parts.sort(key=lambda rows: order.get(rows["name"].iloc[0], len(order)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def coloured(best: pd.DataFrame, kappa: float) -> list[tuple[str, int]]:
+    """Return the heads to colour, with the offset of each one's highest score."""
+    rows = best.loc[best.groupby("name", sort=False)["score"].idxmax()]
+    rows = rows[rows["score"] >= kappa].sort_values("score", ascending=False).head(_COLOURED)
+    return list(zip(rows["name"].tolist(), rows["offset"].tolist(), strict=True))
 
 
 def phase_rows(frame: pd.DataFrame) -> pd.DataFrame:
