@@ -52,6 +52,7 @@ bench: .venv/developed
 	$(BIN)/python benchmarks/dtypes.py
 	$(BIN)/python benchmarks/screen.py
 	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/on_paper.py
 
 bench-gpu: .venv/developed
 	$(BIN)/python benchmarks/gpu.py
