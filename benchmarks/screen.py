@@ -29,11 +29,11 @@ from slashpatch.data.prompts import repeated_random_tokens
 from slashpatch.effects.evaluation import MetricRunner
 from slashpatch.effects.gradients import gradients
 from slashpatch.effects.inputs import batches, prompts_for
-from slashpatch.effects.logit_metrics import copying_loss
 from slashpatch.effects.screen import halves
 from slashpatch.effects.screen_estimates import contributions
 from slashpatch.effects.sweep_run import SweepRun
 from slashpatch.effects.sweep_variants import sweep_variants
+from slashpatch.maths.repeated_tokens import copying_loss
 
 EDITS = ("KnockOut({head}, 1)", "AblateHeads({head})", "DropBand({head}, high)")
 SEEDS, N_PROMPTS, N_HEADS, TOP = range(5), 8, 270, 10
