@@ -87,7 +87,7 @@ class WorkersBar:
             TextColumn("{task.fields[workers]}"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
-            console=_stderr() if show is None else _stderr_shown(),
+            console=terminal() if show is None else _stderr_shown(),
             transient=True,
             disable=not (sys.stderr.isatty() if show is None else show),
         )
