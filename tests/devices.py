@@ -52,6 +52,13 @@ class Devices(TorchFunctionMode):
             if own:
                 with self:
                     return own[0].__torch_function__(func, types, args, kwargs)
+        if func is torch.autograd.grad:  # gradients are where their tensors are
+            result = func(*args, **kwargs)
+            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+            for x, gradient in zip(tree_leaves(inputs), result, strict=True):
+                if gradient is not None:
+                    self.put(gradient, self.of(x))
+            return result
         leaves = tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         wanted = [x for x in leaves if isinstance(x, torch.device)]

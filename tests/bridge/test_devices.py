@@ -151,8 +151,9 @@ class TestTwoDevices:
             lambda model: sp.paths(
                 model, "KnockOut(L0H1, 1)", "L2H0-1", n_prompts=3, max_tokens=17
             ),
+            lambda model: sp.screen(model, n_prompts=6, max_tokens=17, verify=3, audit=3),
         ],
-        ids=["sweep", "measure", "attention metric", "flow", "copying", "paths"],
+        ids=["sweep", "measure", "attention metric", "flow", "copying", "paths", "screen"],
     )
     def test_effects(self, two, plain, tool):
         ours, expected = tool(two).frame, tool(plain).frame
