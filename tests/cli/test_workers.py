@@ -24,6 +24,7 @@ def test_sweep_in_workers_prints_what_one_process_prints(cluster, call, model):
         (("flow",), "effects.flow.flow"),
         (("measure", "-e", "KnockOut(L0H0, 1)"), "effects.measure.measure"),
         (("sweep",), "effects.sweep.sweep"),
+        (("screen",), "effects.screen.screen"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -51,6 +51,17 @@ def test_a_sweep_is_that_of_one_process(cluster, model):
     assert in_workers.provenance["edits"] == patched.provenance["edits"]
 
 
+def test_a_screen_is_that_of_one_process(cluster, model):
+    """Estimates and runs, in one pool of workers, also where batches are spread over them."""
+    arguments = (model, "KnockOut({head}, {offset})", "L1-3", "loss", random_tokens(6, 13))
+    options = {"offsets": [1, 2], "verify": 3, "audit": 2, "batch_size": 1}
+    alone = sp.screen(*arguments, **options)
+    shared = sp.screen(*arguments, workers=2, **options)
+    pd.testing.assert_frame_equal(shared.frame, alone.frame, check_exact=True)
+    assert shared.remarks == alone.remarks
+    assert shared.provenance == {**alone.provenance, "workers": 2, "threads": 1}
+
+
 def test_measure_is_that_of_one_process(cluster, model):
     """Also the draws of controls, and the values of each prompt."""
     metrics = ["loss", "kl", "slash", last_logit]
