@@ -89,7 +89,7 @@ class WorkersBar:
             TimeRemainingColumn(),
             console=terminal() if show is None else _stderr_shown(),
             transient=True,
-            disable=not (sys.stderr.isatty() if show is None else show),
+            disable=_hidden.get() or not (sys.stderr.isatty() if show is None else show),
         )
         self._task = self._bar.add_task(what, total=total, workers="starting", rate="")
 
