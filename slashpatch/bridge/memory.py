@@ -81,8 +81,13 @@ def _dtype_of(config: Any) -> torch.dtype:
 
 
 def needed_by(empty: Any, source: str | Path, n_tokens: int) -> MemoryNeeded:
-    """Return what an empty model (see `empty_model`) would need with its weights."""
+    """Return what an empty model (see `empty_model`) would need with its weights.
+
+    Raises ModelError for a model without attention heads.
+    """
     config = empty.config.get_text_config()
+    if not getattr(config, "num_attention_heads", None):
+        raise ModelError(f"a {type(empty).__name__} has no attention heads, which slashpatch reads")
     dtype: torch.dtype = empty.dtype
     tensors = {id(x): x for x in [*empty.parameters(), *empty.buffers()]}.values()
     weights = sum(x.numel() * x.element_size() for x in tensors)

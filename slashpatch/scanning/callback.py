@@ -20,6 +20,7 @@ from ..bridge.trained import (
     unwrapped,
 )
 from ..data import display
+from ..data.files import said
 from ..errors import EmergenceError, SlashpatchError
 from .emergence_result import Emergence
 from .probe import probe_of, require_measures
@@ -198,9 +199,10 @@ class SlashCallback(TrainerCallback):
                 made = bridge_of_copy(model) if self._bridge is None else self._bridge
                 with evaluating(made):
                     record.add(step, f"step {step}", made)
-        except (SlashpatchError, RuntimeError, OSError) as error:
+        except Exception as error:  # whatever it is, days of training are worth more
             self._failed = step
-            _log.warning("slashpatch could not measure step %d: %s", step, error)
+            why = said(error)
+            _log.warning("slashpatch could not measure step %d: %s", step, why)
         finally:
             made = None
             gc.collect()

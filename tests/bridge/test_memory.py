@@ -78,6 +78,16 @@ def test_the_kv_cache_is_that_of_a_pass(tmp_path, family):
     assert sp.memory_needed(tmp_path, n_tokens=3).kv_cache == expected
 
 
+def test_a_model_without_attention_is_refused_by_name(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=16, hidden_size=8, state_size=2, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    for read in (sp.memory_needed, sp.load):
+        with pytest.raises(ModelError, match="MambaForCausalLM has no attention heads"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_sums_are_those_of_a_scan(tmp_path, kv_heads):
     hf_model = llama(seed=0, kv_heads=kv_heads)

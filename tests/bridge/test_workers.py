@@ -1,8 +1,10 @@
+import contextlib
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +20,10 @@ from slashpatch.bridge.workers.identity import (
     identity,
     probe,
 )
+from slashpatch.bridge.workers.member import Member
 from slashpatch.bridge.workers.options import Workers, as_workers
 from slashpatch.bridge.workers.pool import WorkerPool
+from slashpatch.bridge.workers.session import ray_session
 from slashpatch.bridge.workers.shipping import ship
 from slashpatch.bridge.workers.units import Units
 from slashpatch.errors import ExtraError, WorkerError
@@ -177,6 +181,64 @@ def test_what_cannot_be_sent_is_refused(tiny):
         worker_pool(tiny, Workers(2))
     with sp.fused(tiny), pytest.raises(WorkerError, match="leave sp.fused before"):
         worker_pool(tiny, Workers(2))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_session_of_ones_own_leaves_nothing(tmp_path, monkeypatch, fails):
+    """Its log files stay only where something failed."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    folder = tmp_path / "session"
+    folder.mkdir()
+    ended = []
+    monkeypatch.setattr(
+        ray, "init", lambda **_: SimpleNamespace(address_info={"session_dir": str(folder)})
+    )
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with contextlib.suppress(KeyError), ray_session(1, 1):
+        assert not ended
+        if fails:
+            raise KeyError
+    assert (ended, folder.exists()) == ([True], fails)
+
+
+def test_ray_that_starts_too_slowly_is_one_error(monkeypatch):
+    """Ray raises an Exception of no class of its own then, with daemons left running."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    ended = []
+
+    def init(**_):
+        raise Exception("The current node timed out\nduring startup")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with (
+        pytest.raises(WorkerError, match=r"current node timed out during startup$"),
+        ray_session(1, 1),
+    ):
+        pass
+    assert ended == [True]
+
+
+def test_a_worker_that_cannot_be_asked_again_is_gone(tiny, monkeypatch):
+    """Ray may refuse the call; the pool must not wait for the answer."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    pool = WorkerPool(tiny, Workers(2))
+    pool._members = [Member(number, None, ready=True) for number in (1, 2)]
+    work = Units([4, 5], None)
+
+    def refuses(member):
+        raise ray.exceptions.RayActorError
+
+    monkeypatch.setattr(pool, "_greet", refuses)
+    for member in list(pool._members):
+        member.units["a"] = work.next()
+    pool._lost(pool._members[0], "a", work, RuntimeError("it died"))
+    assert [member.number for member in pool._members] == [2]
+    assert work.next() == 4
+    with pytest.raises(WorkerError, match="no worker is left; worker 2"):
+        pool._lost(pool._members[0], "a", work, RuntimeError("it died"))
 
 
 class Numbers:

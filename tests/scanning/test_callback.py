@@ -323,6 +323,29 @@ def test_what_cannot_be_measured_later_is_a_warning(tmp_path, caplog):
     assert "holds NaN or infinite" in caplog.text
 
 
+def test_whatever_fails_later_does_not_end_the_training(tmp_path, caplog, monkeypatch):
+    """Also an error that nobody foresaw; the steps before and after it are measured."""
+    from slashpatch.scanning import record
+
+    watched = watch(2, path=tmp_path / "run.parquet")
+    write = record.Record.add
+
+    def fails(self, step, *arguments):
+        if step == 2:
+            raise KeyError("no\nsuch thing")
+        write(self, step, *arguments)
+
+    monkeypatch.setattr(record.Record, "add", fails)
+    made = trainer(tmp_path, [watched], steps=6)
+    with caplog.at_level(logging.WARNING):
+        made.train()
+    assert made.state.global_step == 6
+    assert sp.Emergence.load(tmp_path / "run.parquet").steps == (0, 4, 6)
+    assert [text for text in caplog.messages if "slashpatch" in text] == [
+        "slashpatch could not measure step 2: KeyError: 'no\\nsuch thing'"
+    ]
+
+
 class Stop(TrainerCallback):
     def __init__(self, event):
         self.event = event

@@ -241,24 +241,27 @@ class WorkerPool:
         """Take back what a dead worker had, and greet it again if Ray restarts it."""
         import ray
 
-        first = next(iter(member.units.values()), None)
-        if ref is member.hello:  # no restart is left, or it could not even be made
-            self._members.remove(member)
-            if not self._members:
+        if ref is not member.hello:
+            first = next(iter(member.units.values()), None)
+            if first is not None and work.died_at(first) >= _DEATHS:
                 raise WorkerError(
-                    f"no worker is left; {member} was the last one to end, after {_RESTARTS} "
-                    f"restarts at most ({said(error)}). What is finished is kept: resume it"
+                    f"unit {first} of this work has ended {_DEATHS} workers, {member} the last "
+                    f"({said(error)}); perhaps it needs more memory than there is. What is "
+                    "finished is kept: resume it"
                 ) from error
-            return
-        if first is not None and work.died_at(first) >= _DEATHS:
+            self._take_back(member, work)
+            try:
+                self._greet(member)
+                return
+            except ray.exceptions.RayActorError as refused:
+                error = refused
+        # No restart is left, or it could not even be made.
+        self._members.remove(member)
+        if not self._members:
             raise WorkerError(
-                f"unit {first} of this work has ended {_DEATHS} workers, {member} the last "
-                f"({said(error)}); perhaps it needs more memory than there is. What is finished "
-                "is kept: resume it"
+                f"no worker is left; {member} was the last one to end, after {_RESTARTS} "
+                f"restarts at most ({said(error)}). What is finished is kept: resume it"
             ) from error
-        self._take_back(member, work)
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            self._greet(member)
 
     def _take_back(self, member: Member, work: Units) -> None:
         work.take_back(member.units.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,8 @@ def ray_session(cpus: int, object_bytes: int) -> Iterator[None]:
     """Connect to Ray as `ray.init()` does, and disconnect on leaving.
 
     A session that is there already is used and left. Without one, and without a cluster to connect
-    to, Ray is started on this machine with at least `cpus` CPUs, and stopped on leaving. Raises
-    WorkerError if that fails.
+    to, Ray is started on this machine with at least `cpus` CPUs, and stopped on leaving; its log
+    files are deleted unless the block raised. Raises WorkerError if Ray cannot start.
     """
     import ray
 
@@ -33,15 +34,17 @@ def ray_session(cpus: int, object_bytes: int) -> Iterator[None]:
         "include_dashboard": False,
     }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    folder: str | None = None
     try:
         if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
             try:
-                ray.init(**quiet, **own)
+                folder = ray.init(**quiet, **own).address_info.get("session_dir")
             except ValueError:  # a cluster was started on this machine: its resources are given
                 ray.init(**quiet)
         else:
             ray.init(**quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises a bare Exception where its daemons start too slowly
+        ray.shutdown()  # what it had started
         address = os.environ.get("RAY_ADDRESS")
         where = f"connect to the Ray cluster at {address}" if address else "start Ray here"
         raise WorkerError(f"cannot {where}: {' '.join(str(error).split())}") from error
@@ -50,6 +53,8 @@ def ray_session(cpus: int, object_bytes: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep_off_stdout() -> None:
