@@ -43,6 +43,11 @@ def require_gradient(metric: Metric) -> None:
     raise MetricError(f"{name} has no gradient at the clean run, because {why}; {_INSTEAD}")
 
 
+def no_slope(name: str) -> MetricError:
+    """Return the error of a metric whose gradient is zero on all prompts."""
+    return MetricError(f"{name} has a gradient of zero here; {_INSTEAD}")
+
+
 _INSTEAD = (
     "screen by another metric, such as proxy='loss' or proxy='copying' (--proxy): the estimates "
     "are then of the proxy, the exact effects of your metric"
@@ -60,7 +65,8 @@ def gradients(
         layers: Layers from which on gradients are wanted; the last is the model's last.
         moved: Changes that are added to z on the way, by layer.
 
-    Raises MetricError if the metric does not depend on z smoothly, or gives several numbers.
+    Raises MetricError if the metric does not depend on z smoothly, or gives several numbers. The
+    gradient may be zero on these prompts.
     """
     z: ByLayer = {}
 
@@ -78,22 +84,29 @@ def gradients(
     hooks = [(runner.info.hook(layer, "z"), keep) for layer in layers]
     with torch.enable_grad(), _weights_fixed(runner.model):
         logits = runner.logits(batch.tokens, hooks, gradients=True)
-        value = runner.of_logits(0, logits, batch)
+        try:
+            value = runner.of_logits(0, logits, batch)
+        except RuntimeError as error:  # PyTorch's, of numpy() or of a change of a view
+            if "grad" not in str(error):
+                raise
+            why = str(error).splitlines()[0].rstrip(".")
+            raise MetricError(f"{runner.names[0]} has no gradient: {why}; {_INSTEAD}") from error
         checked(value, batch, runner.names[0], "clean" if moved is None else "moved heads")
-        if value.shape != (len(batch.index),):
+        if value.numel() != len(batch.index):
             raise MetricError(
                 f"expected a metric with one number per prompt; {runner.names[0]} gives "
                 f"{value.numel() // len(batch.index)}"
             )
         if not value.requires_grad:
-            raise MetricError(f"{runner.names[0]} has no gradient, because it counts; {_INSTEAD}")
+            raise MetricError(
+                f"{runner.names[0]} has no gradient, because it counts or is computed outside "
+                f"autograd; {_INSTEAD}"
+            )
         found = torch.autograd.grad(value.sum(), [z[layer] for layer in layers], allow_unused=True)
     by_layer = {
         layer: torch.zeros_like(z[layer]) if part is None else part
         for layer, part in zip(layers, found, strict=True)
     }
-    if not any(bool(part.any()) for part in by_layer.values()):
-        raise MetricError(f"{runner.names[0]} has a gradient of zero here; {_INSTEAD}")
     if not all(bool(part.isfinite().all()) for part in by_layer.values()):
         raise MetricError(
             f"the gradient of {runner.names[0]} is not finite; with float16 it easily overflows, "
@@ -106,9 +119,9 @@ def gradients(
 def _weights_fixed(model: TransformerBridge) -> Iterator[None]:
     """Ask for no gradients of the weights, so that what only those need is not kept."""
     weights = [w for w in model.original_model.parameters() if w.requires_grad]
-    for weight in weights:
-        weight.requires_grad_(False)
     try:
+        for weight in weights:
+            weight.requires_grad_(False)
         yield
     finally:
         for weight in weights:

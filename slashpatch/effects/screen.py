@@ -17,7 +17,7 @@ from ..bridge.provenance import provenance
 from ..bridge.workers.options import as_workers
 from ..data.files import require_output
 from ..data.journal import Journal
-from ..errors import MetricError, PromptError
+from ..errors import PromptError
 from ..patching.worker_pool import worker_pool
 from .conditions import require_options
 from .evaluation import MetricRunner
@@ -90,7 +90,8 @@ def screen(
             variants that were screened.
         proxy: A metric whose gradient to use instead, where `metric` has none (KL divergence,
             top-1). Estimates are then of the proxy, effects of the metric.
-        above: The |effect| that the audit asks about; None: that of the 10th largest verified.
+        above: The |effect| that the audit asks about; None: that of the 10th largest verified. A
+            finished screen that is loaded by `resume` answers for this value.
         path: A .parquet or .json file to write. Finished rows are written next to it while the
             screen runs, as in `sweep`; `resume` continues from there.
         resume: Continue an unfinished screen, or load a finished one.
@@ -126,10 +127,8 @@ def screen(
         ExtraError: `workers` without the extra `slashpatch[ray]`.
     """
     require_options(seed, confidence, n_prompts=n_prompts, batch_size=batch_size, per_pass=per_pass)
-    require_counts(verify, audit)
+    require_counts(verify, audit, above)
     pool_of = as_workers(workers)
-    if above is not None and not (isinstance(above, (int, float)) and above >= 0):
-        raise MetricError(f"above must be an effect's size, at least 0; got {above!r}")
     variants = sweep_variants(model, make_edit, heads, offsets)
     require_one_layer(variants)
     runner = MetricRunner(model, [as_metric(metric)])
@@ -174,11 +173,15 @@ def screen(
             kept = [variant for variant in variants if variant.index in why]
             work = SweepRun(model, runner, chosen, kept, batch_size, per_pass, verified)
             rows = work.all(journal, pool, progress)
-        frame = _frame(variants, found, why, rows, origin)
-        table = audited(frame, above, confidence)
-        return Result("screen", frame, {"audit": table}, _remarks(frame, table, origin), made_by)
+        return told(_frame(variants, found, why, rows, origin), made_by)
 
-    return resumable(target, resume, origin, "screen", len(variants), len(verified), run)
+    def told(frame: pd.DataFrame, made: dict[str, Any]) -> Result:
+        table = audited(frame, above, confidence)
+        return Result("screen", frame, {"audit": table}, _remarks(frame, table, origin), made)
+
+    done = resumable(target, resume, origin, "screen", len(variants), len(verified), run)
+    # A loaded file may hold the audit's answer for another effect, or (.parquet) none.
+    return told(done.frame, done.provenance)
 
 
 def halves(n: int, split: bool, seed: int) -> tuple[list[int], list[int]]:
@@ -249,8 +252,8 @@ def _frame(
 def _selected_q(p: pd.Series[float], why: dict[int, str], split: bool) -> Float[Tensor, "variant"]:
     """Return p adjusted over the rows that the estimates chose; NaN for the others.
 
-    Chosen on the prompts that the tests use (no split), they are adjusted as if every row that was
-    not run had p = 1, which holds however they were chosen.
+    Chosen on the prompts that the tests use (no split), they are adjusted as if every other row had
+    p = 1, which holds however they were chosen.
     """
     chosen: Int[Tensor, "_"] = torch.tensor(
         [index for index, reason in sorted(why.items()) if reason != AUDIT]
@@ -279,11 +282,16 @@ def _remarks(frame: pd.DataFrame, table: pd.DataFrame, origin: dict[str, Any]) -
         return (selected, "Every row was run.")
     if found["audited"] == 0:
         return (selected, f"No audit: nothing is known of {found['unverified']:.0f} rows.")
-    return (
-        selected,
+    size = f"of {found['above']:.3g} or more" if found["above"] else "other than zero"
+    missed = (
         f"Audit of {found['audited']:.0f} rows drawn at random: of {found['unverified']:.0f} rows "
         f"that were not run, about {found['missed']:.0f} and at most {found['missed_at_most']:.0f} "
-        f"({found['confidence']:.0%}) have an effect of {found['above']:.3g} or more; recall about "
-        f"{found['recall']:.2f}, at least {found['recall_at_least']:.2f}. Rank correlation of "
-        f"|estimate| and |effect| in the audit: {found['spearman']:.2f}.",
+        f"({found['confidence']:.0%}) have an effect {size}"
     )
+    if found["found"]:
+        missed += f"; recall about {found['recall']:.2f}, at least {found['recall_at_least']:.2f}"
+    if not math.isnan(found["spearman"]):
+        missed += (
+            f". Rank correlation of |estimate| and |effect| in the audit: {found['spearman']:.2f}"
+        )
+    return (selected, f"{missed}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -61,8 +61,10 @@ def choose(
 def draw(items: Sequence[int], strata: Sequence[int], n: int, seed: int) -> list[int]:
     """Return n of the items, drawn at random and spread over the strata in proportion.
 
-    Every item has the same chance: the items are shuffled within their strata, and then every
-    (len(items) / n)-th is taken from a random start (systematic sampling).
+    Every item has the same chance: the strata and the items within each are shuffled, and then
+    every (len(items) / n)-th is taken from a random start (systematic sampling). Strata in their
+    own order would do harm where every second layer is alike: a step of two layers hits all or none
+    of these.
     """
     from transformer_lens.utilities.statistics import derive_generator
 
@@ -70,7 +72,10 @@ def draw(items: Sequence[int], strata: Sequence[int], n: int, seed: int) -> list
         return list(items) if n else []
     generator = derive_generator(seed, "screen audit")
     shuffled = torch.randperm(len(items), generator=generator).tolist()
-    ordered = sorted(shuffled, key=lambda place: strata[place])
+    of_strata = sorted(set(strata))
+    places = torch.randperm(len(of_strata), generator=generator).tolist()
+    turn = dict(zip(of_strata, places, strict=True))
+    ordered = sorted(shuffled, key=lambda place: turn[strata[place]])
     start = float(torch.rand((), generator=generator, dtype=torch.float64))
     step = len(items) / n
     return [items[ordered[min(int((start + k) * step), len(items) - 1)]] for k in range(n)]
@@ -80,7 +85,8 @@ def most_missed(n_rest: int, n_audited: int, n_found: int, confidence: float) ->
     """Return an upper bound on how many of the rows that were not run would have counted.
 
     Clopper and Pearson's bound for the share, from `n_found` among `n_audited` that were drawn from
-    `n_rest`. Draws in proportion to strata only make it more careful (Hoeffding 1956).
+    `n_rest`. It is exact for independent draws; for those of `draw`, which vary less, it is
+    careful (simulated in the tests, with rows that count in one layer, in every second, or spread).
     """
     from scipy.stats import beta
 
@@ -95,10 +101,11 @@ def audited(frame: pd.DataFrame, above: float | None, confidence: float) -> pd.D
     """Return the audit's findings as a table of one row; `frame` is the screen's table.
 
     Columns: `above` (the effect asked about; None: that of the verified row of rank 10), `found`
-    (rows with such an effect that were run), `by_audit` (of these, how many the audit alone found),
-    `audited`, `unverified` (rows that were not run), `missed` and `missed_at_most` (how many of
-    those have such an effect: estimate, and upper bound at `confidence`), `recall` and
-    `recall_at_least`, `spearman` (of the sizes of estimate and effect, over the audited rows).
+    (rows with such an effect, other than zero, that were run), `by_audit` (of these, how many the
+    audit alone found), `audited`, `unverified` (rows that were not run), `missed` and
+    `missed_at_most` (how many of those have such an effect: estimate, and upper bound at
+    `confidence`), `recall` and `recall_at_least`, `spearman` (of the sizes of estimate and effect,
+    over the audited rows).
     """
     import pandas as pd
     from scipy.stats import spearmanr
@@ -109,8 +116,8 @@ def audited(frame: pd.DataFrame, above: float | None, confidence: float) -> pd.D
         largest = sizes[was_chosen].sort_values(ascending=False)
         above = float(largest.iloc[min(_RANK, len(largest)) - 1])
     n_drawn, n_rest = int(was_drawn.sum()), int((~was_chosen).sum())
-    by_audit = int((sizes[was_drawn] >= above).sum())
-    found = int((sizes >= above).sum())
+    counts = (sizes >= above) & (sizes > 0)
+    by_audit, found = int(counts[was_drawn].sum()), int(counts.sum())
     unknown = n_rest - n_drawn
     missed = unknown * by_audit / n_drawn if n_drawn else 0.0 if unknown == 0 else math.nan
     at_most = most_missed(n_rest, n_drawn, by_audit, confidence)
@@ -135,8 +142,13 @@ def audited(frame: pd.DataFrame, above: float | None, confidence: float) -> pd.D
     )
 
 
-def require_counts(verify: object, audit: object) -> None:
-    """Raise MetricError unless verify is an integer from 1 and audit one from 0."""
+def require_counts(verify: object, audit: object, above: Any) -> None:
+    """Raise MetricError unless verify and audit are integers from 1 and 0, above a size or None."""
     for name, count, least in (("verify", verify, 1), ("audit", audit, 0)):
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise MetricError(f"{name} must be an integer of at least {least}; got {count!r}")
+    if above is None:
+        return
+    number = isinstance(above, (int, float)) and not isinstance(above, bool)
+    if not number or not 0 <= above < math.inf:
+        raise MetricError(f"above must be an effect's size, a number from 0 on; got {above!r}")

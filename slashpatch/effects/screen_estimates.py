@@ -25,7 +25,7 @@ from ..patching.fused import fused_where_exact
 from ..patching.worker_pool import units_of
 from .evaluation import MetricRunner
 from .exact_changes import exact_changes
-from .gradients import ByLayer, gradients
+from .gradients import ByLayer, gradients, no_slope
 from .inputs import Batch, batches
 from .metrics import Metric
 from .sweep_variants import Variant
@@ -61,15 +61,19 @@ def contributions(
         workers: Worker processes, or a pool of them; None: this process.
         progress: Whether to show a progress bar; None: on a terminal only.
 
-    Raises MetricError as `gradients`, and for estimates that are not finite.
+    Raises MetricError as `gradients`, for a gradient of zero on all prompts, and for estimates that
+    are not finite.
     """
     job = EstimateJob(runner.metrics, prompts, batch_size, chosen, tuple(variants), seed)
     made = job.batches(runner.model)
     order = torch.cat([batch.index for batch in made]).argsort()
     units = units_of(runner.model, job, range(len(made)), "estimating", workers, progress)
-    with closing(units) as found:
+    # Autograd cannot use what is computed inside torch.inference_mode.
+    with torch.inference_mode(False), closing(units) as found:
         parts = dict(found)
-    whole = torch.cat([parts[at] for at in range(len(made))], dim=1)[:, order]
+    if not any(sloped for _, sloped in parts.values()):
+        raise no_slope(runner.names[0])
+    whole = torch.cat([parts[at][0] for at in range(len(made))], dim=1)[:, order]
     bad = (~whole.isfinite()).any(0).any(0)
     if bool(bad.any()):
         which = next(variant for variant in variants if bool(bad[variant.index]))
@@ -93,11 +97,11 @@ class EstimateJob:
         cfg = model.cfg
         return batches(self.prompts, cfg.d_vocab, self.batch_size, cfg.device, self.chosen)
 
-    def start(self, model: TransformerBridge) -> Callable[[int], Tensor]:
-        """Return a function that estimates on one batch."""
+    def start(self, model: TransformerBridge) -> Callable[[int], tuple[Tensor, bool]]:
+        """Return a function that estimates on one batch, and says whether a gradient is not 0."""
         runner, made = MetricRunner(model, self.metrics), self.batches(model)
 
-        def run(at: int) -> Float[Tensor, "run batch variant"]:
+        def run(at: int) -> tuple[Float[Tensor, "run batch variant"], bool]:
             with fused_where_exact(model):
                 return _of_batch(runner, made[at], self.variants, self.seed)
 
@@ -106,8 +110,8 @@ class EstimateJob:
 
 def _of_batch(
     runner: MetricRunner, batch: Batch, variants: Sequence[Variant], seed: int
-) -> Float[Tensor, "run batch variant"]:
-    """Return the estimates of one batch."""
+) -> tuple[Float[Tensor, "run batch variant"], bool]:
+    """Return the estimates of one batch, and whether any gradient is not zero."""
     layers = range(variants[0].edit.layers[0], runner.info.n_layers)
     clean = gradients(runner, batch, layers)
     at_clean = {layer: clean.z[layer] for layer in layers}
@@ -130,7 +134,7 @@ def _of_batch(
                 out[run, :, variant.index] = by_head[:, variant.edit.heads_in(layer)].sum(1)
 
     exact_changes(runner.model, batch, at_clean, variants, add)
-    return out
+    return out, any(bool(part.any()) for by_layer in found for part in by_layer.values())
 
 
 def _random_changes(
