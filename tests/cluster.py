@@ -10,8 +10,8 @@ import pytest
 from filelock import FileLock
 
 ROOT = str(Path(__file__).parents[1])
-#: Workers are processes of their own: they import this checkout, and read no hub. Where a machine is
-#: busy, Ray must not kill them since others take memory or disk, nor because they start slowly.
+#: Workers are processes of their own: they import this checkout, and read no hub. Where a machine
+#: is busy, Ray must not kill them since others take memory or disk, nor because they start slowly.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
