@@ -1,11 +1,15 @@
 """How well a sweep splits over worker processes of one thread each. Part of `make bench`.
 
-`python benchmarks/workers.py [heads] [rounds]` takes about twenty minutes on two cores.
+`python benchmarks/workers.py [heads] [rounds]` takes about twenty minutes on two cores. Nothing else
+may run meanwhile: two workers then share what the system leaves them, and look no faster than one.
 """
 
 import os
 import statistics
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 from common import in_turns, setting, write_results, write_table
 
@@ -14,11 +18,19 @@ HEADS, SIZE, ROUNDS = 90, {"n_prompts": 16, "max_tokens": 65}, 3
 WORKERS = 2
 
 
-class Nothing:
-    """A job that does nothing: what is left is the start."""
+class AllStarted:
+    """A job that does nothing but wait until all workers have the model: the start is left."""
+
+    def __init__(self, folder, workers):
+        self.folder, self.workers = Path(folder), workers
 
     def start(self, model):
-        return lambda index: model.cfg.n_layers
+        def wait(index):
+            (self.folder / str(os.getpid())).touch()
+            while len(list(self.folder.iterdir())) < self.workers:
+                time.sleep(0.05)
+
+        return wait
 
 
 def main():
@@ -41,7 +53,9 @@ def main():
         frames[workers] = sp.sweep(model, heads=heads, workers=workers, **SIZE).frame
 
     def start(workers):
-        list(units_of(model, Nothing(), range(workers), "starting", sp.Workers(workers)))
+        with tempfile.TemporaryDirectory() as folder:
+            job = AllStarted(folder, workers)
+            list(units_of(model, job, range(workers), "starting", sp.Workers(workers)))
 
     runs = {"here": lambda: sweep(None)}
     for n in (1, WORKERS):
