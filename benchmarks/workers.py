@@ -1,7 +1,8 @@
 """How well a sweep splits over worker processes of one thread each. Part of `make bench`.
 
-`python benchmarks/workers.py [heads] [rounds]` takes about twenty minutes on two cores. Nothing else
-may run meanwhile: two workers then share what the system leaves them, and look no faster than one.
+`python benchmarks/workers.py [heads] [rounds]` takes about twenty minutes on two cores. Nothing
+else may run meanwhile: two workers then share what the system leaves them, and look no faster than
+one.
 """
 
 import os
@@ -64,6 +65,14 @@ def main():
     found = in_turns(runs, rounds, warm_up=False)
     for frame in frames.values():
         assert frame.equals(frames[None]), "workers gave other numbers"
+
+    for n in ("1", f"{WORKERS}"):
+        for whole, begin in zip(found[n], found[f"start {n}"], strict=True):
+            if whole < 3 * begin:
+                raise SystemExit(
+                    f"a sweep of {whole:.0f} s, of which {begin:.0f} s are the start of {n} "
+                    "workers, tells nothing; take more heads"
+                )
 
     def median(of):
         return statistics.median(map(of, range(rounds)))
