@@ -6,13 +6,14 @@ results.json: how many forward passes a variant of a sweep and the estimates of 
 said so in the table: a GPU's rate, and its price. Writes a table of docs/how-to/workers.md.
 """
 
+import statistics
+
 from common import read_results, write_results, write_table
 
 N_HEADS, N_OFFSETS, N_EDITS = 1024, 16, 3
 WEIGHTS = 8e9
 #: Assumed: half-precision operations per second that a forward pass reaches, and dollars an hour.
 RATE, PRICE = 4e14, 2.5
-VERIFIED, FLAGGED = 64, 10
 PROMPTS = ((16, 512), (128, 2048))
 GPUS = (8, 64)
 
@@ -23,7 +24,7 @@ def gpu_seconds(tokens, measured):
     variants = N_HEADS * N_OFFSETS * N_EDITS
     exact = variants * measured["passes_of_variant"] * forward
     # A screen runs its estimates on one half of the prompts, and variants on the other.
-    each = measured["passes_of_estimates"] + (VERIFIED + FLAGGED) * measured["passes_of_variant"]
+    each = measured["passes_of_estimates"] + measured["run"] * measured["passes_of_variant"]
     return exact, N_EDITS * each * forward / 2
 
 
@@ -38,7 +39,10 @@ def main():
     screen, workers = read_results("screen"), read_results("workers")
     if not screen or not workers:
         raise SystemExit("run benchmarks/screen.py and benchmarks/workers.py first")
-    measured, share = screen["passes"], workers["efficiency without the start"]
+    share = workers["efficiency without the start"]
+    # The rows that a screen runs do not grow with those it estimates: top, flagged and audit.
+    run = statistics.fmean(row["run"] for row in screen["rows"])
+    measured = {**screen["passes"], "run": run}
     lines = [
         "| prompts | way | GPU-hours | price | " + " | ".join(f"{n} GPUs" for n in GPUS) + " |",
         "|---|---|---|---|" + "---|" * len(GPUS),
@@ -61,7 +65,8 @@ def main():
         f"{N_HEADS:,} heads × {N_OFFSETS} offsets × {N_EDITS} edits, {WEIGHTS / 1e9:.0f} billion "
         "weights. **On paper**: nothing of it was run. Measured on the default model: a variant of "
         f"a sweep takes {measured['passes_of_variant']:.2f} forward passes, the estimates of a "
-        f"screen at sixteen offsets {measured['passes_of_estimates']:.1f}, and two workers are "
+        f"screen at sixteen offsets {measured['passes_of_estimates']:.1f}, a screen runs "
+        f"{measured['run']:.0f} variants exactly, and two workers are "
         f"{share:.2f} times as fast as twice one. Assumed: {RATE / 1e12:.0f} TFLOP/s in a forward "
         f"pass (2 operations a weight and token; attention and the time between kernels left out), "
         f"${PRICE:.2f} an hour, the same efficiency on more GPUs, and that the model fits one GPU.",

@@ -127,8 +127,8 @@ def _of_batch(
         for run, by_layer in enumerate(found):
             by_head = (
                 torch.einsum("bphd, bphd -> bh", change.float(), by_layer[layer].float())
+                .cpu()  # some devices have no float64
                 .double()
-                .cpu()
             )
             for variant in together:
                 out[run, :, variant.index] = by_head[:, variant.edit.heads_in(layer)].sum(1)

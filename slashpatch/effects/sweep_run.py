@@ -106,8 +106,8 @@ class SweepRun:
             values = torch.cat(values_by_batch)[self.order]
             if values.shape[1] != 1:
                 raise MetricError(
-                    f"sweep needs a metric with one number per prompt; {self.runner.names[0]} "
-                    f"gives {values.shape[1]}"
+                    f"expected a metric with one number per prompt; {self.runner.names[0]} gives "
+                    f"{values.shape[1]}"
                 )
             new[index] = values[:, 0].tolist()
         if journal is None:

@@ -216,7 +216,10 @@ def _draw_lags(axis: Axes, result: Result) -> None:
 
 
 def _draw_sweep(axis: Axes, result: Result) -> None:
-    """Draw each head's effect, the largest over offsets; colours are symmetric around zero."""
+    """Draw each head's effect, the largest over offsets; colours are symmetric around zero.
+
+    Heads that were not run are grey.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
     rows = sweep_rows(result)
@@ -243,7 +246,11 @@ def _draw_sweep(axis: Axes, result: Result) -> None:
     axis.set_xlabel("layer")
     label = f"effect on {shortened(result.provenance['metric'])}"
     axis.figure.colorbar(image, ax=axis, label=label)
-    axis.set_title(f"{shortened(result.provenance['model'])}\neffect at each head (dot: q < 0.05)")
+    marks = "dot: q < 0.05"
+    if bool(table.isna().any(axis=None)):  # a cell of no effect is nearly white as well
+        axis.set_facecolor("darkgray")
+        marks += "; grey: not run"
+    axis.set_title(f"{shortened(result.provenance['model'])}\neffect at each head ({marks})")
 
 
 def _grid_size(result: Result) -> tuple[float, float]:

@@ -38,7 +38,8 @@ from slashpatch.errors import EditError, MetricError, PromptError, SweepError
 from slashpatch.patching.fused import fused_where_exact, is_fused
 
 from ..planted import induction_model
-from ..tiny import random_tokens, tiny_model
+from ..tiny import bridge as bridge_of
+from ..tiny import llama, random_tokens, tiny_model
 from ..zoo import FAMILIES, zoo
 
 SMALL = {"n_prompts": 4, "max_tokens": 13}
@@ -122,6 +123,22 @@ def test_in_every_family_diagonals_in_closed_form_are_those_of_passes(name):
     assert closed.keys() == by_pass.keys() == set(range(len(variants)))
     for index, change in closed.items():
         torch.testing.assert_close(change, by_pass[index], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_an_edit_of_nothing_changes_nothing(dtype):
+    """Edited heads are computed in another way than others, whose rounding is no change."""
+    model, batch = bridge_of(llama(seed=1, layers=3).to(dtype)), a_batch(length=20)
+    clean = clean_z(model, batch)
+    variants = sweep_variants(model, "KnockOut({head}, {offset})", None, [1, 30])
+    with fused_where_exact(model):
+        assert is_fused(model)
+        found = by_index(keep_changes(model, batch, clean, variants))
+    largest = [[], []]
+    for variant in variants:
+        largest[variant.offset == 30].append(float(found[variant.index].abs().max()))
+    assert min(largest[0]) > 0.01
+    assert max(largest[1]) < 1e-3
 
 
 def by_index(kept):

@@ -189,3 +189,11 @@ def test_arguments_that_make_no_plot():
         scan.plot(control=samples.scan(layers=2))
     with pytest.raises(PlotError, match="at least 1; got 0"):
         samples.result("measure").plot(top=0)
+
+
+def test_heads_that_were_not_run_do_not_look_like_heads_without_effect(made):
+    screen = made["screen"]
+    assert any("hatched: not run" in text for text in texts(screen.plot()))
+    head = screen.frame.iloc[:1]
+    of_all = dataclasses.replace(screen, frame=head)
+    assert not any("not run" in text for text in texts(of_all.plot()))
