@@ -195,7 +195,8 @@ def halves(n: int, split: bool, seed: int) -> tuple[list[int], list[int]]:
         return list(range(n)), list(range(n))
     if n < 4:
         raise PromptError(
-            f"{n} prompts cannot be split into halves of at least 2; give more, or split=False"
+            f"{n} prompts cannot be split into halves of at least 2; give more, or split=False "
+            "(--no-split)"
         )
     order = torch.randperm(n, generator=derive_generator(seed, "screen halves")).tolist()
     return sorted(order[: n // 2]), sorted(order[n // 2 :])

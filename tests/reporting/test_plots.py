@@ -193,7 +193,7 @@ def test_arguments_that_make_no_plot():
 
 def test_heads_that_were_not_run_do_not_look_like_heads_without_effect(made):
     screen = made["screen"]
-    assert any("hatched: not run" in text for text in texts(screen.plot()))
+    assert any("grey: not run" in text for text in texts(screen.plot()))
     head = screen.frame.iloc[:1]
     of_all = dataclasses.replace(screen, frame=head)
     assert not any("not run" in text for text in texts(of_all.plot()))
