@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,27 @@ def test_a_session_of_ones_own_leaves_nothing(tmp_path, monkeypatch, fails):
         if fails:
             raise KeyError
     assert (ended, folder.exists()) == ([True], fails)
+
+
+def test_a_session_draws_no_random_numbers_and_prints_nothing(monkeypatch, capsys):
+    """Ray draws from Python's generator, and prints what its daemons say on stdout."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    from ray._private.worker import print_to_stdstream
+
+    monkeypatch.setattr(
+        ray, "init", lambda **_: SimpleNamespace(address_info={}, n=random.random())
+    )
+    monkeypatch.setattr(ray, "shutdown", random.random)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    said = {"lines": ["Task hello failed"], "pid": "raylet", "is_err": False, "ip": "1"}
+    before = random.getstate()
+    with ray_session(1, 1):
+        assert random.getstate() == before
+        print_to_stdstream(said, ignore_prefix=False)
+    assert random.getstate() == before
+    assert capsys.readouterr().out == ""
+    print_to_stdstream({**said, "lines": ["of somebody else"]}, ignore_prefix=False)
+    assert "of somebody else" in capsys.readouterr().out
 
 
 def test_ray_that_starts_too_slowly_is_one_error(monkeypatch):
