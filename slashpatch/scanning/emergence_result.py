@@ -251,7 +251,8 @@ def require_parquet(path: str | os.PathLike[str]) -> None:
 
 def require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Any) -> None:
     """Raise EmergenceError if a file's header is of another run or probe; it says what differs."""
-    for key in ("architecture", "layers_heads_vocabulary", "offsets", "measures", "prompts"):
+    shape = ("architecture", "layers_heads_vocabulary")
+    for key in (*shape, "dtype", "edits", "offsets", "measures", "prompts"):
         if before.get(key) != now.get(key):
             raise EmergenceError(
                 f"{os.fspath(path)!r} is of another run: its {key} is {before.get(key)!r}, here it "

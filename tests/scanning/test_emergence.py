@@ -177,6 +177,23 @@ def test_a_run_that_stopped_is_continued(run, tmp_path, monkeypatch):
     weights.write_bytes(kept)
 
 
+def test_what_may_be_added_to_a_file(run, tmp_path):
+    """Later checkpoints to the file of a SlashCallback, which names no files; no other dtype."""
+    from slashpatch.scanning.probe import probe_of
+    from slashpatch.scanning.record import Record
+
+    path = tmp_path / "run.parquet"
+    bridge = sp.load(llama(seed=1))
+    Record(probe_of(bridge, **SMALL), bridge, path).add(0, "step 0", bridge)
+    options = {"device": "cpu", "path": path, "resume": True, **SMALL}
+    with pytest.raises(sp.SlashpatchError, match="its dtype is 'float32', here it is 'float64'"):
+        sp.emergence(run, dtype="float64", **options)
+    assert sp.Emergence.load(path).steps == (0,)
+    assert sp.emergence(run, **options).steps == (0, 2, 10, 30)
+    with pytest.raises(sp.SlashpatchError, match="its dtype is 'float32', here it is 'float64'"):
+        sp.emergence(run, dtype="float64", **options)
+
+
 def test_what_checkpoints_are_called(run, tmp_path):
     assert [found.step for found in checkpoints(run)] == [2, 10, 30]
     (one,) = checkpoints(run / "checkpoint-10")
