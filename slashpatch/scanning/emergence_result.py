@@ -165,7 +165,9 @@ class Emergence:
         rows[["head", "offset", "score"]] = top[["name", "offset", "score"]]
         for measure in set(self.measures) & {"prefix", "copying"}:
             column = MEASURES[measure][0]
-            at = self.frame.groupby("step", sort=False)[column].idxmax()
+            # pandas refuses a step of which all values are NaN, as where the logits overflow.
+            known = self.frame[column].fillna(-float("inf"))
+            at = known.groupby(self.frame["step"], sort=False).idxmax()
             rows[column] = self.frame.loc[at, column].to_numpy()
             if measure == "prefix":
                 rows["prefix_head"] = self.frame.loc[at, "name"].to_numpy()

@@ -243,6 +243,20 @@ def test_ray_that_starts_too_slowly_is_one_error(monkeypatch):
     assert ended == [True]
 
 
+def test_workers_that_do_not_start_are_told_once(tiny, monkeypatch, recwarn):
+    """With what each needs, and what is free."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    pool = WorkerPool(tiny, Workers(2, threads=4))
+    pool._reserved, pool._waiting_since = pool._options("cuda"), -1e9
+    for _ in range(2):
+        pool._say_if_none_starts()
+    (told,) = recwarn.list
+    assert "each needs 4 CPUs and 1 GPUs, and the cluster has free: {'CPU': 1.0}" in str(
+        told.message
+    )
+
+
 def test_a_worker_that_cannot_be_asked_again_is_gone(tiny, monkeypatch):
     """Ray may refuse the call; the pool must not wait for the answer."""
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")

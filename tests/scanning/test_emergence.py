@@ -322,6 +322,19 @@ def test_scores_best_and_slash_heads():
     assert found.first_steps(0.5, "score_1")["name"].tolist() == ["L0H1"]
 
 
+def test_a_step_whose_logits_overflowed_is_shown_without_a_loss():
+    found = made([[[0.2, 0.1], [0.1, 0.3]], [[0.2, 0.4], [0.1, 0.3]]])
+    found.frame["prefix_matching"] = [float("nan"), float("nan"), 0.25, 0.5]
+    found.frame["copying_loss"] = [float("nan")] * 2 + [2.0] * 2
+    found.provenance["measures"] = ["slash", "prefix", "copying"]
+    summary = found.summary()
+    assert summary["copying_loss"].isna().tolist() == [True, False]
+    assert summary["prefix_matching"].iloc[1] == 0.5
+    assert summary["prefix_head"].tolist() == ["L0H0", "L0H1"]
+    assert "–" in found.table()
+    assert "<table" in found._repr_html_()
+
+
 def test_files(tmp_path):
     found = made([[[0.1, 0.3], [0.0, 0.2]], [[0.9, 0.3], [0.1, 0.6]]])
     path = tmp_path / "run.parquet"
