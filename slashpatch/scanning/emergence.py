@@ -138,7 +138,8 @@ class _Run:
             record = self._record(model)
             if checkpoint is not None:
                 record.header |= {"model": checkpoint.run}
-                record.header["files"][name] = checkpoint.state()
+                # A file that SlashCallback began names none.
+                record.header.setdefault("files", {})[name] = checkpoint.state()
             loss = None if checkpoint is None else checkpoint.loss()
             with undisturbed(model):
                 record.add(step, name, model, loss)

@@ -165,7 +165,9 @@ class Emergence:
         rows[["head", "offset", "score"]] = top[["name", "offset", "score"]]
         for measure in set(self.measures) & {"prefix", "copying"}:
             column = MEASURES[measure][0]
-            at = self.frame.groupby("step", sort=False)[column].idxmax()
+            # pandas refuses a step of which all values are NaN, as where the logits overflow.
+            known = self.frame[column].fillna(-float("inf"))
+            at = known.groupby(self.frame["step"], sort=False).idxmax()
             rows[column] = self.frame.loc[at, column].to_numpy()
             if measure == "prefix":
                 rows["prefix_head"] = self.frame.loc[at, "name"].to_numpy()
@@ -251,7 +253,8 @@ def require_parquet(path: str | os.PathLike[str]) -> None:
 
 def require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Any) -> None:
     """Raise EmergenceError if a file's header is of another run or probe; it says what differs."""
-    for key in ("architecture", "layers_heads_vocabulary", "offsets", "measures", "prompts"):
+    shape = ("architecture", "layers_heads_vocabulary")
+    for key in (*shape, "dtype", "edits", "offsets", "measures", "prompts"):
         if before.get(key) != now.get(key):
             raise EmergenceError(
                 f"{os.fspath(path)!r} is of another run: its {key} is {before.get(key)!r}, here it "

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,27 @@ def test_a_session_of_ones_own_leaves_nothing(tmp_path, monkeypatch, fails):
     assert (ended, folder.exists()) == ([True], fails)
 
 
+def test_a_session_draws_no_random_numbers_and_prints_nothing(monkeypatch, capsys):
+    """Ray draws from Python's generator, and prints what its daemons say on stdout."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    from ray._private.worker import print_to_stdstream
+
+    monkeypatch.setattr(
+        ray, "init", lambda **_: SimpleNamespace(address_info={}, n=random.random())
+    )
+    monkeypatch.setattr(ray, "shutdown", random.random)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    said = {"lines": ["Task hello failed"], "pid": "raylet", "is_err": False, "ip": "1"}
+    before = random.getstate()
+    with ray_session(1, 1):
+        assert random.getstate() == before
+        print_to_stdstream(said, ignore_prefix=False)
+    assert random.getstate() == before
+    assert capsys.readouterr().out == ""
+    print_to_stdstream({**said, "lines": ["of somebody else"]}, ignore_prefix=False)
+    assert "of somebody else" in capsys.readouterr().out
+
+
 def test_ray_that_starts_too_slowly_is_one_error(monkeypatch):
     """Ray raises an Exception of no class of its own then, with daemons left running."""
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
@@ -219,6 +241,20 @@ def test_ray_that_starts_too_slowly_is_one_error(monkeypatch):
     ):
         pass
     assert ended == [True]
+
+
+def test_workers_that_do_not_start_are_told_once(tiny, monkeypatch, recwarn):
+    """With what each needs, and what is free."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    pool = WorkerPool(tiny, Workers(2, threads=4))
+    pool._reserved, pool._waiting_since = pool._options("cuda"), -1e9
+    for _ in range(2):
+        pool._say_if_none_starts()
+    (told,) = recwarn.list
+    assert "each needs 4 CPUs and 1 GPUs, and the cluster has free: {'CPU': 1.0}" in str(
+        told.message
+    )
 
 
 def test_a_worker_that_cannot_be_asked_again_is_gone(tiny, monkeypatch):

@@ -164,7 +164,7 @@ _long = pytest.mark.exhaustive
     ],
 )
 def test_a_worker_or_a_node_that_is_killed_costs_what_it_had_not_returned(
-    cluster, model, tmp_path, kills, row, monkeypatch
+    cluster, model, tmp_path, kills, row, monkeypatch, capsys
 ):
     from slashpatch.data.journal import Journal
 
@@ -186,6 +186,7 @@ def test_a_worker_or_a_node_that_is_killed_costs_what_it_had_not_returned(
         found.frame.drop(columns="metric"), expected.drop(columns="metric"), check_exact=True
     )
     assert (tmp_path / "killed").exists()
+    assert capsys.readouterr().out == ""  # commands print results there
     assert sorted(written) == list(range(-1, 16))  # none lost, none twice
     processes = len(list(tmp_path.glob("calls-*")))
     # The rows, a clean run for each process, and what the killed one was at or had before it.

@@ -177,6 +177,23 @@ def test_a_run_that_stopped_is_continued(run, tmp_path, monkeypatch):
     weights.write_bytes(kept)
 
 
+def test_what_may_be_added_to_a_file(run, tmp_path):
+    """Later checkpoints to the file of a SlashCallback, which names no files; no other dtype."""
+    from slashpatch.scanning.probe import probe_of
+    from slashpatch.scanning.record import Record
+
+    path = tmp_path / "run.parquet"
+    bridge = sp.load(llama(seed=1))
+    Record(probe_of(bridge, **SMALL), bridge, path).add(0, "step 0", bridge)
+    options = {"device": "cpu", "path": path, "resume": True, **SMALL}
+    with pytest.raises(sp.SlashpatchError, match="its dtype is 'float32', here it is 'float64'"):
+        sp.emergence(run, dtype="float64", **options)
+    assert sp.Emergence.load(path).steps == (0,)
+    assert sp.emergence(run, **options).steps == (0, 2, 10, 30)
+    with pytest.raises(sp.SlashpatchError, match="its dtype is 'float32', here it is 'float64'"):
+        sp.emergence(run, dtype="float64", **options)
+
+
 def test_what_checkpoints_are_called(run, tmp_path):
     assert [found.step for found in checkpoints(run)] == [2, 10, 30]
     (one,) = checkpoints(run / "checkpoint-10")
@@ -303,6 +320,19 @@ def test_scores_best_and_slash_heads():
     with pytest.raises(sp.SlashpatchError, match="kappa must be a score"):
         found.slash_heads(2.0)
     assert found.first_steps(0.5, "score_1")["name"].tolist() == ["L0H1"]
+
+
+def test_a_step_whose_logits_overflowed_is_shown_without_a_loss():
+    found = made([[[0.2, 0.1], [0.1, 0.3]], [[0.2, 0.4], [0.1, 0.3]]])
+    found.frame["prefix_matching"] = [float("nan"), float("nan"), 0.25, 0.5]
+    found.frame["copying_loss"] = [float("nan")] * 2 + [2.0] * 2
+    found.provenance["measures"] = ["slash", "prefix", "copying"]
+    summary = found.summary()
+    assert summary["copying_loss"].isna().tolist() == [True, False]
+    assert summary["prefix_matching"].iloc[1] == 0.5
+    assert summary["prefix_head"].tolist() == ["L0H0", "L0H1"]
+    assert "–" in found.table()
+    assert "<table" in found._repr_html_()
 
 
 def test_files(tmp_path):

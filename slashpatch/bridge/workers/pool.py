@@ -141,13 +141,14 @@ class WorkerPool:
             shipped = ship(self.model)
             self._expected = identity(self.model)
             self._probe = probe(self.model)
-            options, cpus = self._options(shipped.device), self.workers.count * self.workers.threads
+            self._reserved = self._options(shipped.device)
+            cpus = self.workers.count * self.workers.threads
             size = len(shipped.pickled) + sum(array.nbytes for array in shipped.weights)
             self._stack.enter_context(ray_session(cpus, 2 * size))
             self._shipped = [ray.put(shipped)]
             setting = pickled(self.setting, "the active edits")
             settings = (setting, self.workers.threads, torch.get_float32_matmul_precision())
-            cls = ray.remote(**options)(Worker)
+            cls = ray.remote(**self._reserved)(Worker)
             self._make = lambda: cls.remote(*settings)
             self._waiting_since = time.monotonic()
         while len(self._members) < count:
@@ -274,8 +275,8 @@ class WorkerPool:
         if since is not None and time.monotonic() - since > _PATIENCE:
             self._waiting_since = None
             warnings.warn(
-                f"no worker has started yet; each needs {self.workers.threads} CPUs"
-                f" (and {self.workers.gpus} GPUs), and the cluster has free: "
+                f"no worker has started yet; each needs {self._reserved['num_cpus']} CPUs and "
+                f"{self._reserved['num_gpus']} GPUs, and the cluster has free: "
                 f"{ray.available_resources()}",
                 stacklevel=2,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -36,33 +37,50 @@ def ray_session(cpus: int, object_bytes: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     folder: str | None = None
     try:
-        if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
-            try:
-                folder = ray.init(**quiet, **own).address_info.get("session_dir")
-            except ValueError:  # a cluster was started on this machine: its resources are given
+        with _random_kept():
+            if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+                try:
+                    folder = ray.init(**quiet, **own).address_info.get("session_dir")
+                except ValueError:  # a cluster was started here: its resources are given
+                    ray.init(**quiet)
+            else:
                 ray.init(**quiet)
-        else:
-            ray.init(**quiet)
     except Exception as error:  # Ray raises a bare Exception where its daemons start too slowly
         ray.shutdown()  # what it had started
         address = os.environ.get("RAY_ADDRESS")
         where = f"connect to the Ray cluster at {address}" if address else "start Ray here"
         raise WorkerError(f"cannot {where}: {' '.join(str(error).split())}") from error
-    _keep_off_stdout()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with _quiet():
+        try:
+            yield
+        finally:
+            with _random_kept():
+                ray.shutdown()
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _keep_off_stdout() -> None:
+@contextlib.contextmanager
+def _random_kept() -> Iterator[None]:
+    """Leave Python's random numbers as they are: Ray draws from them to start and to stop."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Stop Ray from printing what its daemons say of lost workers: stdout may be a result as JSON.
 
     The pool notices lost workers itself. There is no public setting for this.
     """
-    with contextlib.suppress(ImportError, AttributeError):
-        from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    from ray._private import worker
 
-        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    before = getattr(worker, "_worker_logs_enabled", True)
+    worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
