@@ -72,7 +72,8 @@ class TwoNodes:
 
 def started(folder):
     """Return a cluster of two nodes, tried again if it does not start; one at a time everywhere."""
-    with FileLock(Path(tempfile.gettempdir()) / "slashpatch-tests-ray.lock"):
+    lock = Path(tempfile.gettempdir()) / f"slashpatch-tests-ray-{os.getuid()}.lock"
+    with FileLock(lock):
         for left in reversed(range(STARTS)):
             try:
                 return TwoNodes(folder)
