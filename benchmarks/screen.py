@@ -220,6 +220,7 @@ def figures(sweep, screen, plain, theirs, seed, edit):
         "run": len(run),
         "recall_run": recall(run),
         "recall_chosen": recall(chosen),
+        "recall_top": recall(name for name, why in screen["why"].items() if why == "top"),
         "recall_exact_half": recall(largest(on_half, names, n)),
         "recall_plain": recall(largest(plain, names, n)),
         "recall_patching": recall(largest(theirs, names, n)),
@@ -242,6 +243,7 @@ def report(model, rows, offsets):
     columns = {
         "recall_run": "heads that are run",
         "recall_chosen": "heads chosen by the estimates",
+        "recall_top": "top alone, without flagged",
         "recall_exact_half": "exact effects on the screening half",
         "recall_plain": "gradient × z",
         "recall_patching": "attribution patching",
