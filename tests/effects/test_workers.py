@@ -217,6 +217,7 @@ import slashpatch as sp
 from slashpatch.data.journal import Journal
 from tests.tiny import tiny_model
 path, n_rows, workers, sent = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 write, left = Journal.write, [int(n_rows)]
 
 def dies(self, rows):
