@@ -68,7 +68,8 @@ def main():
         f"screen at sixteen offsets {measured['passes_of_estimates']:.1f}, a screen runs "
         f"{measured['run']:.0f} variants exactly, and two workers are "
         f"{share:.2f} times as fast as twice one. Assumed: {RATE / 1e12:.0f} TFLOP/s in a forward "
-        f"pass (2 operations a weight and token; attention, the time between kernels and loading left out), "
+        "pass (2 operations a weight and token; attention, the time between kernels and loading "
+        "left out), "
         f"${PRICE:.2f} an hour, the same efficiency on more GPUs, and that the model fits one GPU.",
     ]
     write_table("how-to/workers", "on paper", lines)
