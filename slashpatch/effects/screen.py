@@ -31,7 +31,7 @@ from .screen_choice import AUDIT, Estimates, audited, choose, estimates, require
 from .screen_estimates import contributions
 from .statistics import compared, false_discovery
 from .sweep_run import SweepRun
-from .sweep_variants import Variant, digest, sweep_variants
+from .sweep_variants import Variant, digest, first_columns, sweep_variants
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -219,13 +219,7 @@ def _frame(
     ordered = _in_order(variants)
     frame = pd.DataFrame(
         {
-            "name": [str(v.head) for v in ordered],
-            "layer": [v.head.layer for v in ordered],
-            "head": [v.head.head for v in ordered],
-            "offset": [v.offset for v in ordered],
-            "edit": [str(v.edit) for v in ordered],
-            "metric": origin["metric"],
-            "n": len(rows[-1]),
+            **first_columns(ordered, origin["metric"], len(rows[-1])),
             "estimate": found.clean.numpy(),
             "size": found.size.numpy(),
         }
@@ -238,8 +232,6 @@ def _frame(
         frame.loc[run, name] = values.numpy()
     frame["q"] = _selected_q(frame["p"], why, origin["split"]).numpy()
     frame["why"] = [why.get(index, "") for index in range(len(ordered))]
-    if ordered[0].offset is None:
-        frame = frame.drop(columns="offset")
     first = frame["why"].ne("").astype(int)
     keys = {
         "run": first,

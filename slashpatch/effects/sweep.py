@@ -21,7 +21,7 @@ from .result import SUFFIXES, Result
 from .resumable import resumable
 from .statistics import compared, false_discovery
 from .sweep_run import SweepRun
-from .sweep_variants import Variant, digest, sweep_variants
+from .sweep_variants import Variant, digest, first_columns, sweep_variants
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -140,18 +140,10 @@ def _result(
     columns = compared(before, after, origin["seed"], origin["confidence"])
     frame = pd.DataFrame(
         {
-            "name": [str(v.head) for v in ordered],
-            "layer": [v.head.layer for v in ordered],
-            "head": [v.head.head for v in ordered],
-            "offset": [v.offset for v in ordered],
-            "edit": [str(v.edit) for v in ordered],
-            "metric": origin["metric"],
-            "n": len(before),
+            **first_columns(ordered, origin["metric"], len(before)),
             **{name: values.numpy() for name, values in columns.items()},
             "q": false_discovery(columns["p"]).numpy(),
         }
     )
-    if ordered[0].offset is None:
-        frame = frame.drop(columns="offset")
     frame = frame.sort_values("effect", key=lambda e: -e.abs(), kind="stable")
     return Result("sweep", frame.reset_index(drop=True), provenance=origin)

@@ -109,6 +109,20 @@ def _maker(make_edit: Any, with_offset: bool) -> Callable[[Head, int | None], Ed
     return from_function
 
 
+def first_columns(variants: Sequence[Variant], metric: str, n: int) -> dict[str, Any]:
+    """Return the columns that name each row of a table: head, offset if swept, edit, metric, n."""
+    offsets = [variant.offset for variant in variants]
+    return {
+        "name": [str(variant.head) for variant in variants],
+        "layer": [variant.head.layer for variant in variants],
+        "head": [variant.head.head for variant in variants],
+        **({} if offsets[0] is None else {"offset": offsets}),
+        "edit": [str(variant.edit) for variant in variants],
+        "metric": metric,
+        "n": n,
+    }
+
+
 def digest(variants: Sequence[Variant]) -> str:
     """Return a text that identifies the variants of a sweep: their number and a SHA-256 prefix."""
     listed = sorted(f"{v.index:09d} {v.head} {v.offset} {v.edit}" for v in variants)
