@@ -21,7 +21,7 @@ _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
 _NAME = re.compile(r"(?<=^\| )`([\w.]*\w)`(?= \|)", re.MULTILINE)
 #: Options of mkdocstrings for some names. `heads` is a function in a module of the same name.
 _OPTIONS = {
-    "heads.heads": "{heading: slashpatch.heads, toc_label: heads}",
+    "heads.heads": "{heading: slashpatch.data.heads, toc_label: heads}",
     "theory": "{members: false}",
     "Edit": '{filters: ["!^_"]}',
 }
@@ -70,9 +70,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     markdown = _LINK.sub(moved, markdown)
     if base != "reference" or here.endswith("commands.md"):
         return markdown
-    names = {name: "heads.heads" if name == "heads" else name for name in _NAME.findall(markdown)}
-    markdown = _NAME.sub(lambda name: f"[{name[0]}][slashpatch.{names[name[1]]}]", markdown)
-    for name in names.values():
+    names = dict.fromkeys(_NAME.findall(markdown))
+    markdown = _NAME.sub(lambda name: f"[{name[0]}][slashpatch.{name[1]}]", markdown)
+    for name in names:
         markdown += f"\n::: slashpatch.{name}\n    options: {_OPTIONS.get(name, '{}')}\n"
     return markdown
 

@@ -6,8 +6,8 @@ Importing this is cheap: torch and TransformerLens load on first use of a name t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .data.heads import Head, heads
 from .errors import SlashpatchError
-from .heads import Head, heads
 
 if TYPE_CHECKING:
     from .bridge.loading import load, memory_needed

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..data.heads import Head, HeadsLike, heads, require_heads
 from ..errors import OffsetError
-from ..heads import Head, HeadsLike, heads, require_heads
 from ..maths.offsets import as_offsets
 from .qk import LayerQK
 

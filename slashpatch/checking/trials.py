@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import bridge
 from ..bridge import ModelInfo
 from ..bridge.qk import LayerQK
+from ..data.heads import Head
 from ..edits import (
     AblateHeads,
     DropBand,
@@ -27,7 +28,6 @@ from ..edits import (
     SwapBands,
     fit_rank_one,
 )
-from ..heads import Head
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -122,6 +122,6 @@ def load_bridge(model: str | None, device: Device | None, dtype: Dtype) -> Trans
 
 def require_readable(heads: str) -> None:
     """Raise HeadError for a misspelt head, before the model is loaded."""
-    from ..heads import heads as as_heads
+    from ..data.heads import heads as as_heads
 
     as_heads(heads, n_heads=1)  # which heads a whole layer has is known after that

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..bridge.provenance import provenance
+from ..data.heads import Head
 from ..data.progress import busy, progress_over
 from ..data.prompts import prompt_set
 from ..edits import AblateHeads, DropBand, Edit, KnockOut, ShiftSlash
 from ..effects.copying import copied_lags, copying_losses
-from ..heads import Head
 from ..maths.bands import NAMED_BANDS
 from ..patching.patch import patch
 from ..scanning.generation import continuation

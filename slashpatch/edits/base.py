@@ -14,8 +14,8 @@ from ..bridge import ModelInfo
 from ..bridge.forward_call import ForwardCall
 from ..bridge.qk import LayerQK
 from ..data import display
+from ..data.heads import Head, HeadsLike, heads
 from ..errors import EditError, HeadError
-from ..heads import Head, HeadsLike, heads
 from ..maths.diagonals import DiagonalChange
 from ..maths.rotary import Rotary
 

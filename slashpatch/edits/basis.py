@@ -16,9 +16,9 @@ from .. import bridge
 from ..bridge.attached import has_per_head_keys
 from ..bridge.provenance import provenance
 from ..data.files import load_tensors, save_tensors
+from ..data.heads import Head, HeadsLike, heads
 from ..data.prompts import prompt_set
 from ..errors import EditError
-from ..heads import Head, HeadsLike, heads
 from ..maths.rank import basis as leading
 
 if TYPE_CHECKING:

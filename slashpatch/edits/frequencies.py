@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..bridge import ModelInfo
 from ..bridge.qk import LayerQK
+from ..data.heads import Head
 from ..errors import BandError, EditError
-from ..heads import Head
 from ..maths.bands import band_mask, band_pairs, exchanged
 from .base import HookContext
 from .rotary import _RotaryEdit

@@ -7,8 +7,8 @@ import difflib
 import re
 from typing import Any
 
+from ..data.heads import Head
 from ..errors import EditError, SlashpatchError
-from ..heads import Head
 from .ablate import AblateHeads
 from .bands import DropBand, ScaleBand
 from .base import Edit

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..bridge import ModelInfo
+from ..data.heads import heads
 from ..errors import EditError, PatchError
-from ..heads import heads
 from ..maths.rank import basis as leading
 from ..maths.rank import project
 from .base import Edit, HookContext

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..data.heads import HeadsLike, heads
 from ..errors import MetricError, PromptError
-from ..heads import HeadsLike, heads
 from ..maths.repeated_tokens import prefix_matching
 from ..maths.slash_scores import slash_rows
 from .logit_metrics import _is_integer

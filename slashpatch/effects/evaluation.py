@@ -14,8 +14,8 @@ from .. import bridge
 from ..bridge import ModelInfo
 from ..bridge.attached import reads_diagonals
 from ..bridge.passes import leaving_no_trace
+from ..data.heads import Head
 from ..errors import MetricError
-from ..heads import Head
 from .inputs import Batch
 from .metrics import Metric, kept_positions, metric_name, required_arguments
 

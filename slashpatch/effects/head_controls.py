@@ -16,8 +16,8 @@ from torch import Tensor
 from .. import bridge
 from ..bridge.modes import own_passes
 from ..bridge.passes import leaving_no_trace, output_weight
+from ..data.heads import Head
 from ..errors import ControlError, SlashpatchError
-from ..heads import Head
 from .base_control import Control, require_applicable, sample
 from .conditions import Condition
 from .inputs import Batch

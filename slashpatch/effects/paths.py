@@ -21,11 +21,11 @@ from .. import bridge
 from ..bridge.attached import has_per_head_keys
 from ..bridge.prefix_cache import PrefixCache
 from ..bridge.provenance import provenance
+from ..data.heads import Head
 from ..data.progress import progress_over
 from ..data.prompts import PromptSet
 from ..edits import AblateHeads, Edit
 from ..errors import EditError, HeadError, ModelError
-from ..heads import Head
 from ..patching.patch import patch
 from .conditions import Condition, conditions, require_options
 from .evaluation import MetricRunner, RunOutputs

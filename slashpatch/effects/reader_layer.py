@@ -13,8 +13,8 @@ from ..bridge.modes import forming_matrices
 from ..bridge.passes import leaving_no_trace
 from ..bridge.prefix_cache import PrefixCache
 from ..bridge.qk import LayerQK
+from ..data.heads import Head
 from ..errors import ModelError
-from ..heads import Head
 from .evaluation import MetricRunner
 
 #: The inputs of a head.

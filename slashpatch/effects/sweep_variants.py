@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import bridge
+from ..data.heads import Head
 from ..edits import Edit, parse_edit
 from ..errors import EditError, HeadError
-from ..heads import Head
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

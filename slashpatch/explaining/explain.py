@@ -17,11 +17,11 @@ from .. import bridge
 from ..bridge.attached import reads_diagonals
 from ..bridge.provenance import provenance
 from ..bridge.qk import LayerQK
+from ..data.heads import Head, HeadsLike
 from ..data.progress import progress_over
 from ..data.prompts import prompt_set
 from ..edits import DropBand, Edit, FreezeBand, RankOne
 from ..errors import HeadError, ModelError
-from ..heads import Head, HeadsLike
 from ..maths.bands import NAMED_BANDS, band_mask
 from ..maths.slash_scores import slash_sums
 from ..patching.fused import fused_where_exact

@@ -12,8 +12,8 @@ import torch
 
 from ..data import display
 from ..data.files import load_json, write_json
+from ..data.heads import Head
 from ..errors import OutputError
-from ..heads import Head
 from ..maths.bands import NAMED_BANDS
 from ..maths.offsets import as_offsets
 from ..maths.spectrum import margin

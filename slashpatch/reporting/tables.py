@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..heads import Head
+from ..data.heads import Head
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import bridge
 from ..bridge.attached import reads_diagonals
 from ..bridge.modes import forming_matrices
+from ..data.heads import Head
 from ..errors import ModelError, ScanError
-from ..heads import Head
 from ..maths.slash_scores import slash_sums
 from ..patching.fused import engine_of_layers, fused
 from .moment_sums import BatchMoments, MomentSums

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..data.heads import Head
 from ..errors import ModelError, ScanError
-from ..heads import Head
 from ..maths.bands import named_bands
 from ..maths.rank import r1, r95
 from ..maths.rotary import Rotary

@@ -16,8 +16,8 @@ from ..bridge.forward_call import ForwardCall
 from ..bridge.passes import first_layer
 from ..bridge.watch import ForwardWatch, watch
 from ..data import display
+from ..data.heads import Head
 from ..errors import PatchError
-from ..heads import Head
 from ..maths.slash_scores import real_rows, slash_rows
 from .moment_sums import widest_float
 from .result import require_kappa

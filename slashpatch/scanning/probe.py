@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import bridge
 from ..bridge.attached import reads_diagonals
+from ..data.heads import Head
 from ..data.prompts import PromptSet, prompt_set, repeated_random_tokens
 from ..errors import EmergenceError, PromptError
-from ..heads import Head
 from ..maths.bands import NAMED_BANDS, named_bands
 from ..maths.repeated_tokens import copying_loss, prefix_matching
 from .result import Scan

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..data import display
 from ..data.files import load_tensors, save_tensors
+from ..data.heads import Head, HeadsLike, heads, require_heads
 from ..errors import HeadError, ScanError
-from ..heads import Head, HeadsLike, heads, require_heads
 from ..maths.offsets import as_offsets
 from .moments import Moments, Profile
 

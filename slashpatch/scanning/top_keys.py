@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import bridge
 from ..bridge.attached import reads_diagonals
 from ..bridge.provenance import provenance
+from ..data.heads import Head, HeadsLike
 from ..data.prompts import prompt_set, token_texts
 from ..errors import HeadError, ModelError, PromptError, ScanError
-from ..heads import Head, HeadsLike
 from ..maths import top_keys as maths
 from ..patching.fused import engine_of_layers
 from .batches import run_by

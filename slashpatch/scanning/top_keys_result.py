@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..data.files import load_tensors, save_tensors
+from ..data.heads import Head
 from ..errors import ScanError
-from ..heads import Head
 from ..maths.offsets import as_offsets
 
 if TYPE_CHECKING:

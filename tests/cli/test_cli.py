@@ -385,7 +385,7 @@ def test_no_room_has_the_name_of_a_public_function():
     """But `heads`, whose function is bound when the package is imported."""
     entries = {path.stem for path in Path(sp.__file__).parent.iterdir()}
     assert entries & set(sp.__all__) == {"heads", "theory"}
-    code = "import slashpatch, slashpatch.heads; assert not callable(slashpatch.theory)"
+    code = "import slashpatch, slashpatch.data.heads; assert not callable(slashpatch.theory)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert callable(sp.heads)
 

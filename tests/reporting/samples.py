@@ -8,9 +8,9 @@ import math
 import pandas as pd
 import torch
 
+from slashpatch.data.heads import Head
 from slashpatch.effects.result import Result
 from slashpatch.explaining.result import Explanation
-from slashpatch.heads import Head
 from slashpatch.scanning.moments import Moments
 from slashpatch.scanning.result import Scan
 from slashpatch.scanning.top_keys_result import TopKeys

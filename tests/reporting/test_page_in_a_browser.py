@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slashpatch.heads import Head
+from slashpatch.data.heads import Head
 from slashpatch.reporting.page.report import report
 
 from . import samples

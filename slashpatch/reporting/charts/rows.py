@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...heads import Head
+from ...data.heads import Head
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas.api.types as pd_types
 
+from ...data.heads import Head
 from ...effects.result import Result
 from ...errors import ReportError
-from ...heads import Head
 from ..charts import effect_rows
 from .scan_data import number
 

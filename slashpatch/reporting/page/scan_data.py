@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.heads import Head
 from ...errors import ModelError
-from ...heads import Head
 from ...maths.bands import named_bands
 from ...scanning.moments import Moments
 from ...scanning.result import Scan

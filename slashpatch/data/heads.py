@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import HeadError
+from ..errors import HeadError
 
 _NAME = re.compile(r"L(\d{1,9})H(\d{1,9})", re.IGNORECASE)
 #: A layer or layers, and unless all heads are meant, a head or heads: L16H0, L16H0-3, L0-3H2, L16.

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import slashpatch as sp
 from slashpatch.bridge import read
+from slashpatch.data.heads import require_heads
 from slashpatch.errors import HeadError
-from slashpatch.heads import require_heads
 
-from .tiny import random_tokens
+from ..tiny import random_tokens
 
 index = st.integers(0, 999)
 any_head = st.builds(sp.Head, index, index)
