@@ -78,8 +78,8 @@ def measure(
         list[str] | None,
         typer.Option(
             metavar="NAME[:N]",
-            help="random-heads, matched-heads, other-offsets or random-pairs, and how many draws; "
-            "may be repeated.",
+            help="random-heads, matched-heads, other-offsets or random-pairs, and how many draws "
+            "(default: 19, or as many as there are); may be repeated.",
         ),
     ] = None,
     text: TextOption = None,
@@ -110,7 +110,7 @@ def measure(
     require_outputs(out, None, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 128)
-    draws = sum(drawn.n for drawn in controls)
+    draws = sum(drawn.most for drawn in controls)
     announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions) * (1 + draws), workers)
     result = run(
         bridge,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+#: Draws of a control that is not told how many: the fewest whose rank p-value reaches 0.05.
+DRAWS = 19
 #: Random draws tried for each variant asked for, before a control gives up.
 _ATTEMPTS = 200
 
@@ -26,21 +28,33 @@ class Control:
     """Draws `n` random variants of a condition, all different.
 
     Attributes:
-        n: Number of variants.
+        n: Number of variants; None: 19, or as many as there are if there are fewer.
         name: Name of the control, as in the text "random-heads:8".
     """
 
-    n: int = 8
+    n: int | None = None
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
+        if self.n is None:
+            return
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
             raise ControlError(
                 f"{self.name}: the number of draws must be an integer of at least 1; got {self.n!r}"
             )
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.n}"
+        return self.name if self.n is None else f"{self.name}:{self.n}"
+
+    @property
+    def most(self) -> int:
+        """The number of variants to draw, if there are as many."""
+        return DRAWS if self.n is None else self.n
+
+    @property
+    def fewest(self) -> int:
+        """The number of variants without which the control cannot be drawn."""
+        return 1 if self.n is None else self.n
 
     def draw(
         self,
@@ -49,20 +63,20 @@ class Control:
         batches: Sequence[Batch],
         seed: int,
     ) -> list[Condition]:
-        """Return `n` different variants. Raises ControlError if there are not enough."""
+        """Return different variants, as many as `n` says. Raises ControlError for fewer."""
         from transformer_lens.utilities.statistics import derive_generator
 
         draw_one = self.sampler(model, condition, batches)
         generator = derive_generator(seed, self.name, str(condition))
         original = str(self.canonical(model, condition))
         variants: dict[str, Condition] = {}
-        for _ in range(_ATTEMPTS * self.n):
+        for _ in range(_ATTEMPTS * self.most):
             drawn = self.canonical(model, draw_one(generator))
             if str(drawn) != original:
                 variants.setdefault(str(drawn), drawn)
-            if len(variants) == self.n:
+            if len(variants) == self.most:
                 break
-        if len(variants) < self.n:
+        if len(variants) < self.fewest:
             raise ControlError(
                 f"{self} cannot be drawn for {condition}: found {len(variants)} different variants;"
                 " ask for fewer, or use another control"

@@ -68,7 +68,7 @@ class RandomHeads(Control):
                     "heads, or use matched-heads, which draws from all layers"
                 )
         possible = math.prod(math.comb(len(pools[layer]), len(layers[layer])) for layer in layers)
-        if len(condition.edits) == 1 and possible < self.n:
+        if len(condition.edits) == 1 and possible < self.fewest:
             raise ControlError(
                 f"{self} cannot be drawn for {condition}: its layers have only {possible} other "
                 f"sets of as many heads; ask for at most {self.name}:{possible}, or use "
@@ -105,12 +105,12 @@ class MatchedHeads(Control):
             for head in (Head(*at) for at in itertools.product(layers, range(norms.shape[1])))
             if head not in used
         ]
-        if len(others) < max(len(used), self.n if len(used) == 1 else 1):
+        if len(others) < max(len(used), self.fewest if len(used) == 1 else 1):
             raise ControlError(
                 f"{self} cannot be drawn for {condition}: the model has only {len(others)} "
                 "unedited heads at which the edit can act"
             )
-        size = max(2 * self.n, 8)
+        size = max(2 * self.most, 8)
 
         def nearest(head: Head) -> list[Head]:
             target = float(norms[head.layer, head.head])

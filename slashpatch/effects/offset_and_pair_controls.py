@@ -27,13 +27,13 @@ class OtherOffsets(Control):
 
     name: ClassVar[str] = "other-offsets"
     #: Largest offset drawn (*ours*): beyond it, most heads attend very little.
-    most: ClassVar[int] = 16
+    longest: ClassVar[int] = 16
 
     def sampler(
         self, model: TransformerBridge, condition: Condition, batches: Sequence[Batch]
     ) -> Callable[[torch.Generator], Condition]:
         """Return a function that draws uniformly from the offsets 1 to 16 that are not edited."""
-        last = min(self.most, max(batch.tokens.shape[1] for batch in batches) - 1)
+        last = min(self.longest, max(batch.tokens.shape[1] for batch in batches) - 1)
         used = {offset for edit in condition.edits for offset in _offsets(edit)}
         pool = [offset for offset in range(1, last + 1) if offset not in used]
         edits = [edit for edit in condition.edits if _offsets(edit)]
@@ -43,7 +43,7 @@ class OtherOffsets(Control):
                 "KnockOut, KeepOnly, ScaleOffsets or PlantSlash"
             )
         n = len(used)
-        if len(pool) < n or (len(edits) == 1 and math.comb(len(pool), n) < self.n):
+        if len(pool) < n or (len(edits) == 1 and math.comb(len(pool), n) < self.fewest):
             raise ControlError(
                 f"{self} cannot be drawn for {condition}: only {len(pool)} of the offsets 1 to "
                 f"{last} are not edited, to replace {n}; ask for fewer, or use longer prompts"

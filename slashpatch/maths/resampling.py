@@ -31,9 +31,9 @@ RESAMPLES = 19_999
 LEAST = 6
 NOISE, FEW = 0.2, 12
 #: Numbers in one tensor of resamples.
-_AT_ONCE = 2**22
+AT_ONCE = 2**22
 #: Resampled values this close to the observed one count as equal to it.
-_TIE = 1e-9
+TIE = 1e-9
 
 
 class Inference(NamedTuple):
@@ -68,7 +68,7 @@ def mean_inference(
     """
     shape, n = sample.shape[1:], len(sample)
     if n < LEAST:
-        return _none(shape)
+        return no_inference(shape)
     x = sample.double().reshape(n, -1)
     mean, sd = x.mean(0), x.std(0)
     constant = x.amax(0) == x.amin(0)
@@ -76,12 +76,12 @@ def mean_inference(
     scale = torch.where(constant, torch.ones_like(sd), sd)
     z = (x - mean) / scale
     se, t = scale / math.sqrt(n), math.sqrt(n) * mean / scale
-    weights = _Weights.draw(n, as_generator(seed))
+    weights = Weights.draw(n, as_generator(seed))
     df = torch.full_like(mean, n - 1)
     parts = []
-    for at in _chunks(z.shape[1], RESAMPLES):
+    for at in chunks(z.shape[1], RESAMPLES):
         sums, squares = weights.sums(z[:, at]), weights.squares(z[:, at])
-        parts.append(_tails(_studentised(sums, squares, n), t[at], df[at], confidence))
+        parts.append(tails(_studentised(sums, squares, n), t[at], df[at], confidence))
     lower, upper, p = (torch.cat(part) for part in zip(*parts, strict=True))
     unchanged = constant & (mean == 0)
     low = torch.where(constant, mean, mean - upper * se)
@@ -110,7 +110,7 @@ def ratio_interval(
     """
     shape, n = numerator.shape[1:], len(numerator)
     if n < LEAST:
-        low, high, _ = _none(shape)
+        low, high, _ = no_inference(shape)
         return low, high
     top, bottom = (x.double().reshape(n, -1) for x in (numerator, denominator))
     generator = as_generator(seed)
@@ -124,9 +124,9 @@ def ratio_interval(
     sd = torch.where(constant, torch.ones_like(ratio), rest.std(0))
     d, weight = rest * bottom.mean(0).sign() / sd, bottom / bottom.mean(0)
     se = sd / (math.sqrt(n) * bottom.mean(0).abs())
-    weights = _Weights.draw(n, generator)
+    weights = Weights.draw(n, generator)
     parts = []
-    for at in _chunks(d.shape[1], RESAMPLES):
+    for at in chunks(d.shape[1], RESAMPLES):
         of_d, of_w = weights.sums(d[:, at]), weights.counts @ weight[:, at]
         moved = of_d / of_w  # (ratio* − ratio), in units of sd / mean(denominator)
         squares = (
@@ -134,10 +134,10 @@ def ratio_interval(
             - 2 * moved * (weights.counts @ (d * weight)[:, at] + weights.noise @ weight[:, at])
             + moved**2 * (weights.counts @ weight[:, at] ** 2)
         )
-        variance = (squares / (n - 1)).clamp(min=_TIE**2)
+        variance = (squares / (n - 1)).clamp(min=TIE**2)
         t = of_w.sign() * of_d / (n * variance).sqrt()
         zero = torch.zeros_like(sd[at])
-        parts.append(_tails(t, zero, zero + n - 1, confidence))
+        parts.append(tails(t, zero, zero + n - 1, confidence))
     lower, upper, _ = (torch.cat(part) for part in zip(*parts, strict=True))
     unsure = (sure.low <= 0) & (sure.high >= 0)
     low, high = ratio - upper * se, ratio - lower * se
@@ -158,7 +158,7 @@ def halves(n: int, seed: int | torch.Generator) -> tuple[list[int], list[int]]:
     return sorted(order[: n // 2]), sorted(order[n // 2 :])
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """Resamples of n numbers with smoothing noise, as matrices that act on the numbers.
 
     Attributes:
@@ -174,7 +174,7 @@ class _Weights(NamedTuple):
     squared: Float[Tensor, "resample 1"]
 
     @classmethod
-    def draw(cls, n: int, generator: torch.Generator) -> _Weights:
+    def draw(cls, n: int, generator: torch.Generator) -> Weights:
         """Draw `RESAMPLES` resamples."""
         index: Int[Tensor, "resample prompt"] = torch.randint(
             0, n, (RESAMPLES, n), generator=generator
@@ -199,11 +199,11 @@ class _Weights(NamedTuple):
 
 def _studentised(sums: Tensor, squares: Tensor, n: int) -> Float[Tensor, "resample of"]:
     """Return the mean of each resample over its standard error."""
-    variance = ((squares - sums**2 / n) / (n - 1)).clamp(min=_TIE**2)
+    variance = ((squares - sums**2 / n) / (n - 1)).clamp(min=TIE**2)
     return sums / (n * variance).sqrt()
 
 
-def _tails(
+def tails(
     resampled: Float[Tensor, "resample of"],
     t: Float[Tensor, "of"],
     df: Float[Tensor, "of"],
@@ -214,25 +214,26 @@ def _tails(
 
     count, share = len(resampled), (df + 1) / (df + 1 + FEW)
     tail = (1 - confidence) / 2
-    ranks = (tail * share * (count + 1) + _TIE).floor().long().clamp(1, count)
+    ranks = (tail * share * (count + 1) + TIE).floor().long().clamp(1, count)
     most, at = int(ranks.max()), ranks[None] - 1
     limit = torch.as_tensor(student.ppf(1 - tail, df.numpy()))
     lower = resampled.topk(most, dim=0, largest=False).values.gather(0, at)[0].minimum(-limit)
     upper = resampled.topk(most, dim=0).values.gather(0, at)[0].maximum(limit)
-    above = (resampled >= t - _TIE * t.abs()).sum(0)
-    below = (resampled <= t + _TIE * t.abs()).sum(0)
+    above = (resampled >= t - TIE * t.abs()).sum(0)
+    below = (resampled <= t + TIE * t.abs()).sum(0)
     p = 2 * (torch.minimum(above, below) + 1).double() / (count + 1) / share
     of_student = torch.as_tensor(2 * student.sf(t.abs().numpy(), df.numpy()))
     return lower, upper, p.maximum(of_student).clamp(max=1)
 
 
-def _none(shape: torch.Size) -> Inference:
+def no_inference(shape: torch.Size) -> Inference:
+    """Return NaN for each column: too few numbers."""
     nothing = torch.full(shape, torch.nan, dtype=torch.float64)
     return Inference(nothing, nothing.clone(), nothing.clone())
 
 
-def _chunks(n_columns: int, size: int) -> Iterator[slice]:
+def chunks(n_columns: int, size: int) -> Iterator[slice]:
     """Yield slices of columns, so that tensors of `size` rows stay small."""
-    step = max(1, _AT_ONCE // size)
+    step = max(1, AT_ONCE // size)
     for start in range(0, n_columns, step):
         yield slice(start, start + step)
