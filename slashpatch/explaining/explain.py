@@ -23,6 +23,7 @@ from ..data.prompts import prompt_set
 from ..edits import DropBand, Edit, FreezeBand, RankOne
 from ..errors import HeadError, ModelError
 from ..maths.bands import NAMED_BANDS, band_mask
+from ..maths.resampling import halves
 from ..maths.slash_scores import slash_sums
 from ..patching.fused import fused_where_exact
 from ..patching.patch import patch
@@ -57,7 +58,8 @@ def explain(
         model: A TransformerBridge in evaluation mode.
         head: One query head.
         prompts: As for `scan`; None: natural text of 256 tokens per prompt.
-        offset: The slash's offset Δ; None: the offset from 0 to 15 with the head's highest score.
+        offset: The slash's offset Δ; None: the offset from 0 to 15 with the head's highest score on
+            one half of the prompts, and all that follows is measured on the other half.
         n_prompts: Number of prompts.
         max_tokens: Length of each prompt.
         kappa: Least slash score of a slash head.
@@ -93,7 +95,8 @@ def explain_all(
 ) -> pd.DataFrame:
     """Explain several heads; return a table with the columns of `Explanation.to_row`.
 
-    `wanted` are the heads; None: all heads whose slash score reaches κ at some offset from 0 to 15.
+    `wanted` are the heads; None: all heads whose slash score reaches κ at some offset from 0 to 15,
+    on the half of the prompts on which `explain` picks the offset.
     The other arguments and the exceptions are those of `explain`.
     """
     import pandas as pd
@@ -119,9 +122,13 @@ def explanations(
     if prompts is None and max_tokens is None:
         max_tokens = min(256, model.cfg.n_ctx)
     texts = prompt_set(model, prompts, n_prompts=n_prompts, max_tokens=max_tokens, seed=seed)
-    longest = max(len(tokens) for tokens in texts.tokens)
-    offsets = range(min(16, longest)) if offset is None else sorted({0, offset})
     tokens = list(texts.tokens)
+    to_pick: list[Tensor] = []
+    if offset is None and len(tokens) > 1:  # what is picked for being largest looks larger there
+        picking, estimating = halves(len(tokens), seed)
+        to_pick, tokens = [tokens[i] for i in picking], [tokens[i] for i in estimating]
+    longest = min(max(map(len, half)) for half in (tokens, to_pick) if half)
+    offsets = range(min(16, longest)) if offset is None else sorted({0, offset})
     n_profile = max(64, 2 * (offset or 0))
     natural = scan(model, tokens, offsets, profile_offsets=n_profile, progress=progress)
     control = scan(
@@ -134,14 +141,17 @@ def explanations(
         seed=seed,
         progress=progress,
     )
+    picked = natural
+    if to_pick:
+        picked = scan(model, to_pick, offsets, moments=False, progress=progress)
     if wanted is None:
-        wanted = list(dict.fromkeys(entry.head for entry in natural.slash_heads(kappa)))
+        wanted = list(dict.fromkeys(entry.head for entry in picked.slash_heads(kappa)))
     layers = bridge.read(model).qk
-    at = {head: _best_offset(natural, head, offset) for head in wanted}
+    at = {head: _best_offset(picked, head, offset) for head in wanted}
     edited = _edited_scores(model, tokens, at, layers, progress)
     source = provenance(
         model,
-        prompts=[{"source": texts.source, "n": len(tokens), "digest": texts.digest}],
+        prompts=[{"source": texts.source, "n": len(texts.tokens), "digest": texts.digest}],
         seed=seed,
     )
     table = natural.rank_one.set_index("name")
@@ -149,11 +159,11 @@ def explanations(
         yield _explanation(head, at[head], natural, control, edited[head], table, kappa, source)
 
 
-def _best_offset(natural: Scan, head: Head, offset: int | None) -> int:
+def _best_offset(picked: Scan, head: Head, offset: int | None) -> int:
     """Return `offset`, or the offset with the head's highest score if it is None."""
     if offset is not None:
         return offset
-    return natural.offsets[int(natural.scores[head.layer, head.head].nan_to_num(-1).argmax())]
+    return picked.offsets[int(picked.scores[head.layer, head.head].nan_to_num(-1).argmax())]
 
 
 def _interventions(head: Head, has_rope: bool) -> dict[str, Edit]:

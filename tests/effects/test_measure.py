@@ -30,7 +30,7 @@ def loss(model, tokens, *edits):
 
 def test_effects_are_those_of_patch(tiny):
     """Compared with a plain loop, on prompts of several lengths, in batches of any size."""
-    prompts = [row[:n] for row, n in zip(random_tokens(5, 14), (14, 9, 14, 6, 9), strict=True)]
+    prompts = [row[:n] for row, n in zip(random_tokens(6, 14), (14, 9, 14, 6, 9, 11), strict=True)]
     edits = ["KnockOut(L0H1, 1)", ["AblateHeads(L0H2)", "ShiftSlash(L1H0, 1)"]]
     found = sp.measure(tiny, edits, ["loss", "kl", "top1"], prompts)
     by_batch = [
