@@ -9,7 +9,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from .resampling import LEAST, RESAMPLES, TIE, Weights, as_generator, chunks, tails
+from .resampling import LEAST, TIE, Weights, as_generator, chunks, tails
+
+#: Resamples; fewer than those of a mean, because each takes more work.
+RESAMPLES = 4_999
 
 
 class BeyondDraws(NamedTuple):
@@ -84,7 +87,7 @@ def _interval(
     edit = (edit - edit.mean(0)) / se
     control = (control - control.mean((0, 1))) / se
     spread = torch.stack([over_prompts * p, over_draws * d]).sqrt() / se
-    of_prompts, of_draws = Weights.draw(p, generator), Weights.draw(d, generator)
+    of_prompts, of_draws = (Weights.draw(n, generator, RESAMPLES) for n in (p, d))
     parts = []
     for at in chunks(len(estimate), RESAMPLES * max(d, p)):
         t = _studentised(edit[:, at], control[:, :, at], spread[:, at], of_prompts, of_draws)

@@ -76,7 +76,7 @@ def mean_inference(
     scale = torch.where(constant, torch.ones_like(sd), sd)
     z = (x - mean) / scale
     se, t = scale / math.sqrt(n), math.sqrt(n) * mean / scale
-    weights = Weights.draw(n, as_generator(seed))
+    weights = Weights.draw(n, as_generator(seed), RESAMPLES)
     df = torch.full_like(mean, n - 1)
     parts = []
     for at in chunks(z.shape[1], RESAMPLES):
@@ -124,7 +124,7 @@ def ratio_interval(
     sd = torch.where(constant, torch.ones_like(ratio), rest.std(0))
     d, weight = rest * bottom.mean(0).sign() / sd, bottom / bottom.mean(0)
     se = sd / (math.sqrt(n) * bottom.mean(0).abs())
-    weights = Weights.draw(n, generator)
+    weights = Weights.draw(n, generator, RESAMPLES)
     parts = []
     for at in chunks(d.shape[1], RESAMPLES):
         of_d, of_w = weights.sums(d[:, at]), weights.counts @ weight[:, at]
@@ -174,13 +174,11 @@ class Weights(NamedTuple):
     squared: Float[Tensor, "resample 1"]
 
     @classmethod
-    def draw(cls, n: int, generator: torch.Generator) -> Weights:
-        """Draw `RESAMPLES` resamples."""
-        index: Int[Tensor, "resample prompt"] = torch.randint(
-            0, n, (RESAMPLES, n), generator=generator
-        )
-        noise = NOISE * torch.randn(RESAMPLES, n, generator=generator, dtype=torch.float64)
-        zeros = torch.zeros(RESAMPLES, n, dtype=torch.float64)
+    def draw(cls, n: int, generator: torch.Generator, count: int) -> Weights:
+        """Draw `count` resamples of n numbers."""
+        index: Int[Tensor, "resample prompt"] = torch.randint(0, n, (count, n), generator=generator)
+        noise = NOISE * torch.randn(count, n, generator=generator, dtype=torch.float64)
+        zeros = torch.zeros(count, n, dtype=torch.float64)
         return cls(
             zeros.scatter_add(1, index, torch.ones_like(noise)),
             zeros.scatter_add(1, index, noise),

@@ -307,9 +307,9 @@ def test_rows_that_are_run_are_those_of_a_sweep_bit_for_bit():
 
 
 def test_a_screen_of_all_rows_is_the_sweep():
-    model = tiny_model(seed=1)
-    swept = sp.sweep(model, "DropBand({head}, high)", **SMALL).frame
-    found = sp.screen(model, "DropBand({head}, high)", verify=100, split=False, **SMALL)
+    model, sizes = tiny_model(seed=1), {**SMALL, "n_prompts": 6}
+    swept = sp.sweep(model, "DropBand({head}, high)", **sizes).frame
+    found = sp.screen(model, "DropBand({head}, high)", verify=100, split=False, **sizes)
     columns = ["name", "edit", "baseline", "edited", "effect", "low", "high", "p", "q"]
     assert found.frame[columns].to_dict() == swept[columns].to_dict()
     assert set(found.frame["why"]) == {TOP}
@@ -621,7 +621,7 @@ def test_q_counts_every_screened_row_where_prompts_are_not_split():
     from slashpatch.effects.statistics import false_discovery
 
     model = tiny_model(seed=1, layers=3)
-    options = {"metric": "loss", "prompts": random_tokens(6, 12), "verify": 3, "audit": 2}
+    options = {"metric": "loss", "prompts": random_tokens(12, 12), "verify": 3, "audit": 2}
     alone = sp.screen(model, split=False, **options).frame
     chosen = alone[alone["why"].isin([TOP, FLAGGED])]
     padded = torch.cat([torch.tensor(chosen["p"].tolist()), torch.ones(12 - len(chosen))])

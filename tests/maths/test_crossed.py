@@ -31,7 +31,7 @@ def slow(edit, draws, seed, confidence):
     from scipy.stats import t as student
 
     (d, p), estimate = draws.shape, edit.mean() - draws.mean()
-    generator, b, h = seeded(seed), resampling.RESAMPLES, resampling.NOISE
+    generator, b, h = seeded(seed), crossed.RESAMPLES, resampling.NOISE
     drawn = []
     for n in (p, d):
         drawn.append(torch.randint(0, n, (b, n), generator=generator))
@@ -60,7 +60,6 @@ def slow(edit, draws, seed, confidence):
 
 @pytest.mark.parametrize(("d", "p"), [(6, 8), (9, 6)])
 def test_all_columns_at_once_are_what_the_definition_says_of_each(d, p, monkeypatch):
-    monkeypatch.setattr(resampling, "RESAMPLES", 499)
     monkeypatch.setattr(crossed, "RESAMPLES", 499)
     edit, draws = effects_of(d, p, 4, seed=p)
     found = beyond_draws(edit.exp().view(p, 2, 2), draws.view(d, p, 2, 2), 3, 0.9)
@@ -73,8 +72,7 @@ def test_all_columns_at_once_are_what_the_definition_says_of_each(d, p, monkeypa
 @pytest.mark.parametrize(("d", "p"), [(8, 16), (19, 8)])
 @pytest.mark.parametrize("of_draws", [0.0, 3.0])
 def test_intervals_cover_over_prompts_and_draws(d, p, of_draws, monkeypatch):
-    for module in (resampling, crossed):
-        monkeypatch.setattr(module, "RESAMPLES", 1_999)
+    monkeypatch.setattr(crossed, "RESAMPLES", 1_999)
     edit, draws = effects_of(d, p, 600, 40, of_draws)
     found = beyond_draws(edit, draws, seed=1)
     assert float(((found.low <= 0) & (found.high >= 0)).double().mean()) >= 0.93
