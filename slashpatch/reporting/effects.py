@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 
 #: The columns that are shown for each kind of result.
 _COLUMNS = {
-    "measure": ("edit", "metric", "of", "against", "baseline", "edited", "effect", "q", "as_large"),
+    "measure": (
+        "edit",
+        "metric",
+        "of",
+        "against",
+        "baseline",
+        "edited",
+        "effect",
+        "q",
+        "p_rank",
+        "as_large",
+    ),
     "flow": ("edit", "offset", "flow", "effect", "q"),
     "copying": ("edit", "lag", "top1", "loss", "effect", "q"),
     "paths": ("reader", "input", "baseline", "edited", "effect", "q"),
@@ -24,7 +35,7 @@ _COLUMNS = {
     "screen": ("name", "offset", "estimate", "effect", "q", "why"),
 }
 #: Titles of columns that differ from their names, and the columns that hold texts.
-TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
+TITLES = {"offset": "Δ", "p_rank": "p rank", "as_large": "draws as large", "name": "head", "of": ""}
 TEXTS = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
 #: Largest number of heads in the table of matching heads.
 _HEADS = 6
@@ -66,11 +77,15 @@ def effects_report(result: Result, top: int = 40) -> Group:
 def headings(result: Result) -> tuple[str, str]:
     """Return what is measured, and on how many prompts, as two lines."""
     origin = result.provenance
+    over = "over prompts"
+    if origin.get("controls"):
+        over += ", and draws against a control"
     rows = "the rows top and flagged" if result.kind == "screen" else "all rows"
     return (
         f"{origin['model']}: {_UNITS[result.kind]}",
         f"{origin['prompts']['n']} prompts ({origin['prompts']['source']}); "
-        f"{origin['confidence']:.0%} intervals over prompts; q: p adjusted for {rows}",
+        f"{origin['confidence']:.0%} intervals {over}; q: p of other prompts, adjusted for {rows}"
+        + ("; p_rank: other draws" if origin.get("controls") else ""),
     )
 
 
@@ -129,7 +144,7 @@ def _cell(name: str, row: dict[Any, Any]) -> str:
     if name in _INTERVALS:
         low, high = (row[end] for end in _INTERVALS[name])
         return _with_interval(value, low, high, sign=name == "effect")
-    if name in ("q", "p") and not _missing(value):
+    if name in ("q", "p", "p_rank") and not _missing(value):
         return f"{value:.3f}" if value >= 0.001 else "<0.001"
     if name == "as_large" and not _missing(value):
         return f"{value:.0%}"

@@ -139,10 +139,17 @@ def result(kind, **of):
     tables, remarks = {}, ("The edit raises the loss.",)
     if kind == "measure":
         base = {"edit": edit, "metric": "copying", "of": "", "n": 4, "baseline": 2.0, "edited": 8.0}
+        no_draws = dict.fromkeys(("p_rank", "as_large"), float("nan"))
         frame = pd.DataFrame(
             [
-                {**base, "against": "clean", **_effect(6.0), "as_large": float("nan")},
-                {**base, "against": "random-heads:2", **_effect(5.9), "as_large": 0.0},
+                {**base, "against": "clean", **_effect(6.0), **no_draws},
+                {
+                    **base,
+                    "against": "random-heads:2",
+                    **_effect(5.9),
+                    "p_rank": 1 / 3,
+                    "as_large": 0.0,
+                },
             ]
         )
         tables["draws"] = pd.DataFrame(

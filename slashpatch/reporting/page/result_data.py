@@ -29,7 +29,8 @@ _TITLES = {
 }
 _ABOUT = {
     "measure": "Edited minus clean run, paired by prompt; rows against a control hold what is "
-    "beyond the mean of its draws.",
+    "beyond the mean of its draws, with an interval over prompts and draws. p and q speak of other "
+    "prompts with the same draws, p_rank of other draws.",
     "flow": "KL divergence in nats of a prediction when the token Δ before it is replaced.",
     "copying": "Repeated random tokens: how often the token at a lag in the first copy is the "
     "likeliest next token.",
@@ -43,10 +44,11 @@ _LABELS = {
     "name": "head",
     "offset": "Δ",
     "as_large": "share of draws at least as large",
+    "p_rank": "p_rank (other draws)",
     "n": "prompts",
     "top1": "how often likeliest",
     "q": "q",
-    "p": "p",
+    "p": "p (other prompts)",
 }
 #: Columns with an interval, and the columns of its ends.
 _ENDS = {
@@ -206,9 +208,11 @@ def _caption(result: Result, frame: pd.DataFrame) -> str:
         each = [f"{edit}: lag {row['lag']} ({row['top1']:.2f})" for edit, row in best.items()]
         return f"The lag that is copied most often, by edit: {'; '.join(reversed(each))}."
     name = top["name"] if result.kind in _BY_HEAD else top["row"]
-    interval = f" ({top['low']:+.3g} to {top['high']:+.3g} over prompts)"
     what = "Largest single path" if result.kind == "paths" else "Largest"
-    return f"{what}: {name}, {top['effect']:+.3g}{interval if top['low'] == top['low'] else ''}."
+    return (
+        f"{what}: {name}, {top['effect']:+.3g}. Chosen for being the largest, it looks larger than "
+        "it is; where there are prompts enough, a remark has one chosen on other prompts."
+    )
 
 
 def sweep_values(
