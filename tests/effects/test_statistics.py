@@ -1,5 +1,7 @@
 """Coverage of intervals, and p-values under the null, by simulation."""
 
+import re
+
 import pytest
 import torch
 
@@ -8,7 +10,9 @@ from slashpatch.effects.statistics import (
     compared,
     false_discovery,
     interval,
+    largest,
     p_value,
+    split,
 )
 
 
@@ -85,3 +89,27 @@ def test_false_discovery():
     assert q[1].isnan()
     torch.testing.assert_close(q[[0, 2, 3]], torch.tensor([0.03, 0.06, 0.5], dtype=torch.float64))
     assert false_discovery(torch.tensor([torch.nan])).isnan().all()
+
+
+def test_the_largest_is_estimated_on_other_prompts_than_it_is_picked_on():
+    """Of many columns of noise, the largest looks like an effect where it was picked."""
+    names, looks, honest = [str(i) for i in range(200)], [], []
+    for seed in range(30):
+        noise = normal(torch.Generator().manual_seed(seed), 32, 200)
+        (remark,) = largest(names, noise, seed, 0.95)
+        name, effect, low, high = re.findall(
+            r"prompts: (\d+)\. .* is (\S+) \[(\S+), (\S+)\]", remark
+        )[0]
+        picking, estimating = split(32, seed, "largest")
+        assert not set(picking) & set(estimating)
+        assert int(name) == int(noise[picking].mean(0).abs().argmax())
+        of_name = noise[estimating, int(name)]
+        assert float(effect) == pytest.approx(float(of_name.mean()), abs=0.01)
+        honest.append(float(low) <= 0 <= float(high))
+        low, high = interval(noise[picking, int(name)], seed)
+        looks.append(bool(low <= 0 <= high))
+    assert sum(honest) >= 27
+    assert sum(looks) <= 10
+    assert largest(names[:1], noise[:, :1], 0, 0.95) == ()
+    assert largest(names, noise[:11], 0, 0.95) == ()
+    assert split(1, 0, "largest") == ([0], [0])
