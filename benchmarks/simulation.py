@@ -90,10 +90,11 @@ def of_draws(kind, d, p, spread, repeats, generator):
     shared = draw(generator, p, repeats)
     edit = shared + draw(generator, p, repeats)
     control = shared / 2 + draw(generator, d, p, repeats)
-    means = spread * normal(generator, d + 1, 1, repeats)  # the edit is one more draw
+    means = spread * normal(generator, d + 1, 1, repeats)
+    like_a_draw = shared / 2 + draw(generator, p, repeats) + means[d]
     fixed = beyond_draws(edit, control + means[:d])
     prompts = compared((control + means[:d]).mean(0), edit)
-    ranked = beyond_draws(edit + means[d], control + means[:d])
+    ranked = beyond_draws(like_a_draw, control + means[:d])
     return [
         *rates(fixed.low, fixed.high, 0.0),
         *rates(prompts["low"], prompts["high"], 0.0),

@@ -38,7 +38,10 @@ def explain(
     model: ModelOption = None,
     text: TextOption = None,
     offset: Annotated[
-        int | None, typer.Option(min=0, help="Offset Δ. Default: where the head scores highest.")
+        int | None,
+        typer.Option(
+            min=0, help="Offset Δ. Default: where the head scores highest, on half of the prompts."
+        ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 8,
     max_tokens: Annotated[

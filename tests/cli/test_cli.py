@@ -145,7 +145,8 @@ def test_explain(call, model, tmp_path):
     code, out, _ = call("explain", "--all", *arguments, "--kappa", 0.15, "--out", table)
     assert code == 0
     frame = pd.read_csv(table)
-    assert (frame.score >= 0.15).all()
+    # Heads and offsets are picked on one prompt, and measured on the other.
+    assert ((frame.score >= 0.15) | (frame.verdict == "neither")).all()
     assert str(frame.name[0]) in out
     record = json.loads(call("explain", "--all", *arguments, "--kappa", 0.15, "--json")[1])
     assert [row["name"] for row in record["heads"]] == frame.name.tolist()
