@@ -44,8 +44,8 @@ PAGES = {
         "Each edit takes heads first. Pictures and formulas: [gallery](../gallery.md). How to: "
         "[edit heads](../how-to/edit.md), [write an edit of your own](../how-to/add-an-edit.md).",
         "KnockOut KeepOnly ScaleOffsets AblateHeads ShiftSlash DropBand FreezeBand ScaleBand "
-        "SwapBands SetFrequencies RankOne PlantSlash parse_edit Basis fit_rank_one Edit "
-        "edits.HookContext",
+        "SwapBands SetFrequencies RankOne DropDirection PlantSlash parse_edit Basis fit_rank_one "
+        "Axis fit_axis Edit edits.HookContext",
     ),
     "patching": (
         "Patching",

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .checking.result import Check, Report
     from .edits import (
         AblateHeads,
+        Axis,
         Basis,
         DropBand,
+        DropDirection,
         Edit,
         FreezeBand,
         KeepOnly,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         SetFrequencies,
         ShiftSlash,
         SwapBands,
+        fit_axis,
         fit_rank_one,
         parse_edit,
     )
@@ -64,8 +67,9 @@ _HOMES = {
     "bridge.workers.options": "Workers",
     "checking.check": "check",
     "checking.result": "Check Report",
-    "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
-    "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
+    "edits": "AblateHeads Axis Basis DropBand DropDirection Edit FreezeBand KeepOnly KnockOut "
+    "PlantSlash RankOne ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_axis "
+    "fit_rank_one parse_edit",
     "effects.attention_metrics": "PrefixMatching SlashScores",
     "effects.copying": "copied_lags copying copying_losses",
     "effects.flow": "flow",
@@ -94,9 +98,11 @@ _PACKAGES = ("theory",)
 
 __all__ = [
     "AblateHeads",
+    "Axis",
     "Basis",
     "Check",
     "DropBand",
+    "DropDirection",
     "Edit",
     "Emergence",
     "Explanation",
@@ -131,6 +137,7 @@ __all__ = [
     "emergence",
     "explain",
     "explain_all",
+    "fit_axis",
     "fit_rank_one",
     "flow",
     "fused",

@@ -34,7 +34,7 @@ NAMES = [name for name, one in FAMILIES.items() if not one.refused and name != "
 #: θ follows the length of the longest prompt of a batch.
 LIVE = ("Llama, dynamic", "Llama, LongRoPE", "Phi-3, LongRoPE")
 N_HEADS, N_LAYERS, LONGEST, BASIS_RANK = 4, 2, 22, 4
-ANY_LAYER = ("AblateHeads", "ScaleOffsets", "KnockOut", "KeepOnly", "RankOne")
+ANY_LAYER = ("AblateHeads", "ScaleOffsets", "KnockOut", "KeepOnly", "RankOne", "DropDirection")
 ROTATED = ("ShiftSlash", "DropBand", "FreezeBand", "SwapBands", "ScaleBand", "SetFrequencies",
            "PlantSlash")  # fmt: skip
 TEXTS = ("w1 w2 w3 w4 w5", "w9 the w8", "w7 w7 w20 of w3 w11 w2")
@@ -137,6 +137,12 @@ def basis_of(name: str) -> Any:
     return sp.fit_rank_one(package_model(name), every, random_tokens(2, 12), rank=BASIS_RANK)
 
 
+@functools.cache
+def axis_of(name: str) -> Any:
+    """An axis of the package's for both layers of a family."""
+    return sp.fit_axis(package_model(name), [(0, 0), (1, 0)], random_tokens(2, 12))
+
+
 # Drawing -----------------------------------------------------------------------------------------
 
 
@@ -211,6 +217,10 @@ def draw_edit(
         own = careless or not cached
         basis = None if own and rng.random() < 0.6 else basis_of(family)
         return sp.RankOne(wanted, rng.choice(("qk", "q", "k")), basis, rng.randint(1, 3))
+    if kind == "DropDirection":
+        control = rng.choice(("", "", "same_size", "random", "principal"))
+        of = rng.choice(("qk", "q", "k"))
+        return sp.DropDirection(wanted, of, axis_of(family), control, rng.randint(0, 3))
     if kind == "ShiftSlash":
         return sp.ShiftSlash(wanted, rng.choice((rng.randint(-6, 9), rng.uniform(-4, 4))))
     if kind == "PlantSlash":
@@ -427,6 +437,8 @@ def as_given(edit: Any, typed: bool) -> Any:
     """The edit, or the text that it prints where that can be read back."""
     frequencies = getattr(edit, "frequencies", None)
     if not typed or callable(frequencies) or getattr(edit, "basis", None) is not None:
+        return edit
+    if type(edit).__name__ == "DropDirection":
         return edit
     return str(edit)
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..data.heads import Head, HeadsLike, heads, require_heads
 from ..errors import OffsetError
 from ..maths.offsets import as_offsets
+from .projections import LayerProjections
 from .qk import LayerQK
 
 _HOOKS = {
@@ -36,7 +37,7 @@ class ModelInfo:
         saving: Which arguments that save work (`logits_to_keep`, `use_cache`) its forward takes.
         rope_follows_length: Whether RoPE's frequencies depend on the prompt's length (dynamic NTK,
             LongRoPE).
-        read_qk: Reads `qk` from the model.
+        read_qk: Reads `qk` from the model; `read_projections` reads `projections`.
     """
 
     n_layers: int
@@ -48,6 +49,9 @@ class ModelInfo:
     saving: tuple[str, ...] = ()
     rope_follows_length: bool = False
     read_qk: Callable[[], tuple[LayerQK, ...]] | None = field(
+        default=None, repr=False, compare=False
+    )
+    read_projections: Callable[[], tuple[LayerProjections, ...]] | None = field(
         default=None, repr=False, compare=False
     )
 
@@ -76,6 +80,15 @@ class ModelInfo:
         """
         assert self.read_qk is not None
         return self.read_qk()
+
+    @cached_property
+    def projections(self) -> tuple[LayerProjections, ...]:
+        """How every layer computes queries and keys from the attention's input; as `qk`.
+
+        Raises ModelError where the model's modules do not reproduce its queries or keys.
+        """
+        assert self.read_projections is not None
+        return self.read_projections()
 
     def require(self, wanted: HeadsLike) -> tuple[Head, ...]:
         """Return the heads that `wanted` stands for, whole layers included.

@@ -93,7 +93,7 @@ def require_applicable(model: TransformerBridge, condition: Condition) -> None:
     info = bridge.read(model)
     for edit in condition.edits:
         edit.validate(info)
-        if {"query", "key"} & set(edit.stages()):
+        if edit.acts_on_qk:
             edit.prepare(model, info)
 
 

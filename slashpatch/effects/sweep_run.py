@@ -137,7 +137,7 @@ def _groups(variants: list[Variant], per_pass: int) -> list[list[Variant]]:
         can_share = (
             0 < len(last) < per_pass
             and last[0].edit.layers == variant.edit.layers
-            and not any("key" in edit.stages() for edit in (last[0].edit, variant.edit))
+            and not any(edit.uses_per_head_keys for edit in (last[0].edit, variant.edit))
         )
         if can_share:
             last.append(variant)

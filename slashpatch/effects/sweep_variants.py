@@ -59,7 +59,7 @@ def sweep_variants(
     prepared = set()
     for variant in variants:
         # Layers may differ, for example in RoPE: refuse before hours of work, not after.
-        if variant.edit.layers not in prepared and {"query", "key"} & set(variant.edit.stages()):
+        if variant.edit.layers not in prepared and variant.edit.acts_on_qk:
             variant.edit.prepare(model, info)
         prepared.add(variant.edit.layers)
     return sorted(variants, key=lambda variant: (variant.edit.layers[0], variant.index))

@@ -47,6 +47,14 @@ any_edit = st.one_of(
     st.builds(
         sp.RankOne, some_heads, st.sampled_from(["qk", "q", "k"]), st.none(), st.integers(1, 9)
     ),
+    st.builds(
+        sp.DropDirection,
+        some_heads,
+        st.sampled_from(["qk", "q", "k"]),
+        st.none(),
+        st.sampled_from(["", "same_size", "random", "principal"]),
+        st.integers(0, 9),
+    ),
     st.builds(sp.PlantSlash, some_heads, st.integers(0, 99), st.floats(-99, 99)),
 )
 
@@ -123,6 +131,10 @@ def test_what_can_be_typed(typed, printed):
         ("SetFrequencies(L16H0, fast)", HeadError, "expected a head"),
         ("RankOne(L16H0, of=v)", EditError, "of must be one of qk, q, k; got 'v'"),
         ("RankOne(L16H0, rank=0)", EditError, "rank must be an integer of at least 1"),
+        ("DropDirection(L16H0, of=v)", EditError, "of must be one of qk, q, k; got 'v'"),
+        ("DropDirection(L16H0, control=no)", EditError, "one of same_size, random, principal"),
+        ("DropDirection(L16H0, draw=-1)", EditError, "draw must be an integer from 0 on; got -1"),
+        ("DropDirection(L16H0, direction=3)", EditError, "an Axis"),
         ("RankOne(L16H0, basis='absent.safetensors')", EditError, "no file"),
         ("PlantSlash(L16H0, -3)", OffsetError, "integer from 0"),
         ("PlantSlash(L16H0, [1, 2])", EditError, "one offset"),

@@ -221,6 +221,7 @@ def test_every_edit_says_what_it_does(name):
         "ScaleBand": "ScaleBand(L0H0, high, 2)",
         "SetFrequencies": "SetFrequencies(L0H0, (1.0, 0.5))",
         "RankOne": "RankOne(L0H0)",
+        "DropDirection": "DropDirection(L0H0)",
         "PlantSlash": "PlantSlash(L0H0, 1, 2.0)",
     }
     edit = sp.parse_edit(texts[name])
