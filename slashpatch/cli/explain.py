@@ -24,8 +24,9 @@ from .options import (
 )
 from .output import new_console, print_json, print_written
 
-#: Two scans, one of them with moments, one clean pass, and nine passes under edits.
-_PASSES = 13
+#: Two scans, one of them with moments, the axis, one pass for queries and keys, one clean pass, and
+#: 22 passes under edits.
+_PASSES = 28
 
 
 def explain(

@@ -55,3 +55,12 @@ def without_component(
     wide = x.to(dtype)
     size = wide @ read.to(wide)
     return (wide - size[..., None] * write.to(wide)).to(x.dtype)
+
+
+def parts_along(parts: Float[Tensor, "_ d_model"]) -> Float[Tensor, "_"]:
+    """Return each part's share of the length of their sum: its component along it, over its length.
+
+    The shares add up to 1; one may be negative, or above 1. NaN where the sum is zero. *Ours*.
+    """
+    total = parts.sum(0)
+    return parts @ total / total.square().sum()

@@ -173,6 +173,14 @@ def record(planted):
         lambda r: r["profile"].update(measured=3),
         lambda r: r["profile"]["predicted"].__setitem__(0, "x"),
         lambda r: r.update(profile={}),
+        lambda r: r["logit_shares"].pop("both"),
+        lambda r: r["logit_shares"].update(n_offsets=-2),
+        lambda r: r.update(variation=[1, 2]),
+        lambda r: r["variation"].update(sign_q="rare"),
+        lambda r: r["origin"].pop("q"),
+        lambda r: r["origin"]["k"].update(axis="all"),
+        lambda r: r["origin"]["controls"].update(random=[]),
+        lambda r: r["origin"]["dropped"].pop("qk"),
     ],
 )
 def test_damaged_files(record, tmp_path, damage):

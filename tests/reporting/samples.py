@@ -10,7 +10,9 @@ import torch
 
 from slashpatch.data.heads import Head
 from slashpatch.effects.result import Result
+from slashpatch.explaining.parts import FromAxis, Origin, Variation
 from slashpatch.explaining.result import Explanation
+from slashpatch.maths.logit_shares import LogitShares
 from slashpatch.scanning.moments import Moments
 from slashpatch.scanning.result import Scan
 from slashpatch.scanning.top_keys_result import TopKeys
@@ -120,6 +122,16 @@ def explanation(head="L1H0", of=None, **details):
         kappa=0.1,
         provenance=origin(
             prompts=[{"source": "natural text", "n": 4, "digest": "d"}], seed=0, **details
+        ),
+        shares=LogitShares(0.8, 0.1, 0.9, 0.75, 0.3, 1.5, 64),
+        variation=Variation(0.1, 0.2, 0.01, 0.0),
+        origin=Origin(
+            0.85,
+            0.72,
+            FromAxis(0.9, 0.0, 0.1, 0.98, 0.97),
+            FromAxis(0.7, 0.2, 0.1, 0.95, 0.9),
+            {"q": 0.1, "k": 0.05, "qk": 0.02},
+            {"same_size": [0.5, 0.6], "random": [0.7], "principal": [0.7, 0.6, 0.65]},
         ),
     )
 

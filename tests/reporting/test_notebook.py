@@ -58,7 +58,7 @@ def checked(result):
     """The HTML of a result, after tests that hold for all."""
     html = result._repr_html_()
     assert html == result._repr_html_()
-    assert len(html) < 60_000
+    assert len(html) < 70_000
     found = Checked(html)
     tags = {tag for tag, _ in found.elements}
     assert not tags & {"script", "style", "link", "iframe", "object", "foreignobject", "img"}

@@ -117,9 +117,37 @@ def explanation_html(explanation: Explanation) -> str:
                 ranks,
                 caption="rank measures (> share of heads with a smaller value)",
             ),
+            *_why_tables(explanation),
         ],
         [f"Rule (ours): {RULE}"],
     ).html()
+
+
+def _why_tables(explanation: Explanation) -> list[Table]:
+    """Return tables of what the logits depend on, and of what comes from the inputs' axis."""
+    tables = []
+    shares, origin = explanation.shares, explanation.origin
+    if shares is not None:
+        beyond = shares.both - shares.position
+        cells = [shares.position, shares.curve, beyond, 1 - shares.both]
+        caption = (
+            f"shares of the logits' variance, {shares.n_offsets} offsets, rows less their mean"
+        )
+        heading = ["position", "predicted curve", "key token beyond it", "query and key together"]
+        tables.append(
+            Table(heading, [["–" if cell != cell else f"{cell:.0%}" for cell in cells]],
+                  caption=caption)
+        )  # fmt: skip
+    if origin is not None:
+        rows = [
+            [label, *(f"{one:.0%}" for one in (part.axis, part.bias, part.rest)),
+             f"{part.cosine:.3f}", f"{part.leading:.3f}"]
+            for label, part in (("Q", origin.q), ("K", origin.k))
+        ]  # fmt: skip
+        heading = ["mean", "of the axis", "of the bias", "rest", "cosine", "leading direction"]
+        caption = f"origin: the axis has {origin.share:.0%} of the inputs' second moment"
+        tables.append(Table(heading, rows, caption=caption))
+    return tables
 
 
 def report_html(report: Report) -> str:
