@@ -25,8 +25,8 @@ from .options import (
 from .output import new_console, print_json, print_written
 
 #: Two scans, one of them with moments, the axis, one pass for queries and keys, one clean pass, and
-#: 22 passes under edits.
-_PASSES = 28
+#: 22 passes under edits, which run one layer only where there is one head.
+_PASSES, _PASSES_OF_ONE = 28, 7
 
 
 def explain(
@@ -75,7 +75,7 @@ def explain(
         require_output(out, TABLE_SUFFIXES if every else (".json",))
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 256)
-    announce_long_run(bridge, prompts, n_tokens, _PASSES)
+    announce_long_run(bridge, prompts, n_tokens, _PASSES if every else _PASSES_OF_ONE)
     common: dict[str, Any] = {
         "n_prompts": prompts,
         "max_tokens": n_tokens,

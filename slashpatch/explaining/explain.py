@@ -17,6 +17,7 @@ from .. import bridge
 from ..bridge.provenance import provenance
 from ..data.heads import Head, HeadsLike
 from ..data.prompts import prompt_set
+from ..edits import Axis
 from ..errors import HeadError, ModelError
 from ..maths.bands import NAMED_BANDS, band_mask
 from ..scanning.result import Scan, require_kappa
@@ -41,6 +42,7 @@ def explain(
     max_tokens: int | None = None,
     kappa: float = 0.1,
     seed: int = 0,
+    axis: Axis | None = None,
     progress: bool | None = None,
 ) -> Explanation:
     """Explain why a head is a slash head, with a verdict by `slashpatch.explaining.result.RULE`.
@@ -58,9 +60,12 @@ def explain(
         max_tokens: Length of each prompt.
         kappa: Least slash score of a slash head.
         seed: Random seed of the prompts and of the random-token control.
+        axis: Axis of the attention inputs of the head's layer, from `fit_axis` on other prompts;
+            None: fitted on built-in text that another seed draws.
         progress: Whether to show progress bars; None: on a terminal only.
 
     Raises:
+        EditError: An axis that was not fitted for the head's layer.
         HeadError: More than one head, or one that the model does not have.
         PromptError: Prompts that are empty or longer than the context.
         ScanError: κ outside [0, 1].
@@ -72,7 +77,9 @@ def explain(
             f"explain takes one head, got {head!r}; explain_all (explain --all) takes several"
         )
     return next(
-        explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
+        explanations(
+            model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress, axis
+        )
     )
 
 
@@ -85,6 +92,7 @@ def explain_all(
     max_tokens: int | None = None,
     kappa: float = 0.1,
     seed: int = 0,
+    axis: Axis | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Explain several heads; return a table with the columns of `Explanation.to_row`.
@@ -95,7 +103,9 @@ def explain_all(
     import pandas as pd
 
     chosen = None if wanted is None else bridge.read(model).require(wanted)
-    rows = explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
+    rows = explanations(
+        model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress, axis
+    )
     return pd.DataFrame([row.to_row() for row in rows])
 
 
@@ -109,6 +119,7 @@ def explanations(
     kappa: float = 0.1,
     seed: int = 0,
     progress: bool | None = None,
+    axis: Axis | None = None,
 ) -> Iterator[Explanation]:
     """Yield the explanation of each head; None: of all heads that reach κ. Raises as `explain`."""
     require_kappa(kappa)
@@ -136,7 +147,8 @@ def explanations(
     at = {head: _best_offset(natural, head, offset) for head in wanted}
     if not at:
         return
-    axis = axis_elsewhere(model, list(at), len(tokens), min(256, model.cfg.n_ctx), seed)
+    n_tokens = min(256, model.cfg.n_ctx)
+    axis = axis_elsewhere(model, list(at), len(tokens), n_tokens, seed, axis)
     edits = condition_edits(list(at), layers) | ({} if axis is None else axis_edits(list(at), axis))
     edited = edited_scores(model, tokens, at, edits, progress)
     shortest = min(len(prompt) for prompt in tokens)

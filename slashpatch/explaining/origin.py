@@ -29,14 +29,21 @@ DRAWS = {"same_size": 5, "random": 2, "principal": 3}
 
 
 def axis_elsewhere(
-    model: TransformerBridge, heads: Sequence[Head], n_prompts: int, n_tokens: int, seed: int
+    model: TransformerBridge,
+    heads: Sequence[Head],
+    n_prompts: int,
+    n_tokens: int,
+    seed: int,
+    given: Axis | None = None,
 ) -> Axis | None:
-    """Return the axis of the heads' layers on built-in text that another seed draws.
+    """Return the axis of the heads' layers: `given`, or on built-in text that another seed draws.
 
     None where the model's queries and keys cannot be computed from another input.
     """
     try:
         _ = bridge.read(model).projections
+        if given is not None:
+            return given
         texts = prompt_set(model, n_prompts=n_prompts, max_tokens=n_tokens, seed=seed + 1)
         layers = sorted({head.layer for head in heads})
         return axis_of_tokens(model, layers, texts.tokens, {})

@@ -49,7 +49,8 @@ class FromAxis(NamedTuple):
 class Origin(NamedTuple):
     """Where a head's near rank-one queries and keys come from: the cone of the attention inputs.
 
-    The axis u is fitted on other prompts than those of the explanation, on built-in text.
+    The axis u is fitted on other prompts than those of the explanation: on built-in text, unless
+    an axis was given.
 
     Attributes:
         cosine: Mean cosine of the attention inputs to u.

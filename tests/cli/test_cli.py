@@ -271,7 +271,7 @@ def test_the_default_length_is_cut_to_the_context(call, model):
     [
         (("scan", "--offsets", "0-3"), "2 passes over each: roughly 2 minutes"),
         (("scan", "--offsets", "0-3", "--random-tokens"), "1 pass over each: roughly 48 seconds"),
-        (("explain", "L0H1"), "13 passes over each: roughly 10 minutes"),
+        (("explain", "L0H1"), "7 passes over each: roughly 6 minutes"),
         (("flow", "--offsets", "1-3", "--replaced", 3), "4 passes over each: roughly 3 minutes"),
         (("copying", "--tokens", 12), "1 pass over each: roughly 48 seconds"),
         (("measure", "-e", "KnockOut(L0H0, 1)", "--control", "random-heads:2", "--metric", "loss"),

@@ -9,6 +9,7 @@ import torch
 import slashpatch as sp
 from slashpatch.bridge import read
 from slashpatch.data.files import without_nan
+from slashpatch.errors import EditError
 
 from ..edits.test_rotary_edits import PLANTED
 from ..planted import planted_model
@@ -105,16 +106,23 @@ def test_scores_without_the_axis_equal_scans_under_the_edit():
 def test_planted_heads_come_from_the_axis_and_their_logits_from_position():
     model = planted_model([*PLANTED[:4], None])
     tokens = random_tokens(3, 100)
-    one = sp.explain(model, "L0H1", tokens)
+    axis = sp.fit_axis(model, "L0H1", random_tokens(9, 100, seed=7))
+    one = sp.explain(model, "L0H1", tokens, axis=axis)
     assert one.shares.position > 0.95
     assert one.shares.curve > 0.95
     assert one.variation.sign_q == 0
     assert one.origin.q.axis > 0.95
     assert one.origin.dropped["qk"] < 0.5 * one.natural
     assert "Origin of condition 1" in str(one)
-    other = sp.explain(model, "L0H4", tokens, kappa=0.0)
+    other = sp.explain(model, "L0H4", tokens, kappa=0.0, axis=axis)
     assert other.shares.position < 0.5
     assert other.origin.q.axis < one.origin.q.axis
+
+
+def test_an_axis_of_other_layers_is_refused(tiny):
+    axis = sp.fit_axis(tiny, "L0H0", random_tokens(2, 20))
+    with pytest.raises(EditError, match="fitted for layers 0, not for layer 1"):
+        sp.explain(tiny, "L1H2", random_tokens(2, 20), axis=axis)
 
 
 def test_without_rope_there_is_no_curve_and_short_prompts_have_no_shares():
