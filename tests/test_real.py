@@ -122,6 +122,17 @@ def test_rank_one_leaves_the_slash(real):
     assert float(scan.scores[16, 0, 1]) > 0.7
 
 
+def test_the_slash_goes_with_the_axis_of_the_inputs_and_not_with_its_controls(real):
+    axis = sp.fit_axis(real, "L16H0", n_prompts=4, max_tokens=128, seed=1)
+    scores = {}
+    for control in ("", "same_size", "random", "principal"):
+        with sp.patch(real, sp.DropDirection("L16H0", direction=axis, control=control)):
+            scan = sp.scan(real, offsets=[1], n_prompts=2, max_tokens=128, moments=False)
+        scores[control] = float(scan.scores[16, 0, 0])
+    assert scores.pop("") < 0.1
+    assert min(scores.values()) > 0.4
+
+
 def test_profiles_are_predicted(real):
     scan = sp.scan(real, n_prompts=8, max_tokens=256)
     heads = {entry.head for entry in scan.slash_heads(min_offset=1)}
