@@ -33,11 +33,13 @@ if TYPE_CHECKING:
         fit_rank_one,
         parse_edit,
     )
+    from .effects.activation_patching import activation_patching
     from .effects.attention_metrics import PrefixMatching, SlashScores
     from .effects.copying import copied_lags, copying, copying_losses
     from .effects.flow import flow
     from .effects.logit_metrics import LogitDifference
     from .effects.measure import measure
+    from .effects.pairs import Pairs, copying_pairs
     from .effects.paths import paths
     from .effects.result import Result
     from .effects.screen import screen
@@ -66,11 +68,13 @@ _HOMES = {
     "checking.result": "Check Report",
     "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
     "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
+    "effects.activation_patching": "activation_patching",
     "effects.attention_metrics": "PrefixMatching SlashScores",
     "effects.copying": "copied_lags copying copying_losses",
     "effects.flow": "flow",
     "effects.logit_metrics": "LogitDifference",
     "effects.measure": "measure",
+    "effects.pairs": "Pairs copying_pairs",
     "effects.paths": "paths",
     "effects.result": "Result",
     "effects.screen": "screen",
@@ -106,6 +110,7 @@ __all__ = [
     "KnockOut",
     "LogitDifference",
     "MemoryNeeded",
+    "Pairs",
     "PlantSlash",
     "PrefixMatching",
     "RankOne",
@@ -124,10 +129,12 @@ __all__ = [
     "SwapBands",
     "TopKeys",
     "Workers",
+    "activation_patching",
     "check",
     "copied_lags",
     "copying",
     "copying_losses",
+    "copying_pairs",
     "emergence",
     "explain",
     "explain_all",

@@ -19,6 +19,7 @@ _HOOKS = {
     "sin": "attn.hook_sin",
     "scores": "attn.hook_attn_scores",
     "pattern": "attn.hook_pattern",
+    "v": "attn.v.hook_out",
     "z": "attn.hook_z",
     "output": "hook_attn_out",
 }
@@ -54,8 +55,8 @@ class ModelInfo:
     def hook(self, layer: int, site: str) -> str:
         """Return the hook point name of a site in `layer`.
 
-        Sites: the `block`'s input; the attention's `input`, `cos`, `sin`, `scores`, `pattern`, `z`
-        and `output`. Those of queries and keys differ from family to family: see `qk`.
+        Sites: the `block`'s input; the attention's `input`, `cos`, `sin`, `v`, `scores`, `pattern`,
+        `z` and `output`. Those of queries and keys differ from family to family: see `qk`.
         """
         return f"blocks.{layer}.{_HOOKS[site]}"
 

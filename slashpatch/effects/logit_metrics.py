@@ -102,9 +102,14 @@ class LogitDifference:
                 f"LogitDifference: position must be an integer; got {self.position!r}"
             )
 
+    def keeps(self, tokens: Int[Tensor, "batch pos"]) -> int:
+        """Return the number of last positions whose logits are read."""
+        n_pos = tokens.shape[1]
+        return n_pos if self.position >= 0 else min(-self.position, n_pos)
+
     def __call__(
         self,
-        logits: Float[Tensor, "batch pos d_vocab"],
+        logits: Float[Tensor, "batch kept d_vocab"],
         index: Int[Tensor, "batch"],
         n_prompts: int,
     ) -> Float[Tensor, "batch"]:
