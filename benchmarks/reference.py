@@ -61,8 +61,9 @@ PAGES = {
         "Effects",
         "How to: [measure effects](../how-to/measure.md), [sweep every head](../how-to/sweep.md), "
         "[screen every head](../how-to/screen.md).",
-        "measure flow copying paths sweep screen activation_patching copying_pairs Pairs Result "
-        "copying_losses copied_lags SlashScores PrefixMatching LogitDifference",
+        "measure flow copying paths sweep screen activation_patching copying_pairs Pairs "
+        "direct_effect Result copying_losses copied_lags SlashScores PrefixMatching "
+        "LogitDifference",
     ),
     "checking": (
         "Checking",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .effects.activation_patching import activation_patching
     from .effects.attention_metrics import PrefixMatching, SlashScores
     from .effects.copying import copied_lags, copying, copying_losses
+    from .effects.direct import direct_effect
     from .effects.flow import flow
     from .effects.logit_metrics import LogitDifference
     from .effects.measure import measure
@@ -71,6 +72,7 @@ _HOMES = {
     "effects.activation_patching": "activation_patching",
     "effects.attention_metrics": "PrefixMatching SlashScores",
     "effects.copying": "copied_lags copying copying_losses",
+    "effects.direct": "direct_effect",
     "effects.flow": "flow",
     "effects.logit_metrics": "LogitDifference",
     "effects.measure": "measure",
@@ -135,6 +137,7 @@ __all__ = [
     "copying",
     "copying_losses",
     "copying_pairs",
+    "direct_effect",
     "emergence",
     "explain",
     "explain_all",

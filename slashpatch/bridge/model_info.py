@@ -22,6 +22,8 @@ _HOOKS = {
     "v": "attn.v.hook_out",
     "z": "attn.hook_z",
     "output": "hook_attn_out",
+    "mlp": "mlp.hook_out",
+    "block_output": "hook_out",
 }
 
 
@@ -56,7 +58,8 @@ class ModelInfo:
         """Return the hook point name of a site in `layer`.
 
         Sites: the `block`'s input; the attention's `input`, `cos`, `sin`, `v`, `scores`, `pattern`,
-        `z` and `output`. Those of queries and keys differ from family to family: see `qk`.
+        `z` and `output`; the `mlp`'s output, and the `block_output`. Those of queries and keys
+        differ from family to family: see `qk`.
         """
         return f"blocks.{layer}.{_HOOKS[site]}"
 

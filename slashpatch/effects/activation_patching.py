@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..bridge.prefix_cache import PrefixCache
@@ -25,6 +24,7 @@ from .inputs import Batch, batches
 from .logit_metrics import LogitDifference
 from .pairs import Pairs, as_pairs
 from .patch_targets import Target, Together, targets
+from .ratios import ratio_of_means
 from .result import Result
 from .statistics import adjusted, compared, interval
 from .swapped_activations import Kept, keeping, putting
@@ -192,28 +192,6 @@ def _require_lengths(groups: Sequence[Together], pairs: Pairs) -> None:
             f"a diagonal of offset {most} needs prompts of at least {most + 1} tokens; the "
             f"shortest has {shortest}"
         )
-
-
-def ratio_of_means(
-    part: Float[Tensor, "prompt"],
-    whole: Float[Tensor, "prompt"],
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[float, float, float]:
-    """Return mean(part) / mean(whole) over prompts, and the ends of its interval.
-
-    The interval is that of the mean of the linearised ratio, R + (part − R · whole) / mean(whole)
-    (the delta method: Cochran, Sampling Techniques, 1977, section 6.4). All NaN where the interval
-    of the mean of `whole` holds 0 (*ours*): the ratio then says nothing.
-    """
-    part, whole = part.double(), whole.double()
-    below, above = (float(end) for end in interval(whole, seed, confidence))
-    mean = float(whole.mean())
-    if mean == 0 or below <= 0 <= above:
-        return (float("nan"),) * 3
-    ratio = float(part.mean()) / mean
-    low, high = interval(ratio + (part - ratio * whole) / mean, seed, confidence)
-    return ratio, float(low), float(high)
 
 
 def _row(

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import slashpatch as sp
 from slashpatch.bridge import read
-from slashpatch.effects.activation_patching import ratio_of_means
 from slashpatch.effects.patch_targets import targets
+from slashpatch.effects.ratios import ratio_of_means
 from slashpatch.effects.statistics import interval
 from slashpatch.errors import EditError, HeadError, ModelError, OffsetError, PromptError
 
@@ -165,7 +165,8 @@ def test_only_the_heads_own_keys_and_values_are_patched(tiny):
     pairs = some_pairs()
     for part in "kv":
         seen = []
-        with tiny.hooks(fwd_hooks=[("blocks.0.hook_attn_out", lambda x, hook: seen.append(x))]):
+        read = ("blocks.0.hook_attn_out", lambda x, hook, seen=seen: seen.append(x))
+        with tiny.hooks(fwd_hooks=[read]):
             sp.activation_patching(tiny, f"L0H0.{part}", pairs, directions="noising")
         change = (seen[-1] - seen[0]).flatten(0, 1)
         assert change.abs().max() > 1e-3
