@@ -60,7 +60,7 @@ PAGES = {
     "effects": (
         "Effects",
         "How to: [measure effects](../how-to/measure.md), [sweep every head](../how-to/sweep.md), "
-        "[screen every head](../how-to/screen.md).",
+        "[screen every head](../how-to/screen.md), [patch pairs of prompts](../how-to/pairs.md).",
         "measure flow copying paths sweep screen activation_patching copying_pairs Pairs "
         "direct_effect Result copying_losses copied_lags SlashScores PrefixMatching "
         "LogitDifference",

@@ -102,7 +102,7 @@ def measure(
     from ..effects.measure import measure as run
     from ..effects.metrics import as_metric
 
-    conditions = _edits(edit, together)
+    conditions = edits_of(edit, together)
     metrics = metric or ["loss", "kl", "top1"]
     for name in metrics:
         as_metric(name)
@@ -155,7 +155,7 @@ def flow(
     from ..effects.flow import flow as run
     from ..maths.offsets import as_offsets
 
-    conditions = _edits(edit, together, needed=False)
+    conditions = edits_of(edit, together, needed=False)
     wanted = as_offsets(offsets)
     require_outputs(out, plot, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
@@ -199,7 +199,7 @@ def copying(
     """Measure which token the model copies on repeated random tokens: the next, or a later one."""
     from ..effects.copying import copying as run
 
-    conditions = _edits(edit, together, needed=False)
+    conditions = edits_of(edit, together, needed=False)
     require_outputs(out, plot, None, False)
     bridge = load_bridge(model, device, dtype)
     n_tokens = min(2 * tokens, bridge.cfg.n_ctx)
@@ -267,7 +267,7 @@ def sweep(
     show(result, out, plot, as_json, top, saved=True)
 
 
-def _edits(typed: list[str] | None, together: bool, needed: bool = True) -> list[Any]:
+def edits_of(typed: list[str] | None, together: bool, needed: bool = True) -> list[Any]:
     """Return the edits that were typed; as one inner list where they act together."""
     from ..edits import parse_edit
 

@@ -77,9 +77,10 @@ def direct_effect(
     Returns:
         A Result with four rows an edit, by the column `part`: "direct"; "direct, new norm" (the
         final norm computed anew); "total" (an ordinary run); and "repair", total − direct: what
-        later layers and the final norm's scale add. Opposite signs of direct and repair are
-        self-repair: `repaired` is the share −repair / direct (ratio of means over prompts; 1: all
-        is undone, below 0: it is amplified; NaN where the direct effect is not clear).
+        later layers and the final norm's scale add. Where the total effect is the smaller one,
+        `repaired` is the share of the direct effect that is undone, −repair / direct (ratio of
+        means over prompts; NaN where the direct effect is not clear). Where it is the larger one,
+        later layers do not repair the change but carry it on.
 
     Raises:
         EditError: Edits that do not fit the model.
@@ -128,7 +129,9 @@ def direct_effect(
         "confidence": confidence,
         "seed": seed,
     }
-    return Result("direct", adjusted(rows), provenance=provenance(model, **details))
+    return Result(
+        "direct", adjusted(rows), {}, _remarks(rows, wanted), provenance(model, **details)
+    )
 
 
 class _BatchRun:
@@ -255,9 +258,9 @@ def _rows(
         columns = compared(before, after, seed, confidence)
         for at, of in enumerate(runner.labels(0, clean.shape[1])):
             shares = (float("nan"),) * 3
-            if part == REPAIR:
-                whole = (direct - clean)[:, at]
-                shares = ratio_of_means((direct - total)[:, at], whole, seed, confidence)
+            change, whole = ((x - clean)[:, at] for x in (total, direct))
+            if part == REPAIR and abs(float(change.mean())) <= abs(float(whole.mean())):
+                shares = ratio_of_means(whole - change, whole, seed, confidence)
             rows.append(
                 {
                     "edit": str(condition),
@@ -270,3 +273,22 @@ def _rows(
                 }
             )
     return rows
+
+
+def _remarks(rows: list[dict[str, Any]], wanted: tuple[Condition, ...]) -> tuple[str, ...]:
+    """Return in words, for metrics of one number, what later layers make of each direct effect."""
+    said = []
+    for condition in wanted:
+        found = {row["part"]: row for row in rows if row["edit"] == str(condition)}
+        direct, total, repair = (found[part] for part in (DIRECT, TOTAL, REPAIR))
+        if direct["of"] or len(rows) != 4 * len(wanted):
+            continue
+        sizes = f"direct {direct['effect']:+.3g}, total {total['effect']:+.3g}"
+        if repair["repaired"] == repair["repaired"]:
+            what = f"later layers and the norm undo {repair['repaired']:.0%} of the direct effect"
+        elif abs(total["effect"]) > abs(direct["effect"]):
+            what = "the effect is larger through later layers than directly"
+        else:
+            what = "the direct effect is not clear"
+        said.append(f"{condition}: {sizes}: {what}")
+    return tuple(said)

@@ -20,12 +20,26 @@ _COLUMNS = {
     "flow": ("edit", "offset", "flow", "effect", "q"),
     "copying": ("edit", "lag", "top1", "loss", "effect", "q"),
     "paths": ("reader", "input", "baseline", "edited", "effect", "q"),
+    "pairs": ("patched", "direction", "baseline", "edited", "normalized", "q"),
+    "direct": ("edit", "part", "of", "baseline", "edited", "effect", "q", "repaired"),
     "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
     "screen": ("name", "offset", "estimate", "effect", "q", "why"),
 }
 #: Titles of columns that differ from their names, and the columns that hold texts.
 TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
-TEXTS = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
+TEXTS = (
+    "edit",
+    "metric",
+    "of",
+    "against",
+    "name",
+    "reader",
+    "input",
+    "why",
+    "patched",
+    "part",
+    "direction",
+)
 #: Largest number of heads in the table of matching heads.
 _HEADS = 6
 #: Columns that are shown with an interval, and the columns of its ends.
@@ -34,12 +48,16 @@ _INTERVALS = {
     "flow": ("flow_low", "flow_high"),
     "top1": ("top1_low", "top1_high"),
     "loss": ("loss_low", "loss_high"),
+    "normalized": ("normalized_low", "normalized_high"),
+    "repaired": ("repaired_low", "repaired_high"),
 }
 _UNITS = {
     "measure": "effect: edited minus baseline, paired by prompt",
     "flow": "KL divergence in nats that replacing the token Δ before causes",
     "copying": "top1: share of tokens; loss in nats; effect: on the loss",
     "paths": "effect of the edit through one input of one later head",
+    "pairs": "logit difference with patched activations; normalized: 1 is the other run",
+    "direct": "effect through the residual stream alone, and in all; repair: total − direct",
     "sweep": "effect of the edit at one head at a time",
     "screen": "effect of the edit at one head at a time, estimated at all and run at some",
 }
@@ -101,7 +119,7 @@ def _table(result: Result, top: int) -> Table:
             TITLES.get(name, name),
             justify="left" if name in TEXTS else "right",
             overflow="fold",
-            no_wrap=name not in ("edit", "against"),
+            no_wrap=name not in ("edit", "against", "patched"),
         )
     for cells in rows:
         table.add_row(*(Text(cell) for cell in cells))

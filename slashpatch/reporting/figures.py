@@ -150,10 +150,11 @@ def draw_profile(axis: Axes, profile: Profile) -> None:
 @styled
 def effects_figure(result: Result, top: int = 20) -> Figure:
     """Draw a result of any kind; of `measure` (for each metric) and `paths`, the first rows."""
-    if result.kind == "measure":
-        from .forest import forest_figure
+    if result.kind in ("measure", "pairs", "direct"):
+        from .forest import forest_figure, parts_figure
 
-        return forest_figure(result, rows=top)
+        draw = forest_figure if result.kind == "measure" else parts_figure
+        return draw(result, rows=top)
     if result.kind == "paths":
         return paths_figure(result, top)
     size = (7.5, 4.2)

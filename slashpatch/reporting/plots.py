@@ -153,6 +153,8 @@ def plot_result(result: Result, backend: str, top: int = 20) -> Any:
             effect_rows.path_rows(result, top),
             title=shortened(result.provenance["measured"][0], 60),
         ),
+        "pairs": lambda: _parts(result, top),
+        "direct": lambda: _parts(result, top),
         "sweep": lambda: effects.sweep(
             effect_rows.sweep_rows(result),
             quantity=f"effect on {shortened(result.provenance['metric'], 24)}",
@@ -166,6 +168,14 @@ def plot_result(result: Result, backend: str, top: int = 20) -> Any:
             f"{', '.join(charts)}"
         )
     return _drawn(backend, lambda: effects_figure(result, top), charts[result.kind])
+
+
+def _parts(result: Result, top: int) -> Any:
+    """Return the effects of the first things that were patched or edited, several in each row."""
+    rows = effect_rows.part_rows(result)
+    shown = list(dict.fromkeys(rows["row"]))[:top]
+    quantity = shortened(effect_rows.quantity_of(result), 60)
+    return effects.parts(rows[rows["row"].isin(shown)], quantity=quantity)
 
 
 def _screen(result: Result) -> Any:

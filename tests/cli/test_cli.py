@@ -200,10 +200,11 @@ def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message
 
 
 WITH_MODEL = ["scan", "explain", "generate", "watch", "demo", "measure", "flow", "copying", "sweep",
-              "screen", "check", "report"]  # fmt: skip
+              "screen", "pairs", "direct", "check", "report"]  # fmt: skip
 OF_ITS_OWN = {
     "report": ("--out", "never.html"),
     "explain": ("L0H1",),
+    "pairs": ("--heads", "L0H0"),
     "generate": ("the",),
     "watch": ("the",),
 }
@@ -218,8 +219,8 @@ def test_every_command_names_the_model_by_an_option(call, model, command):
     assert "name the model with -m MODEL" in err
     for option in ("-m", "--model"):
         code, _, err = call(command, *OF_ITS_OWN.get(command, ()), option, "absent.gguf",
-                            *(("-e", "KnockOut(L0H0, 1)") if command in ("measure", "generate")
-                              else ()))  # fmt: skip
+                            *(("-e", "KnockOut(L0H0, 1)")
+                              if command in ("measure", "generate", "direct") else ()))  # fmt: skip
         assert (code, err) == (2, "slashpatch: no file 'absent.gguf'; expected a .gguf model\n")
 
 
@@ -595,6 +596,11 @@ def test_screen_shows_why_rows_were_run_and_goes_on(call, model, tmp_path):
         (("flow", "--text", "a.txt", "--random-tokens"), "not both"),
         (("flow", "--plot", "a.parquet"), "ends in .png, .svg, .pdf"),
         (("sweep", "--resume"), "--resume goes with --out"),
+        (("pairs",), "give at least one --heads"),
+        (("pairs", "--heads", "L0H0.w"), "or a diagonal such as"),
+        (("pairs", "--heads", "L0H0", "--pairs", "absent.csv"), "no file 'absent.csv'"),
+        (("direct",), "give at least one --edit"),
+        (("direct", "-e", "KnockOut(L0H1, 1)", "--metric", "slash"), "reads attention"),
         (("sweep", "-e", "KnockOut(L0H1, 1)"), "expected a text with {head}"),
     ],
 )
@@ -604,6 +610,43 @@ def test_effects_refuse(call, model, arguments, said):
     assert (code, out) == (2, "")
     assert said in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_pairs(call, model, tmp_path):
+    out, plot, lines = (tmp_path / name for name in ("pairs.json", "pairs.png", "pairs.jsonl"))
+    rest = ("--heads", "L0H1@1, L1H2.k", "--heads", "L1H0", "--prompts", 3, "--tokens", 6)
+    code, shown, err = call("pairs", "-m", model, *rest, "--out", out, "--plot", plot)
+    assert code == 0, err
+    for word in ("L0H1@1", "L1H2.k", "denoising", "noising", "normalized", "3 prompts (copying"):
+        assert word in shown
+    assert plot.stat().st_size > 5000
+    code, again, _ = call("pairs", "-m", model, *rest, "--json")
+    assert json.loads(again) == json.loads(out.read_text())
+    row = {"clean": [5, 6, 7], "corrupt": [5, 8, 7], "right": 9, "wrong": 10}
+    lines.write_text(json.dumps(row) + "\n" + json.dumps(row | {"right": 11}))
+    rest = ("--pairs", lines, "--heads", "L0H0-1", "--together", "--direction", "noising")
+    code, shown, err = call("pairs", "-m", model, *rest, "--parts", "q,v", "--json")
+    assert code == 0, err
+    found = json.loads(shown)["effects"]
+    assert [row["patched"] for row in found] == ["L0H0.q, L0H1.q", "L0H0.v, L0H1.v"]
+    assert {row["direction"] for row in found} == {"noising"}
+
+
+def test_direct(call, model, tmp_path):
+    out, plot = tmp_path / "direct.json", tmp_path / "direct.png"
+    rest = ("-e", "KnockOut(L0H1, 1)", "-e", "AblateHeads(L1H2)", "--together", "--prompts", 3)
+    rest += ("--max-tokens", 13)
+    code, shown, err = call("direct", "-m", model, *rest, "--out", out, "--plot", plot)
+    assert code == 0, err
+    for word in ("direct", "total", "repair", "KnockOut(L0H1, offsets=1)"):
+        assert word in shown
+    assert plot.stat().st_size > 5000
+    code, again, _ = call("direct", "-m", model, *rest, "--json")
+    record = json.loads(again)
+    assert record == json.loads(out.read_text())
+    assert [row["part"] for row in record["effects"]] == [
+        "direct", "direct, new norm", "total", "repair"
+    ]  # fmt: skip
 
 
 def test_theory(call, tmp_path):

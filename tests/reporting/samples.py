@@ -128,8 +128,35 @@ def _effect(value, width=0.3):
     return {"effect": value, "low": value - width, "high": value + width, "p": 0.01, "q": 0.02}
 
 
+def _pairs_frame():
+    rows = [
+        {"patched": patched, "part": "diagonal", "direction": direction, "n": 4}
+        | {"metric": "logit difference", "baseline": -6.0, "edited": share * 12 - 6}
+        | _effect(12 * share)
+        | {"normalized": share, "normalized_low": share - 0.1, "normalized_high": share + 0.1}
+        for patched, share in (("L1H0@1", 0.7), ("L1H0@1, L2H1.k", 0.9))
+        for direction in ("denoising", "noising")
+    ]
+    return pd.DataFrame(rows)
+
+
+def _direct_frame(edit):
+    rows = [
+        {"edit": edit, "part": part, "metric": "copying", "of": "", "n": 4}
+        | {"baseline": 2.0, "edited": 2.0 + value, **_effect(value)}
+        | dict(zip(("repaired", "repaired_low", "repaired_high"), shares, strict=True))
+        for part, value, shares in (
+            ("direct", 2.0, (float("nan"),) * 3),
+            ("direct, new norm", 1.9, (float("nan"),) * 3),
+            ("total", 0.5, (float("nan"),) * 3),
+            ("repair", -1.5, (0.75, 0.7, 0.8)),
+        )
+    ]
+    return pd.DataFrame(rows)
+
+
 def result(kind, **of):
-    """A result of `measure`, `flow`, `copying`, `paths`, `sweep` or `screen`."""
+    """A result of any kind, such as `measure`, `flow` or `sweep`."""
     edit = "KnockOut(L1H0, 1)"
     details = {
         "confidence": 0.95,
@@ -246,6 +273,12 @@ def result(kind, **of):
                 )
             ]
         )
+        details |= {"measured": [edit], "metric": "copying"}
+    elif kind == "pairs":
+        frame = _pairs_frame()
+        details |= {"measured": ["L1H0@1", "L1H0@1, L2H1.k"], "metric": "logit difference"}
+    elif kind == "direct":
+        frame = _direct_frame(edit)
         details |= {"measured": [edit], "metric": "copying"}
     else:
         frame = pd.DataFrame(

@@ -56,6 +56,7 @@ def frames():
         effects.flow: (effect_rows.flow_rows(made["flow"]),),
         effects.lags: (effect_rows.lag_rows(made["copying"]),),
         effects.paths: (effect_rows.path_rows(made["paths"]),),
+        effects.parts: (effect_rows.part_rows(made["direct"]),),
         effects.sweep: (effect_rows.sweep_rows(made["sweep"]),),
         effects.screen: (effect_rows.screen_rows(made["screen"]),),
         training.training: (training_rows.training_rows(runs),),
@@ -162,6 +163,7 @@ def test_titles_are_no_expressions(title):
     """Vega-Lite puts titles of axes into expressions; a backslash must not end the text there."""
     for chart, kind, of in (
         (effects.paths, "paths", effect_rows.path_rows),
+        (effects.parts, "pairs", effect_rows.part_rows),
         (effects.sweep, "sweep", effect_rows.sweep_rows),
         (effects.screen, "screen", effect_rows.screen_rows),
         (effects.forest, "measure", lambda result: effect_rows.forest_rows(result, "copying")),

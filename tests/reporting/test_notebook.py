@@ -20,7 +20,7 @@ from slashpatch.reporting.style import new_figure, styled
 from ..tiny import random_tokens
 from . import samples
 
-KINDS = ("measure", "flow", "copying", "paths", "sweep", "screen")
+KINDS = ("measure", "flow", "copying", "paths", "pairs", "direct", "sweep", "screen")
 #: Elements without an end tag in HTML.
 VOID = {"br", "img"}
 
@@ -258,7 +258,7 @@ def test_hostile_texts_stay_text():
     assert shown in checked(result).text
     for kind in KINDS[1:]:
         other = samples.result(kind, model=hostile)
-        columns = {"edit": hostile, "metric": hostile, "reader": hostile}
+        columns = {"edit": hostile, "metric": hostile, "reader": hostile, "patched": hostile}
         columns = {name: value for name, value in columns.items() if name in other.frame}
         details = {**other.provenance, "metric": hostile, "measured": [hostile]}
         frame = other.frame.assign(**columns)

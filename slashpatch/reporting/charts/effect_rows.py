@@ -99,6 +99,35 @@ def path_rows(result: Result, top: int | None = None) -> pd.DataFrame:
     )
 
 
+def part_rows(result: Result) -> pd.DataFrame:
+    """Return the rows of `activation_patching` or `direct_effect`: row, what, effect, low, high, q.
+
+    `row` is what was patched or edited, `what` the direction or the part. Of activation patching,
+    `effect` is the normalized one.
+    """
+    frame = result.frame
+    if result.kind == "pairs":
+        frame = frame.assign(
+            row=frame["patched"],
+            what=frame["direction"],
+            effect=frame["normalized"],
+            low=frame["normalized_low"],
+            high=frame["normalized_high"],
+        )
+    else:
+        frame = frame[frame["part"] != "direct, new norm"]
+        labels = [f"{row.edit} {row.of}".strip() for row in frame.itertuples()]
+        frame = frame.assign(row=labels, what=frame["part"])
+    return frame[["row", "what", "effect", "low", "high", "q"]].reset_index(drop=True)
+
+
+def quantity_of(result: Result) -> str:
+    """Return what `effect` is in `part_rows`, as the title of an axis."""
+    if result.kind == "pairs":
+        return "logit difference (0: unpatched run, 1: the other run)"
+    return f"effect on {result.provenance['metric']}"
+
+
 def sweep_rows(result: Result) -> pd.DataFrame:
     """Return one row for each head of a sweep or screen: its largest effect over the offsets.
 

@@ -11,7 +11,7 @@ from ..checks import check_lines, counts_of
 from ..effects import TEXTS, TITLES, effect_cells, headings
 from ..explanation_figure import explanation_figure
 from ..figures import effects_figure, paths_figure
-from ..forest import forest_figure
+from ..forest import forest_figure, parts_figure
 from ..tables import number
 from ..theory import training_cells, training_figure
 from .block import Block, Table
@@ -35,6 +35,8 @@ _PICTURES = {
     "flow": "Flow by offset, a curve with its interval for each edit.",
     "copying": "How often each lag is copied, a group of bars for each lag.",
     "paths": "Effect through one input of one later head, the strongest paths with intervals.",
+    "pairs": "Normalized logit difference of each patch with its interval, in both directions.",
+    "direct": "Direct effect, total effect and repair of each edit, with intervals.",
     "sweep": "Effect of the edit at each head, as a grid of layers by heads.",
     "screen": "Effects that were run, as a grid; below, estimated against exact effects.",
 }
@@ -70,6 +72,8 @@ def _plain_html(result: Result) -> str:
 def _figure(result: Result) -> Figure:
     if result.kind == "measure":
         return forest_figure(result, metrics=3, rows=_FOREST_ROWS)
+    if result.kind in ("pairs", "direct"):
+        return parts_figure(result, _FOREST_ROWS)
     return paths_figure(result, _ROWS) if result.kind == "paths" else effects_figure(result)
 
 

@@ -24,6 +24,8 @@ _TITLES = {
     "flow": "Flow between tokens",
     "copying": "Which token is copied",
     "paths": "Paths of an effect",
+    "pairs": "Activations patched between two prompts",
+    "direct": "Direct and total effects",
     "sweep": "One edit at every head",
     "screen": "One edit at every head, screened",
 }
@@ -34,11 +36,18 @@ _ABOUT = {
     "copying": "Repeated random tokens: how often the token at a lag in the first copy is the "
     "likeliest next token.",
     "paths": "What the edit changes through one input (q, k or v) of one later head alone.",
+    "pairs": "Logit difference, right minus wrong answer, with activations of the other run of a "
+    "pair; normalized: 0 is the unpatched run, 1 the other run.",
+    "direct": "Direct: through the residual stream alone, with later layers and the final norm's "
+    "scale held. Total: an ordinary run. Repair: total minus direct.",
     "sweep": "The same edit at one head at a time, the largest effect first.",
     "screen": "The same edit at one head at a time: estimated by gradients at all, run at those of "
     "largest estimate (top, flagged) and at some drawn at random (audit).",
 }
-_TEXT = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
+_TEXT = (
+    "edit", "metric", "of", "against", "name", "reader", "input", "why", "patched", "part",
+    "direction",
+)  # fmt: skip
 _LABELS = {
     "name": "head",
     "offset": "Δ",
@@ -54,6 +63,8 @@ _ENDS = {
     "flow": ("flow_low", "flow_high"),
     "top1": ("top1_low", "top1_high"),
     "loss": ("loss_low", "loss_high"),
+    "normalized": ("normalized_low", "normalized_high"),
+    "repaired": ("repaired_low", "repaired_high"),
 }
 #: What a result must have to be shown: columns of text, and columns of numbers.
 _NEEDED = {
@@ -61,6 +72,11 @@ _NEEDED = {
     "flow": (("edit",), ("offset", "flow", "flow_low", "flow_high", "effect")),
     "copying": (("edit",), ("lag", "top1", "top1_low", "top1_high", "effect")),
     "paths": (("reader", "input"), ("effect", "low", "high", "q")),
+    "pairs": (
+        ("patched", "direction"),
+        ("effect", "normalized", "normalized_low", "normalized_high", "q"),
+    ),
+    "direct": (("edit", "part", "of"), ("effect", "low", "high", "q")),
     "sweep": (("name", "edit"), ("layer", "head", "effect", "low", "high", "q")),
     "screen": (
         ("name", "edit", "why"),
@@ -134,6 +150,8 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
         "flow": (effect_rows.flow_rows, "flow", "Flow by offset"),
         "copying": (effect_rows.lag_rows, "lags", "How often each lag is copied"),
         "paths": (lambda result: effect_rows.path_rows(result, _PATHS), "paths", "Strongest paths"),
+        "pairs": (effect_rows.part_rows, "patched", "What the patched activations carry"),
+        "direct": (effect_rows.part_rows, "direct", "Direct effect, total effect and repair"),
         "sweep": (effect_rows.sweep_rows, "sweep", "Effect of the edit at each head"),
         "screen": (effect_rows.sweep_rows, "sweep", "Effect at each head that was run"),
     }[result.kind]
@@ -243,7 +261,8 @@ def effects_by_head(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def _rows_by_head(result: Result) -> dict[str, pd.DataFrame]:
     """Return the rows of a result for each head that their edits (or readers) name."""
     frame = result.frame
-    column = {"sweep": "name", "screen": "name", "paths": "reader"}.get(result.kind, "edit")
+    columns = {"sweep": "name", "screen": "name", "paths": "reader", "pairs": "patched"}
+    column = columns.get(result.kind, "edit")
     names = [set(_HEAD.findall(str(value))) for value in frame[column]]
     found = sorted(set().union(*names), key=Head.parse) if names else []
     return {name: frame[[name in row for row in names]] for name in found}

@@ -36,6 +36,10 @@ def specs() -> dict[str, dict[str, Any]]:
         "flow_linear": effects.flow(rows, log=False, width=_WIDTH),
         "lags": effects.lags(rows, width=_WIDTH),
         "paths": effects.paths(rows, width=_LABELLED),
+        "patched": effects.parts(
+            rows, width=_LABELLED, quantity="logit difference (1: the other run)"
+        ),
+        "direct": effects.parts(rows, width=_LABELLED),
         "sweep": effects.sweep(rows, width=_WIDTH),
         "screen": effects.screen(rows, width=_WIDTH),
     }
