@@ -271,3 +271,20 @@ def test_what_the_default_model_needs(real):
     weights = {id(x): x for x in real.original_model.parameters()}.values()
     assert needed.weights == pytest.approx(sum(x.nbytes for x in weights), rel=0.01)
     assert needed.mapped == needed.weights
+
+
+def test_one_diagonal_carries_copying_from_prompt_to_prompt(real):
+    """The slash of L16H0 is sufficient and necessary for most of it, and its neighbour is not."""
+    items = ["L16H0@1", "L16H0@2"]
+    found = sp.activation_patching(real, items, n_prompts=6).frame
+    share = found.set_index(["patched", "direction"])["normalized"]
+    for direction in ("denoising", "noising"):
+        assert share["L16H0@1", direction] > 0.5
+        assert abs(share["L16H0@2", direction]) < 0.05
+
+
+def test_the_slash_acts_through_later_layers(real):
+    found = sp.direct_effect(real, "KnockOut(L16H0, 1)", "copying", n_prompts=4, max_tokens=41)
+    effect = found.frame.set_index("part")["effect"]
+    assert abs(effect["direct"]) < 0.2
+    assert effect["total"] > 3

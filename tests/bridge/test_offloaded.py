@@ -173,8 +173,14 @@ def test_generation_under_edits_and_a_monitor(offloaded, plain):
         lambda model: sp.copying(model, "KnockOut(L1H1, 1)", n_prompts=3, n_tokens=8),
         lambda model: sp.paths(model, "KnockOut(L0H1, 1)", "L2H0-1", n_prompts=3, max_tokens=17),
         lambda model: sp.screen(model, n_prompts=6, max_tokens=17, verify=3, audit=3),
+        lambda model: sp.activation_patching(
+            model, ["L0H1.k", "L1H1@1", "L1H0.v"], n_prompts=3, n_tokens=8
+        ),
+        lambda model: sp.direct_effect(
+            model, "KnockOut(L0H1, 1)", "copying", n_prompts=3, max_tokens=17
+        ),
     ],
-    ids=["sweep", "measure", "flow", "copying", "paths", "screen"],
+    ids=["sweep", "measure", "flow", "copying", "paths", "screen", "pairs", "direct"],
 )  # fmt: skip
 def test_effects(offloaded, plain, tool):
     ours, expected = tool(offloaded), tool(plain)

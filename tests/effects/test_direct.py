@@ -120,13 +120,17 @@ def test_a_model_that_repairs_itself():
     assert effects["repair"] == pytest.approx(-effects["direct"], rel=0.02)
     assert parts(found, "repaired")["repair"] == pytest.approx(1, abs=0.02)
     assert parts(found, "repaired_low")["repair"] > 0.9
+    assert "undo 100% of the direct effect" in found.remarks[0]
 
 
 def test_a_circuit_is_not_direct():
     """L0H0 writes what L1H2 reads: its effect on copying is total, and not direct."""
-    found = sp.direct_effect(
+    result = sp.direct_effect(
         induction_model(), ["KnockOut(L0H0, 1)", "AblateHeads(L1H2)"], "copying", n_prompts=6
-    ).frame.set_index(["edit", "part"])["effect"]
+    )
+    assert "larger through later layers than directly" in result.remarks[0]
+    assert result.frame["repaired"].notna().sum() <= 1
+    found = result.frame.set_index(["edit", "part"])["effect"]
     first, second = found.loc["KnockOut(L0H0, offsets=1)"], found.loc["AblateHeads(L1H2)"]
     assert abs(first["direct"]) < 1e-3
     assert first["total"] == pytest.approx(first["repair"])

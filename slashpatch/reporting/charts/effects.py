@@ -147,7 +147,8 @@ def parts(
     low = alt.X("low:Q", title=quantity)
     rules = rules.encode(x=low, x2="high:Q", color=told["color"], **where)
     chart = alt.layer(zero_rule(quantity), points, rules)
-    return finished(chart, description, title, width, alt.Step(ROW_HEIGHT / 2))
+    height = alt.Step(2 * ROW_HEIGHT, **{"for": "position"})
+    return finished(chart, description, title, width, height)
 
 
 def flow(
