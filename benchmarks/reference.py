@@ -61,8 +61,8 @@ PAGES = {
         "Effects",
         "How to: [measure effects](../how-to/measure.md), [sweep every head](../how-to/sweep.md), "
         "[screen every head](../how-to/screen.md).",
-        "measure flow copying paths sweep screen Result copying_losses copied_lags SlashScores "
-        "PrefixMatching LogitDifference",
+        "measure flow copying paths sweep screen persistence Result copying_losses copied_lags "
+        "SlashScores PrefixMatching LogitDifference",
     ),
     "checking": (
         "Checking",

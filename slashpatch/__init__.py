@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .effects.logit_metrics import LogitDifference
     from .effects.measure import measure
     from .effects.paths import paths
+    from .effects.persistence import persistence
     from .effects.result import Result
     from .effects.screen import screen
     from .effects.sweep import sweep
@@ -72,6 +73,7 @@ _HOMES = {
     "effects.logit_metrics": "LogitDifference",
     "effects.measure": "measure",
     "effects.paths": "paths",
+    "effects.persistence": "persistence",
     "effects.result": "Result",
     "effects.screen": "screen",
     "effects.sweep": "sweep",
@@ -142,6 +144,7 @@ __all__ = [
     "parse_edit",
     "patch",
     "paths",
+    "persistence",
     "report",
     "scan",
     "screen",

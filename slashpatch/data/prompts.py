@@ -139,7 +139,7 @@ def repeated_random_tokens(
     They start with BOS if the model uses it; `n_tokens` is the length of one copy. A model can
     predict the second copy only by copying from the first.
     """
-    first = _random_ids(model, n_prompts, n_tokens, seed, "repeated")
+    first = random_ids(model, n_prompts, n_tokens, seed, "repeated")
     bos = torch.tensor([_bos(model)] * n_prompts, dtype=torch.long)  # also where there is none
     return torch.cat([bos, first, first], dim=1)
 
@@ -269,7 +269,7 @@ def _bos(model: TransformerBridge) -> list[int]:
     return [bos] if bos is not None and getattr(model.cfg, "default_prepend_bos", True) else []
 
 
-def _random_ids(
+def random_ids(
     model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int, label: str
 ) -> Tensor:
     """Return token ids drawn uniformly from the vocabulary without its special tokens."""
@@ -286,7 +286,7 @@ def _random_ids(
 
 def _random(model: TransformerBridge, n_prompts: int, length: int, seed: int) -> tuple[Tensor, ...]:
     bos = _bos(model)[: max(length - 1, 0)]
-    ids = _random_ids(model, n_prompts, length - len(bos), seed, "random tokens")
+    ids = random_ids(model, n_prompts, length - len(bos), seed, "random tokens")
     return tuple(torch.cat([torch.tensor(bos, dtype=torch.long), row]) for row in ids)
 
 

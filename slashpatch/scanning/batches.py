@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
 
 class BatchSums(NamedTuple):
-    """Sums over the prompts of one batch, and how its layers were computed."""
+    """Sums over the prompts of one batch, and how its layers were computed.
+
+    `by_prompt` are the scores of each prompt, where the job keeps them.
+    """
 
     sums: Float[Tensor, "layer head offset"]
     squares: Float[Tensor, "layer head offset"]
     counts: Int[Tensor, "offset"]
     moments: BatchMoments | None
     engine_of_layers: list[str]
+    by_prompt: Float[Tensor, "batch layer head offset"] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,14 @@ class ScanJob:
         offsets: Offsets of the scores.
         engine: "fused" or "bridge".
         profile_offsets: As for `scan`; None without moments.
+        keeps_prompts: Whether to return the scores of each prompt as well.
     """
 
     batches: list[list[Tensor]]
     offsets: tuple[int, ...]
     engine: str
     profile_offsets: int | None
+    keeps_prompts: bool = False
 
     def start(self, model: TransformerBridge) -> Callable[[int], BatchSums]:
         """Return a function that scans one batch."""
@@ -64,7 +70,8 @@ class ScanJob:
             by_layer = engine_of_layers(model)
         squares = means.square().sum(0)
         of_batch = None if moments is None else moments.of_batch
-        return BatchSums(means.sum(0), squares, counts, of_batch, by_layer)
+        kept = means if self.keeps_prompts else None
+        return BatchSums(means.sum(0), squares, counts, of_batch, by_layer, kept)
 
 
 @contextmanager

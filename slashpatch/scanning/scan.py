@@ -126,14 +126,14 @@ def scan(
     batch_size = 1 if info.rope_follows_length else batch_size
     batches = [
         [chosen.tokens[index] for index in indices]
-        for indices in _batches(chosen, batch_size, info.n_heads, engine)
+        for indices in batches_of(chosen, batch_size, info.n_heads, engine)
     ]
     n_profile = None if moment_sums is None else profile_offsets
     job = ScanJob(batches, deltas, engine, n_profile)
     by_layer = ["bridge"] * info.n_layers
-    with closing(_in_order(model, job, pool_of, progress)) as in_order:
+    with closing(in_order(model, job, pool_of, progress)) as found_in_order:
         # Sums of a batch first, so that rounding does not depend on who computed them.
-        for found in in_order:
+        for found in found_in_order:
             sums += found.sums
             squares += found.squares
             counts += found.counts
@@ -160,7 +160,7 @@ def scan(
     )
 
 
-def _in_order(
+def in_order(
     model: TransformerBridge, job: ScanJob, workers: Workers | None, progress: bool | None
 ) -> Generator[BatchSums, None, None]:
     """Yield the sums of each batch in order, from this process or from workers."""
@@ -190,7 +190,7 @@ def which_engine(model: TransformerBridge, engine: str) -> str:
     return engine
 
 
-def _batches(
+def batches_of(
     prompts: PromptSet, batch_size: int | None, n_heads: int, engine: str
 ) -> Iterator[list[int]]:
     """Yield the prompt indices of each batch, of similar lengths so that little is padded."""
