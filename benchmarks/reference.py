@@ -36,7 +36,7 @@ PAGES = {
         "Scanning",
         "How to: [find slash heads](../how-to/find.md), "
         "[watch a training run](../how-to/training.md).",
-        "scan Scan SlashHead scanning.moments.Profile top_keys TopKeys SlashMonitor "
+        "scan Scan SlashHead SlashLine scanning.moments.Profile top_keys TopKeys SlashMonitor "
         "scanning.monitor.Detection emergence Emergence SlashCallback",
     ),
     "edits": (

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .scanning.callback import SlashCallback
     from .scanning.emergence import emergence
     from .scanning.emergence_result import Emergence
+    from .scanning.lines import SlashLine
     from .scanning.monitor import SlashMonitor
     from .scanning.result import Scan, SlashHead
     from .scanning.scan import scan
@@ -85,6 +86,7 @@ _HOMES = {
     "scanning.callback": "SlashCallback",
     "scanning.emergence": "emergence",
     "scanning.emergence_result": "Emergence",
+    "scanning.lines": "SlashLine",
     "scanning.monitor": "SlashMonitor",
     "scanning.result": "Scan SlashHead",
     "scanning.scan": "scan",
@@ -120,6 +122,7 @@ __all__ = [
     "ShiftSlash",
     "SlashCallback",
     "SlashHead",
+    "SlashLine",
     "SlashMonitor",
     "SlashScores",
     "SlashpatchError",
