@@ -15,6 +15,7 @@ from .effects import copying, flow, measure, sweep
 from .emergence import emergence
 from .explain import explain
 from .generate import generate, watch
+from .persistence import persistence
 from .report import report
 from .scan import scan
 from .screen import screen
@@ -51,7 +52,7 @@ def _root(
 
 for _command in (
     scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, screen,
-    emergence, check,
+    persistence, emergence, check,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(theory, name="theory")

@@ -24,7 +24,7 @@ class Result:
     """Measured effects, with their provenance.
 
     Attributes:
-        kind: "measure", "flow", "copying", "paths", "sweep" or "screen".
+        kind: "measure", "flow", "copying", "paths", "persistence", "sweep" or "screen".
         frame: The main table.
         tables: Further tables by name.
         remarks: Findings in words.

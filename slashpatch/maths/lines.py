@@ -1,9 +1,10 @@
 """Offsets whose attention stands out of that of the offsets around them.
 
 A line score is a slash score without attention to the first token, which every row pays in many
-heads: score(Δ) = 1/(N−1−Δ) · Σ_{i>Δ} S[i, i−Δ]. It is compared with the mean of the `window` line
-scores on each side, without the `gap` nearest. An offset stands out only if it does so on both
-sides, so that a decay with distance, as 1/i of uniform rows, makes no line. All *ours*.
+heads: score(Δ) = 1/(N−1−Δ) · Σ_{i>Δ} S[i, i−Δ]. It is compared with the `window` line scores on
+each side, without the `gap` nearest: its rank among all of them tells how sure a line is, its
+contrast to the median of each side how strong. Near a line, the median does not see it. Since
+both sides count, a decay with distance, as 1/i of uniform rows, makes no line. All *ours*.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from .diagonals import diagonal_sums
 
 #: Offsets that an offset is compared with on each side, and nearest offsets left out. *Ours*.
-WINDOW, GAP = 8, 2
+WINDOW, GAP = 16, 2
 #: Rows of a formed pattern that are processed at a time.
 _ROWS = 256
 
@@ -80,28 +81,49 @@ def n_judged(n_tokens: int, window: int = WINDOW, gap: int = GAP) -> int:
     return max(0, n_tokens - 1 - gap - window)
 
 
-def side_contrasts(
+def neighbours(
     scores: Float[Tensor, "*of offset"], window: int = WINDOW, gap: int = GAP
-) -> tuple[Float[Tensor, "*of judged"], Float[Tensor, "*of judged"]]:
-    """Return each score minus the mean score of the offsets before it, and of those after it.
+) -> tuple[Float[Tensor, "*of judged window"], Float[Tensor, "*of judged window"]]:
+    """Return the scores that each score is compared with, before it and after it.
 
-    Before Δ these are Δ − g − window to Δ − g − 1 with g = min(gap, Δ − 1), cut at 0; after it
-    Δ + gap + 1 to Δ + gap + window. Offsets without a whole window after them are left out. At
-    Δ = 0, which has nothing before it, the first contrast is 0.
+    Before Δ these are the offsets Δ − gap − window to Δ − gap − 1, NaN below 0; for Δ up to `gap`,
+    offset 0 alone. After it they are Δ + gap + 1 to Δ + gap + window. Offsets without a whole
+    window after them are left out. At Δ = 0 there is nothing before it.
     """
-    n = scores.shape[-1] - gap - window
-    if n <= 0:
-        nothing = scores[..., :0]
+    n = max(0, scores.shape[-1] - gap - window)
+    if n == 0:
+        nothing = scores.new_zeros(*scores.shape[:-1], 0, window)
         return nothing, nothing.clone()
-    # Sums up to each offset; differences of them are sums over windows.
-    upto = torch.nn.functional.pad(scores.cumsum(-1), (1, 0))
-    at = torch.arange(n, device=scores.device)
-    stop = (at - (at - 1).clamp(min=0, max=gap)).clamp(min=0)
-    start = (stop - window).clamp(min=0)
-    before = (upto[..., stop] - upto[..., start]) / (stop - start).clamp(min=1)
-    after = (upto[..., at + gap + 1 + window] - upto[..., at + gap + 1]) / window
-    own = scores[..., :n]
-    return (own - before).where(at > 0, 0.0), own - after
+    padded = torch.nn.functional.pad(scores, (gap + window, 0), value=torch.nan)
+    before = padded[..., : n + window - 1].unfold(-1, window, 1)
+    if gap and n > 1:
+        before = before.clone()
+        before[..., 1 : gap + 1, -1] = scores[..., :1]
+    return before, scores[..., gap + 1 :].unfold(-1, window, 1)
+
+
+def contrasts_and_ranks(
+    scores: Float[Tensor, "*of offset"], window: int = WINDOW, gap: int = GAP
+) -> tuple[Float[Tensor, "*of judged"], Float[Tensor, "*of judged"], Float[Tensor, "*of judged"]]:
+    """Return each score minus the median of those before it and after it, and its rank.
+
+    The rank is (1 + number of neighbours at least as large) / (1 + number of neighbours), so that
+    a score that is as likely as its neighbours to be the largest has a rank that is uniform, or
+    larger. The median of an even number is the lower one of the middle two. At Δ = 0, which has
+    nothing before it, the first contrast is 0 and the rank 1.
+    """
+    before, after = neighbours(scores, window, gap)
+    own = scores[..., : before.shape[-2]]
+    larger, count = torch.zeros_like(own), torch.zeros_like(own)
+    contrasts = []
+    for side in (before, after):
+        larger += (side >= own[..., None]).sum(-1)
+        count += side.isfinite().sum(-1)
+        middle = own if own.shape[-1] == 0 else side.nanmedian(-1).values
+        contrasts.append((own - middle).nan_to_num(0.0))
+    rank = (1 + larger) / (1 + count)
+    rank[..., :1] = 1.0
+    return contrasts[0], contrasts[1], rank
 
 
 def is_peak(scores: Float[Tensor, "*of offset"], gap: int = GAP) -> Bool[Tensor, "*of offset"]:
@@ -114,17 +136,25 @@ def is_peak(scores: Float[Tensor, "*of offset"], gap: int = GAP) -> Bool[Tensor,
     return (scores >= near.amax(-1)) & (scores > near[..., :gap].amax(-1))
 
 
-def prompt_contrasts(
-    sums: Float[Tensor, "*of key"],
-    first: Float[Tensor, "*of key"],
-    n_tokens: int,
-    window: int = WINDOW,
-    gap: int = GAP,
-) -> tuple[Float[Tensor, "*of judged"], Float[Tensor, "*of judged"], Float[Tensor, "*of judged"]]:
-    """Return a prompt's line scores, and their contrasts to what is before and after them."""
-    scores = line_scores(sums, first, n_tokens)
-    before, after = side_contrasts(scores, window, gap)
-    return scores[..., : before.shape[-1]], before, after
+def sum_of_ranks_p(total: Float[Tensor, "*of"], n: Float[Tensor, "*#of"]) -> Float[Tensor, "*of"]:
+    """Return how likely n uniform ranks have a sum of at most `total`.
+
+    Edgington's additive method of combining p-values (1972): Σ_k (−1)^k C(n, k) (total − k)^n / n!
+    over k ≤ total. Where total exceeds n/4 (for n up to 20, n/2), which is no small p, the normal
+    approximation, since the terms would cancel.
+    """
+    n = n.expand_as(total)
+    normal = torch.special.ndtr((total - n / 2) / (n / 12).sqrt())
+    exact = torch.zeros_like(total)
+    small = total <= torch.where(n > 20, n / 4, n / 2)
+    for k in range(int(total[small].max()) + 1 if bool(small.any()) else 0):
+        log = (
+            n * (total - k).clamp(min=0).log()
+            - torch.lgamma(n - k + 1)
+            - torch.lgamma(torch.tensor(k + 1.0, dtype=total.dtype))
+        )
+        exact += (-1) ** k * log.exp() * (total > k)
+    return torch.where(small, exact, normal).clamp(0, 1)
 
 
 def judged_offsets(counts: Int[Tensor, "offset"], least: int) -> Bool[Tensor, "offset"]:

@@ -20,6 +20,7 @@ _COLUMNS = {
     "flow": ("edit", "offset", "flow", "effect", "q"),
     "copying": ("edit", "lag", "top1", "loss", "effect", "q"),
     "paths": ("reader", "input", "baseline", "edited", "effect", "q"),
+    "persistence": ("name", "offset", "natural", "random", "difference", "q"),
     "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
     "screen": ("name", "offset", "estimate", "effect", "q", "why"),
 }
@@ -34,12 +35,16 @@ _INTERVALS = {
     "flow": ("flow_low", "flow_high"),
     "top1": ("top1_low", "top1_high"),
     "loss": ("loss_low", "loss_high"),
+    "natural": ("natural_low", "natural_high"),
+    "random": ("random_low", "random_high"),
+    "difference": ("low", "high"),
 }
 _UNITS = {
     "measure": "effect: edited minus baseline, paired by prompt",
     "flow": "KL divergence in nats that replacing the token Δ before causes",
     "copying": "top1: share of tokens; loss in nats; effect: on the loss",
     "paths": "effect of the edit through one input of one later head",
+    "persistence": "slash scores on natural text and random tokens; difference: random − natural",
     "sweep": "effect of the edit at one head at a time",
     "screen": "effect of the edit at one head at a time, estimated at all and run at some",
 }
@@ -128,7 +133,7 @@ def _cell(name: str, row: dict[Any, Any]) -> str:
     value = row[name]
     if name in _INTERVALS:
         low, high = (row[end] for end in _INTERVALS[name])
-        return _with_interval(value, low, high, sign=name == "effect")
+        return _with_interval(value, low, high, sign=name in ("effect", "difference"))
     if name in ("q", "p") and not _missing(value):
         return f"{value:.3f}" if value >= 0.001 else "<0.001"
     if name == "as_large" and not _missing(value):

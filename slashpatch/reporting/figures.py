@@ -156,6 +156,10 @@ def effects_figure(result: Result, top: int = 20) -> Figure:
         return forest_figure(result, rows=top)
     if result.kind == "paths":
         return paths_figure(result, top)
+    if result.kind == "persistence":
+        from .persistence_figure import persistence_figure
+
+        return persistence_figure(result)
     size = (7.5, 4.2)
     if result.kind == "sweep":
         size = _grid_size(result)

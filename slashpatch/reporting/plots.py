@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlotError
 from ..scanning.result import require_kappa
-from .charts import effect_rows, effects, heads, pairs, rows, training, training_rows
+from .charts import effect_rows, effects, heads, pairs, persistence, rows, training, training_rows
 from .charts.palette import theme
 from .charts.parts import require_altair, source, stacked
 from .checks import check_figure
@@ -153,6 +153,7 @@ def plot_result(result: Result, backend: str, top: int = 20) -> Any:
             effect_rows.path_rows(result, top),
             title=shortened(result.provenance["measured"][0], 60),
         ),
+        "persistence": lambda: persistence.persistence(persistence.persistence_rows(result)),
         "sweep": lambda: effects.sweep(
             effect_rows.sweep_rows(result),
             quantity=f"effect on {shortened(result.provenance['metric'], 24)}",

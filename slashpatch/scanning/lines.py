@@ -11,22 +11,31 @@ from torch import Tensor
 
 from ..data.heads import Head
 from ..errors import ScanError
-from ..maths.lines import GAP, WINDOW, is_peak, judged_offsets, n_judged, prompt_contrasts
+from ..maths.lines import (
+    GAP,
+    WINDOW,
+    contrasts_and_ranks,
+    is_peak,
+    judged_offsets,
+    line_scores,
+    n_judged,
+    sum_of_ranks_p,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Fewest prompts from which a line is claimed (*ours*): Student's t needs a spread over prompts.
+#: Fewest prompts from which a line is claimed (*ours*): of fewer, no rank is rare enough.
 LEAST_PROMPTS = 4
-_SUMS = ("scores", "before", "before_squares", "after", "after_squares")
+_SUMS = ("scores", "before", "before_squares", "after", "after_squares", "ranks")
 
 
 class SlashLine(NamedTuple):
     """A line: an offset at which a head attends more than at the offsets around it.
 
     `score` is the mean attention i → i−Δ without attention to the first token; `contrast` is the
-    score minus the mean score of the offsets before or after it, whichever is higher; `interval` is
-    Student's t over prompts of the contrast; `q` is the adjusted p-value.
+    score minus the median of the offsets before or after it, whichever is higher; `interval` is
+    Student's t over prompts of the contrast; `q` is the adjusted p-value of its ranks among these.
     """
 
     head: Head
@@ -48,6 +57,7 @@ class LineSums:
         before_squares: Sum of its square.
         after: Sum of the contrast to the offsets after it.
         after_squares: Sum of its square.
+        ranks: Sum of the score's rank among the offsets on both sides, in (0, 1].
         window: Number of offsets on each side that are compared with.
         gap: Number of nearest offsets on each side that are left out.
     """
@@ -58,6 +68,7 @@ class LineSums:
     before_squares: Float[Tensor, "layer head offset"]
     after: Float[Tensor, "layer head offset"]
     after_squares: Float[Tensor, "layer head offset"]
+    ranks: Float[Tensor, "layer head offset"]
     window: int = WINDOW
     gap: int = GAP
 
@@ -73,12 +84,13 @@ class LineSums:
         total = torch.zeros(len(_SUMS), *sums.shape[1:-1], n, dtype=torch.float64)
         counts = torch.zeros(n, dtype=torch.int64)
         for of, part, length in zip(sums, first, lengths, strict=True):
-            scores, before, after = prompt_contrasts(of, part, length)
-            at = slice(0, scores.shape[-1])
-            counts[at] += 1
-            terms = (scores, before, before.square(), after, after.square())
-            for place, term in enumerate(terms):
-                total[place, ..., at] += term
+            counts[: n_judged(length)] += 1
+            for layer in range(len(of)):  # bounds the memory of windows
+                scores = line_scores(of[layer], part[layer], length)
+                before, after, ranks = contrasts_and_ranks(scores)
+                at = ranks.shape[-1]
+                terms = scores[..., :at], before, before.square(), after, after.square(), ranks
+                total[:, layer, :, :at] += torch.stack(terms)
         return cls(counts, *total)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -116,12 +128,12 @@ class LineSums:
     def statistics(self, confidence: float = 0.95) -> dict[str, Float[Tensor, "layer head offset"]]:
         """Return score, contrast, its interval and q of all heads and offsets.
 
-        The contrast is to the side with the higher mean. p is of the one-sided t test on the side
-        with the smaller t, so that both sides must be exceeded (an intersection-union test, Berger
-        1982); q is p adjusted over all heads and offsets (Benjamini and Hochberg 1995). Offsets
-        that fewer than four prompts tell about, and Δ = 0, have NaN. *Ours*.
+        The contrast is to the side with the higher mean of medians. p is of the sum of ranks over
+        prompts: how likely is it, if in each prompt the score is as likely as its neighbours to be
+        the largest? q is p adjusted over all heads and offsets (Benjamini and Hochberg 1995).
+        Offsets that fewer than four prompts tell about, and Δ = 0, have NaN. *Ours*.
         """
-        from scipy.special import stdtr, stdtrit
+        from scipy.special import stdtrit
         from scipy.stats import false_discovery_control
 
         n = self.counts.double()
@@ -136,10 +148,9 @@ class LineSums:
         lower = before <= after
         contrast = torch.where(lower, before, after)
         error = torch.where(lower, error_before, error_after)
-        t = torch.minimum(_ratio(before, error_before), _ratio(after, error_after))
         judged = judged_offsets(self.counts, LEAST_PROMPTS)
-        p = torch.as_tensor(stdtr((n - 1).numpy(), -t.numpy()))[..., judged]
-        q = torch.full_like(t, torch.nan)
+        q = torch.full_like(contrast, torch.nan)
+        p = sum_of_ranks_p(self.ranks[..., judged], n[judged])
         if p.numel():
             q[..., judged] = torch.as_tensor(false_discovery_control(p.flatten())).view_as(p)
         half = torch.as_tensor(stdtrit((n - 1).numpy(), (1 + confidence) / 2)) * error
@@ -176,6 +187,7 @@ class LineSums:
         scores, contrasts = found["score"], found["contrast"]
         chosen = (
             (found["q"] <= level)
+            & (found["low"] > 0)
             & (contrasts >= least)
             & (scores >= ratio * (scores - contrasts))
             & is_peak(scores, self.gap)
@@ -204,11 +216,6 @@ def lines_frame(lines: list[SlashLine]) -> pd.DataFrame:
 def _to_length(sums: Tensor, n: int) -> Tensor:
     """Return sums with zeros for offsets that no prompt tells about."""
     return torch.nn.functional.pad(sums, (0, n - sums.shape[-1]))
-
-
-def _ratio(mean: Tensor, error: Tensor) -> Tensor:
-    """Return mean / error; infinite, or 0 for a mean of 0, where the error is 0."""
-    return (mean / error).nan_to_num(0.0, torch.inf, -torch.inf)
 
 
 def line_sums_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> LineSums | None:

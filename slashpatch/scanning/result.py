@@ -150,14 +150,17 @@ class Scan:
         """Return the heads and offsets that stand out of the offsets around them, best first.
 
         Needs `scan(..., lines=True)`, and finds lines at all offsets, near and far, that are too
-        weak for κ. Attention to the first token is left out. A line's score is above the mean of
-        the 8 offsets before and above that of the 8 after, without the 2 nearest on each side, and
-        no smaller than that of these 2; Δ = 0 has none before it and is never a line. *Ours*.
+        weak for κ. Attention to the first token is left out. A line's score ranks high, in prompt
+        after prompt, among the 16 offsets before and the 16 after it, without the 2 nearest on each
+        side; it exceeds the median of both sides, and is no smaller than these 2. Δ = 0 has none
+        before it and is never a line. A line of few prompts cannot be told from chance; 8 are a
+        good number. *Ours*.
 
         Args:
-            level: Largest q: p adjusted over all heads and offsets (Benjamini-Hochberg).
-            least: Smallest contrast, in attention.
-            ratio: Smallest score, relative to the mean of the offsets before or after it.
+            level: Largest q: p of the ranks over prompts (Edgington's sum), adjusted over all
+                heads and offsets (Benjamini-Hochberg).
+            least: Smallest contrast, in attention; its interval must exclude 0 as well.
+            ratio: Smallest score, relative to the median of the offsets before or after it.
             min_offset: Smallest offset.
             confidence: Level of the intervals, Student's t over prompts.
 

@@ -200,7 +200,7 @@ def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message
 
 
 WITH_MODEL = ["scan", "explain", "generate", "watch", "demo", "measure", "flow", "copying", "sweep",
-              "screen", "check", "report"]  # fmt: skip
+              "screen", "persistence", "check", "report"]  # fmt: skip
 OF_ITS_OWN = {
     "report": ("--out", "never.html"),
     "explain": ("L0H1",),
@@ -703,3 +703,37 @@ def test_emergence(call, tmp_path, capsys):
     code, _, err = call("emergence", "EleutherAI/pythia-160m@step1000")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "cannot fetch EleutherAI/pythia-160m@step1000" in err
+
+
+def test_scan_finds_lines(call, model, tmp_path):
+    plot = tmp_path / "lines.png"
+    sizes = ("-m", model, "--prompts", 4, "--max-tokens", 48, "--device", "cpu")
+    code, out, err = call("scan", *sizes, "--lines", "--plot", plot)
+    assert (code, err) == (0, "")
+    assert "offsets of 8 heads (natural text, seed 0)" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(call("scan", *sizes, "--lines", "--json")[1])
+    loaded = sp.load(model, device="cpu")
+    scan = sp.scan(loaded, n_prompts=4, max_tokens=48, lines=True, moments=False)
+    expected = scan.lines_to_dataframe().to_dict(orient="records")
+    assert [row["offset"] for row in record["lines"]] == [row["offset"] for row in expected]
+    code, _, err = call("scan", "-m", model, "--lines", "--prompts", 3)
+    assert (code, err) == (2, "slashpatch: --lines needs at least 4 prompts; got --prompts 3\n")
+
+
+def test_persistence(call, model, tmp_path):
+    out, plot = tmp_path / "p.json", tmp_path / "p.svg"
+    rest = ("--prompts", 4, "--max-tokens", 24, "--offsets", "0-3", "--kappa-random", 0.05)
+    code, shown, err = call("persistence", "-m", model, *rest, "--out", out, "--plot", plot)
+    assert (code, err) == (0, "")
+    assert "on natural text, " in shown
+    assert plot.read_text().startswith("<?xml")
+    record = json.loads(call("persistence", "-m", model, *rest, "--json")[1])
+    loaded = sp.load(model, device="cpu")
+    sizes = {"n_prompts": 4, "max_tokens": 24, "offsets": range(4)}
+    expected = sp.persistence(loaded, kappa_random=0.05, **sizes)
+    assert len(record["effects"]) == len(expected.frame) == 2 * 4 * 4
+    assert [row["name"] for row in record["effects"]] == expected.frame["name"].tolist()
+    assert len(sp.Result.load(out).tables["counts"]) == 6
+    code, _, err = call("persistence", "-m", model, "--kappa", 3)
+    assert (code, err) == (2, "slashpatch: kappa must be a score from 0 to 1; got 3.0\n")

@@ -129,7 +129,7 @@ def _effect(value, width=0.3):
 
 
 def result(kind, **of):
-    """A result of `measure`, `flow`, `copying`, `paths`, `sweep` or `screen`."""
+    """A result of `measure`, `flow`, `copying`, `paths`, `persistence`, `sweep` or `screen`."""
     edit = "KnockOut(L1H0, 1)"
     details = {
         "confidence": 0.95,
@@ -247,6 +247,36 @@ def result(kind, **of):
             ]
         )
         details |= {"measured": [edit], "metric": "copying"}
+    elif kind == "persistence":
+        frame = pd.DataFrame(
+            [
+                {
+                    "name": f"L{layer}H{head}",
+                    "layer": layer,
+                    "head": head,
+                    "offset": offset,
+                    "n": 4,
+                    "natural": natural,
+                    "natural_low": natural - 0.02,
+                    "natural_high": natural + 0.02,
+                    "random": other,
+                    "random_low": other - 0.01,
+                    "random_high": other + 0.01,
+                    "difference": other - natural,
+                    "low": other - natural - 0.03,
+                    "high": other - natural + 0.03,
+                    "p": 0.01,
+                    "q": 0.02,
+                }
+                for layer, head, offset, natural, other in (
+                    (1, 0, 1, 0.8, 0.7),
+                    (2, 1, 0, 0.3, 0.08),
+                    (0, 3, 2, 0.05, 0.2),
+                    (0, 0, 1, 0.02, 0.01),
+                )
+            ]
+        )
+        details |= {"kappa": 0.1, "kappa_random": 0.05, "against": "random"}
     else:
         frame = pd.DataFrame(
             [

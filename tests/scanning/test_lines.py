@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import slashpatch as sp
 from slashpatch.data.files import load_tensors, save_tensors
 from slashpatch.errors import ScanError
-from slashpatch.maths.lines import side_contrasts
+from slashpatch.maths.lines import all_slash_sums, contrasts_and_ranks, sum_of_ranks_p
 from slashpatch.scanning.lines import LineSums
 
 from ..maths.test_lines import by_hand, contrasts_by_hand
@@ -24,20 +24,20 @@ def sums_of(scores, lengths=None):
 
 
 @pytest.mark.parametrize("engine", ["bridge", "fused"])
-@given(st.integers(0, 99), st.lists(st.integers(8, 40), min_size=1, max_size=4))
+@given(st.integers(0, 99), st.lists(st.integers(15, 45), min_size=1, max_size=4))
 def test_sums_are_those_of_the_whole_pattern(tiny, engine, seed, sizes):
     prompts = [random_tokens(1, n, seed + i)[0] for i, n in enumerate(sizes)]
     found = sp.scan(tiny, prompts, [1], engine, lines=True, moments=False).line_sums
-    n = max(max(sizes) - 11, 0)
+    n = max(max(sizes) - 19, 0)
     assert found.scores.shape == (2, 4, n)
-    assert found.counts.tolist() == [sum(size - 11 > at for size in sizes) for at in range(n)]
+    assert found.counts.tolist() == [sum(size - 19 > at for size in sizes) for at in range(n)]
     expected = torch.zeros(3, 2, 4, n, dtype=torch.float64)
     for prompt in prompts:
         _, cache = tiny.run_with_cache(prompt[None])
         for layer in range(2):
             for head in range(4):
                 scores = by_hand(cache["pattern", layer][0, head])
-                for at, (before, after) in enumerate(contrasts_by_hand(scores, 8, 2)):
+                for at, (before, after, _) in enumerate(contrasts_by_hand(scores)):
                     row = torch.tensor([scores[at], before, after], dtype=torch.float64)
                     expected[:, layer, head, at] += row
     got = torch.stack([found.scores, found.before, found.after])
@@ -54,7 +54,7 @@ def test_slash_scores_do_not_depend_on_whether_lines_are_gathered(tiny):
 
 @given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 4))
 def test_line_sums_add(tiny, seed, n, m):
-    prompts = [random_tokens(1, 14 + 5 * i, seed + i)[0] for i in range(n + m)]
+    prompts = [random_tokens(1, 22 + 5 * i, seed + i)[0] for i in range(n + m)]
     parts = [sp.scan(tiny, p, [1], lines=True) for p in (prompts[:n], prompts[n:])]
     added, whole = parts[1] + parts[0], sp.scan(tiny, prompts, [1], lines=True)
     for name, tensor in whole.line_sums.tensors().items():
@@ -67,31 +67,29 @@ def test_line_sums_add(tiny, seed, n, m):
 def test_other_windows_do_not_add(tiny):
     one = sums_of(torch.rand(1, 1, 1, 30))
     other = LineSums(*one.tensors().values(), window=4)
-    with pytest.raises(ScanError, match="8 without 2, and 4 without 2"):
+    with pytest.raises(ScanError, match="16 without 2, and 4 without 2"):
         one + other
 
 
-def test_statistics_are_student_t_on_the_nearer_side():
+def test_intervals_are_student_t_on_the_nearer_side_and_q_is_of_the_ranks():
     from scipy.stats import t as student
-    from scipy.stats import ttest_1samp
 
     generator = torch.Generator().manual_seed(0)
-    scores = 0.01 * torch.rand(6, 1, 2, 40, generator=generator, dtype=torch.float64)
+    scores = 0.01 * torch.rand(6, 1, 2, 60, generator=generator, dtype=torch.float64)
+    scores[:, 0, 1, 30] += 0.01
     found = sums_of(scores).statistics(0.9)
-    before, after = side_contrasts(scores)
+    before, after, ranks = contrasts_and_ranks(scores)
     n = before.shape[-1]
-    p = torch.full((1, 2, n), torch.nan, dtype=torch.float64)
     for head in range(2):
         for at in range(1, n):
             sides = [x[:, 0, head, at] for x in (before, after)]
-            tests = [ttest_1samp(x.numpy(), 0, alternative="greater") for x in sides]
-            p[0, head, at] = max(test.pvalue for test in tests)
             nearer = min(sides, key=lambda x: float(x.mean()))
             half = student.ppf(0.95, 5) * float(nearer.std()) / math.sqrt(6)
             assert float(found["contrast"][0, head, at]) == pytest.approx(float(nearer.mean()))
             low, high = (float(found[end][0, head, at]) for end in ("low", "high"))
             assert low == pytest.approx(float(nearer.mean()) - half)
             assert high == pytest.approx(float(nearer.mean()) + half)
+    p = sum_of_ranks_p(ranks.sum(0), torch.tensor(6.0, dtype=torch.float64))
     # Benjamini-Hochberg by its definition.
     known = p[..., 1:].flatten().sort().values
     m = len(known)
@@ -99,6 +97,27 @@ def test_statistics_are_student_t_on_the_nearer_side():
     got = found["q"][..., 1:].flatten().sort().values
     torch.testing.assert_close(got, adjusted, rtol=1e-6, atol=0)
     assert bool(found["q"][..., 0].isnan().all())
+    assert int(found["q"][0, 1].nan_to_num(1).argmin()) == 30
+
+
+@given(st.integers(0, 999), st.sampled_from([4, 5, 8]), st.floats(0, 1.5))
+def test_noise_without_lines_has_none(seed, n, spread):
+    """Skewed, heavy-tailed scores over a decay: the share of small q keeps its level."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = (spread * torch.randn(n, 1, 4, 400, generator=generator, dtype=torch.float64)).exp()
+    decay = 1 / (torch.arange(400) + 2.0)
+    found = sums_of(noise * decay).find(0.001, 0.0, 0.0, 1, 0.95)
+    assert len(found) == 0
+
+
+@given(st.integers(0, 99), st.sampled_from([20, 77, 150, 300, 350]))
+def test_faint_lines_are_found_over_noise(seed, offset):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(8, 1, 4, 400, generator=generator, dtype=torch.float64).exp()
+    scores = noise * 0.002 / (torch.arange(400) + 2.0).sqrt()
+    scores[:, 0, 2, offset] += 0.005 * (0.3 * torch.randn(8, generator=generator)).exp()
+    found = sums_of(scores).find(0.05, 0.001, 1.5, 1, 0.95)
+    assert [(line.head.head, line.offset) for line in found] == [(2, offset)]
 
 
 def test_planted_slashes_of_a_model_are_found_and_nothing_else():
@@ -116,11 +135,15 @@ def test_planted_slashes_of_a_model_are_found_and_nothing_else():
     assert best.contrast < best.score <= 1
 
 
-@pytest.mark.parametrize("sharpness", [1.0, 4.0])
-def test_random_weights_have_no_lines(sharpness):
-    model = bridge(llama(seed=3, layers=2, heads=8, kv_heads=8, sharpness=sharpness, n_ctx=512))
-    scan = sp.scan(model, random_tokens(8, 300), lines=True, moments=False)
-    assert scan.lines() == []
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
+def test_heads_of_random_weights_have_no_lines(sharpness):
+    """RoPE itself makes faint ripples in a few heads; of these, at most the level's share."""
+    with_lines = 0
+    for seed in range(3):
+        made = llama(seed=seed, heads=8, kv_heads=8, sharpness=sharpness, n_ctx=512)
+        scan = sp.scan(bridge(made), random_tokens(8, 300, seed), lines=True, moments=False)
+        with_lines += len({line.head for line in scan.lines()})
+    assert with_lines <= 0.05 * 3 * 16
 
 
 def test_a_shift_moves_the_line():
@@ -135,8 +158,6 @@ def test_attention_to_the_first_token_is_no_line():
     pattern[..., 0] = 1
     pattern[:, :, :, 40, 0] = 0
     pattern[:, :, :, 40, 1] = 1
-    from slashpatch.maths.lines import all_slash_sums
-
     sums, first = all_slash_sums(pattern[:, 0], torch.ones(4, 64, dtype=torch.bool))
     found = LineSums.of_prompts(sums[:, None], first[:, None], [64] * 4)
     assert float(found.scores[0, 0, :39].max()) == 0
@@ -190,7 +211,7 @@ def test_files(tiny, tmp_path):
     ("lengths", "options", "message"),
     [
         ([40] * 3, {}, "at least 4 prompts.*this scan has 3"),
-        ([11] * 5, {}, "too short for lines: they need more than 11 tokens"),
+        ([19] * 5, {}, "too short for lines: they need more than 19 tokens"),
         ([40] * 5, {"level": 2}, "level must be a number from 0 to below 1; got 2"),
         ([40] * 5, {"ratio": -1}, "ratio must be a number from 0; got -1"),
     ],

@@ -35,6 +35,7 @@ _PICTURES = {
     "flow": "Flow by offset, a curve with its interval for each edit.",
     "copying": "How often each lag is copied, a group of bars for each lag.",
     "paths": "Effect through one input of one later head, the strongest paths with intervals.",
+    "persistence": "Score on natural text against score on random tokens, with both thresholds.",
     "sweep": "Effect of the edit at each head, as a grid of layers by heads.",
     "screen": "Effects that were run, as a grid; below, estimated against exact effects.",
 }

@@ -12,6 +12,7 @@ from ...data.heads import Head
 from ...effects.result import Result
 from ...errors import ReportError
 from ..charts import effect_rows
+from ..charts.persistence import persistence_rows
 from .scan_data import number
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _TITLES = {
     "flow": "Flow between tokens",
     "copying": "Which token is copied",
     "paths": "Paths of an effect",
+    "persistence": "Natural text against random tokens",
     "sweep": "One edit at every head",
     "screen": "One edit at every head, screened",
 }
@@ -34,6 +36,7 @@ _ABOUT = {
     "copying": "Repeated random tokens: how often the token at a lag in the first copy is the "
     "likeliest next token.",
     "paths": "What the edit changes through one input (q, k or v) of one later head alone.",
+    "persistence": "Slash scores of each head and offset; difference: random minus natural.",
     "sweep": "The same edit at one head at a time, the largest effect first.",
     "screen": "The same edit at one head at a time: estimated by gradients at all, run at those of "
     "largest estimate (top, flagged) and at some drawn at random (audit).",
@@ -54,6 +57,9 @@ _ENDS = {
     "flow": ("flow_low", "flow_high"),
     "top1": ("top1_low", "top1_high"),
     "loss": ("loss_low", "loss_high"),
+    "natural": ("natural_low", "natural_high"),
+    "random": ("random_low", "random_high"),
+    "difference": ("low", "high"),
 }
 #: What a result must have to be shown: columns of text, and columns of numbers.
 _NEEDED = {
@@ -61,6 +67,10 @@ _NEEDED = {
     "flow": (("edit",), ("offset", "flow", "flow_low", "flow_high", "effect")),
     "copying": (("edit",), ("lag", "top1", "top1_low", "top1_high", "effect")),
     "paths": (("reader", "input"), ("effect", "low", "high", "q")),
+    "persistence": (
+        ("name",),
+        ("layer", "head", "offset", "natural", "random", "difference", "low", "high", "q"),
+    ),
     "sweep": (("name", "edit"), ("layer", "head", "effect", "low", "high", "q")),
     "screen": (
         ("name", "edit", "why"),
@@ -90,7 +100,7 @@ def require_readable(result: Result, shape: tuple[int, int], name: str) -> None:
     draws = result.tables.get("draws")
     if draws is not None and not {"edit", "control", "metric", "of", "effect"} <= set(draws):
         raise ReportError(f"{name} is no result of {result.kind}: its table of draws is damaged")
-    if result.kind in _BY_HEAD:
+    if result.kind in (*_BY_HEAD, "persistence"):
         inside = frame["layer"].between(0, shape[0] - 1) & frame["head"].between(0, shape[1] - 1)
         if not inside.all():
             raise ReportError(f"{name} has heads that the scan's model has not")
@@ -134,6 +144,7 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
         "flow": (effect_rows.flow_rows, "flow", "Flow by offset"),
         "copying": (effect_rows.lag_rows, "lags", "How often each lag is copied"),
         "paths": (lambda result: effect_rows.path_rows(result, _PATHS), "paths", "Strongest paths"),
+        "persistence": (persistence_rows, "persistence", "Natural against random"),
         "sweep": (effect_rows.sweep_rows, "sweep", "Effect of the edit at each head"),
         "screen": (effect_rows.sweep_rows, "sweep", "Effect at each head that was run"),
     }[result.kind]
@@ -189,7 +200,9 @@ def _forest_caption(rows: pd.DataFrame, n_draws: int) -> str:
 
 def _caption(result: Result, frame: pd.DataFrame) -> str:
     """Return what a chart shows, with its largest number."""
-    measured = {"flow": "flow", "copying": "top1"}.get(result.kind, "effect")
+    measured = {"flow": "flow", "copying": "top1", "persistence": "natural"}.get(
+        result.kind, "effect"
+    )
     frame = frame[frame[measured].notna()].sort_values(measured, key=abs, ascending=False)
     rows = frame.to_dict(orient="records")
     if not rows:
@@ -205,6 +218,11 @@ def _caption(result: Result, frame: pd.DataFrame) -> str:
         best = {row["edit"]: row for row in reversed(rows)}
         each = [f"{edit}: lag {row['lag']} ({row['top1']:.2f})" for edit, row in best.items()]
         return f"The lag that is copied most often, by edit: {'; '.join(reversed(each))}."
+    if result.kind == "persistence":
+        return (
+            f"Highest on natural text: {top['name']} at Δ={top['offset']}, {top['natural']:.3f}, "
+            f"and {top['random']:.3f} on random tokens. Dashed lines are the thresholds."
+        )
     name = top["name"] if result.kind in _BY_HEAD else top["row"]
     interval = f" ({top['low']:+.3g} to {top['high']:+.3g} over prompts)"
     what = "Largest single path" if result.kind == "paths" else "Largest"
@@ -243,7 +261,9 @@ def effects_by_head(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def _rows_by_head(result: Result) -> dict[str, pd.DataFrame]:
     """Return the rows of a result for each head that their edits (or readers) name."""
     frame = result.frame
-    column = {"sweep": "name", "screen": "name", "paths": "reader"}.get(result.kind, "edit")
+    column = {"persistence": "name", "sweep": "name", "screen": "name", "paths": "reader"}.get(
+        result.kind, "edit"
+    )
     names = [set(_HEAD.findall(str(value))) for value in frame[column]]
     found = sorted(set().union(*names), key=Head.parse) if names else []
     return {name: frame[[name in row for row in names]] for name in found}
@@ -257,7 +277,7 @@ def table_data(frame: pd.DataFrame, title: str) -> dict[str, Any]:
             "key": name,
             "label": _LABELS.get(name, name.replace("_", " ")),
             "number": name not in _TEXT,
-            "signed": name == "effect",
+            "signed": name in ("effect", "difference"),
             "share": name == "as_large",
             "ends": list(_ENDS[name]) if name in _ENDS and _ENDS[name][0] in frame else None,
         }

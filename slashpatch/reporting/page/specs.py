@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..charts import effects, heads
+from ..charts import effects, heads, persistence
 from ..charts import pairs as of_pairs
 from ..charts.palette import (
     DARK_DIVERGING,
@@ -36,6 +36,7 @@ def specs() -> dict[str, dict[str, Any]]:
         "flow_linear": effects.flow(rows, log=False, width=_WIDTH),
         "lags": effects.lags(rows, width=_WIDTH),
         "paths": effects.paths(rows, width=_LABELLED),
+        "persistence": persistence.persistence(rows, width=_WIDTH),
         "sweep": effects.sweep(rows, width=_WIDTH),
         "screen": effects.screen(rows, width=_WIDTH),
     }
