@@ -207,7 +207,8 @@ def model_table(scan, took, random):
         f"The default model, {len(took)} natural prompts of {N:,} tokens, all heads and offsets; "
         f"one prompt takes {sorted(took)[len(took) // 2]:.0f} s of processor time "
         f"({at['processor']}, {THREADS} threads). The same architecture with random weights, "
-        f"{RANDOM_PROMPTS} prompts of {RANDOM_TOKENS}: {random['lines']} lines.",
+        f"{RANDOM_PROMPTS} prompts of {RANDOM_TOKENS}: {random['lines']} lines "
+        f"({random['without_size_rules']} without the rules of size: ripples of RoPE).",
     ]
     return rows, {"counts": dict(zip(names, counts, strict=True)), "seconds": took}
 

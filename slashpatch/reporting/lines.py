@@ -27,9 +27,10 @@ def lines_table(
     """Return a table of lines, best first; `control`, of random tokens, adds its scores."""
     source = ", ".join(part["source"] for part in scan.provenance["prompts"])
     sums = scan.require_lines()
+    n_layers, n_heads, n_offsets = sums.scores.shape
     title = Text(
-        f"{len(lines)} lines of {len({line.head for line in lines})} heads, of {len(sums.counts):,}"
-        f" offsets of {sums.scores.shape[0] * sums.scores.shape[1]} heads ({source})",
+        f"{len(lines)} lines in {len({line.head for line in lines})} of {n_layers * n_heads} "
+        f"heads, of {n_offsets:,} offsets each ({source})",
         style="bold",
     )
     about = Text(

@@ -710,7 +710,7 @@ def test_scan_finds_lines(call, model, tmp_path):
     sizes = ("-m", model, "--prompts", 4, "--max-tokens", 48, "--device", "cpu")
     code, out, err = call("scan", *sizes, "--lines", "--plot", plot)
     assert (code, err) == (0, "")
-    assert "offsets of 8 heads (natural text, seed 0)" in out
+    assert "offsets each (natural text, seed 0)" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
     record = json.loads(call("scan", *sizes, "--lines", "--json")[1])
     loaded = sp.load(model, device="cpu")
