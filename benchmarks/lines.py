@@ -6,8 +6,8 @@ planted: attention patterns of 8,192 tokens with known slashes of strength 0.005
     from 24 to 5,000, over four backgrounds, and none elsewhere. A row's strength is drawn from 0 to
     twice the slash's, and a prompt's from a log-normal of mean 1.
 random: the default model's architecture with random weights, which has no slashes.
-model: the default model, natural prompts of 8,192 tokens, all heads and offsets; one at a time,
-    and then added.
+model: the default model, 8 natural prompts of --model-tokens, all heads and offsets; one at a
+    time, and then added. One prompt of 8,192 tokens is timed as well.
 """
 
 import argparse
@@ -30,7 +30,7 @@ STRENGTHS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 OFFSETS = (24, 60, 150, 400, 1000, 2500, 5000)
 BACKGROUNDS = ("uniform", "recency", "sink", "content")
 RANDOM_PROMPTS, RANDOM_TOKENS = 8, 512
-MODEL_PROMPTS = 4
+MODEL_PROMPTS = 8
 
 
 def variants():
@@ -140,23 +140,26 @@ def random_weights(folder):
     return {"lines": len(scan.lines()), "without_size_rules": len(scan.lines(least=0.0, ratio=0.0))}
 
 
-def default_model(folder):
+def default_model(folder, n_tokens, n_prompts=MODEL_PROMPTS):
     """The scan of all prompts, and the seconds of processor time of each."""
     scan, took = None, []
     model = chosen = None
-    for prompt in range(MODEL_PROMPTS):
-        path = folder / f"model-{prompt}.safetensors"
+    for prompt in range(n_prompts):
+        path = folder / f"model-{n_tokens}-{prompt}.safetensors"
         clock = path.with_suffix(".json")
         if not (path.exists() and clock.exists()):
             if model is None:
                 model = sp.load(device="cpu")
-                chosen = prompt_set(model, n_prompts=MODEL_PROMPTS, max_tokens=N)
+                chosen = prompt_set(model, n_prompts=n_prompts, max_tokens=n_tokens)
             start = time.process_time(), time.perf_counter()
             one = sp.scan(model, [chosen.tokens[prompt]], lines=True, moments=False)
             cpu, wall = time.process_time() - start[0], time.perf_counter() - start[1]
             one.save(path)
             write_json(clock, {"cpu": cpu, "wall": wall})
-            print(f"model: prompt {prompt}, {cpu:.0f} s of processor time", flush=True)
+            print(
+                f"model: {n_tokens} tokens, prompt {prompt}, {cpu:.0f} s of processor time",
+                flush=True,
+            )
         took.append(json.loads(clock.read_text())["cpu"])
         one = sp.Scan.load(path)
         scan = one if scan is None else scan + one
@@ -187,10 +190,11 @@ def planted_table(found):
     return rows
 
 
-def model_table(scan, took, random):
+def model_table(scan, took, of_longest, random):
     lines = scan.lines()
     far = lines_frame([line for line in lines if line.offset >= 64])
-    bands = [(1, 16), (16, 64), (64, 256), (256, 1024), (1024, N)]
+    n_tokens = scan.n_tokens // len(took)
+    bands = [(1, 16), (16, 64), (64, 256), (256, 1024), (1024, n_tokens)]
     counts = [sum(low <= line.offset < high for line in lines) for low, high in bands]
     names = [f"{low:,} to {high - 1:,}" for low, high in bands]
     rows = ["| Δ | " + " | ".join(names) + " |", "|---" * (len(bands) + 1) + "|"]
@@ -199,24 +203,30 @@ def model_table(scan, took, random):
     for row in far.head(12).to_dict(orient="records"):
         rows.append(
             f"| {row['name']} | {row['offset']:,} | {row['score']:.4f} | {row['contrast']:.4f} | "
-            f"{row['low']:.4f} to {row['high']:.4f} | {row['q']:.3f} |"
+            f"{row['low']:.4f} to {row['high']:.4f} | {row['q']:.1g} |"
         )
     at = machine()
     rows += [
         "",
-        f"The default model, {len(took)} natural prompts of {N:,} tokens, all heads and offsets; "
-        f"one prompt takes {sorted(took)[len(took) // 2]:.0f} s of processor time "
-        f"({at['processor']}, {THREADS} threads). The same architecture with random weights, "
-        f"{RANDOM_PROMPTS} prompts of {RANDOM_TOKENS}: {random['lines']} lines "
-        f"({random['without_size_rules']} without the rules of size: ripples of RoPE).",
+        f"The default model, {len(took)} natural prompts of {n_tokens:,} tokens, all heads and "
+        f"offsets. Processor time of one such prompt: {sorted(took)[len(took) // 2]:.0f} s; of "
+        f"one of {N:,} tokens: {of_longest:.0f} s ({at['processor']}, {THREADS} threads). The same "
+        f"architecture with random weights, {RANDOM_PROMPTS} prompts of {RANDOM_TOKENS}: "
+        f"{random['lines']} lines ({random['without_size_rules']} without the rules of size: "
+        "ripples of RoPE).",
     ]
-    return rows, {"counts": dict(zip(names, counts, strict=True)), "seconds": took}
+    return rows, {
+        "counts": dict(zip(names, counts, strict=True)),
+        "seconds": took,
+        "longest": of_longest,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lines")
     parser.add_argument("--only", choices=["planted", "random", "model"])
+    parser.add_argument("--model-tokens", type=int, default=2048)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(THREADS)
@@ -227,12 +237,21 @@ def main():
             hits, false = recall(total)
             found[n] = {"recall": hits, "false": false}
         write_table("how-to/far-slashes", "planted", planted_table(found))
-        figures["planted"] = found
+        figures["planted"] = {
+            n: {
+                "planted": len(part["recall"]),
+                "missed": [f"{b} {s} Δ{d}" for b, s, d, hit in part["recall"] if not hit],
+                "false": part["false"],
+            }
+            for n, part in found.items()
+        }
     if options.only in (None, "random"):
         print(random_weights(options.folder))
     if options.only in (None, "model"):
         random = random_weights(options.folder)
-        rows, figures["model"] = model_table(*default_model(options.folder), random)
+        _, (of_longest,) = default_model(options.folder, N, 1)
+        scan, took = default_model(options.folder, options.model_tokens)
+        rows, figures["model"] = model_table(scan, took, of_longest, random)
         figures["random"] = random
         write_table("how-to/far-slashes", "model", rows)
     write_results("lines", {**read_results("lines"), **figures}, {"threads": THREADS})
