@@ -44,8 +44,8 @@ PAGES = {
         "Each edit takes heads first. Pictures and formulas: [gallery](../gallery.md). How to: "
         "[edit heads](../how-to/edit.md), [write an edit of your own](../how-to/add-an-edit.md).",
         "KnockOut KeepOnly ScaleOffsets AblateHeads ShiftSlash DropBand FreezeBand ScaleBand "
-        "SwapBands SetFrequencies RankOne PlantSlash parse_edit Basis fit_rank_one Edit "
-        "edits.HookContext",
+        "SwapBands SetFrequencies RankOne PlantSlash parse_edit Basis fit_rank_one "
+        "Constants fit_ablation Edit edits.HookContext",
     ),
     "patching": (
         "Patching",
@@ -60,9 +60,10 @@ PAGES = {
     "effects": (
         "Effects",
         "How to: [measure effects](../how-to/measure.md), [sweep every head](../how-to/sweep.md), "
-        "[screen every head](../how-to/screen.md).",
-        "measure flow copying paths sweep screen Result copying_losses copied_lags SlashScores "
-        "PrefixMatching LogitDifference",
+        "[screen every head](../how-to/screen.md), "
+        "[doses, ablations and circuits](../how-to/dose-and-circuits.md).",
+        "measure flow copying paths sweep screen dose ablations circuit Result copying_losses "
+        "copied_lags SlashScores PrefixMatching LogitDifference",
     ),
     "checking": (
         "Checking",

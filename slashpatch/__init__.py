@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .edits import (
         AblateHeads,
         Basis,
+        Constants,
         DropBand,
         Edit,
         FreezeBand,
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
         fit_rank_one,
         parse_edit,
     )
+    from .effects.ablations import ablations
     from .effects.attention_metrics import PrefixMatching, SlashScores
+    from .effects.circuit import circuit
     from .effects.copying import copied_lags, copying, copying_losses
+    from .effects.dose import dose
+    from .effects.fit_ablation import fit_ablation
     from .effects.flow import flow
     from .effects.logit_metrics import LogitDifference
     from .effects.measure import measure
@@ -64,10 +69,14 @@ _HOMES = {
     "bridge.workers.options": "Workers",
     "checking.check": "check",
     "checking.result": "Check Report",
-    "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
-    "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
+    "edits": "AblateHeads Basis Constants DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash "
+    "RankOne ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
+    "effects.ablations": "ablations",
     "effects.attention_metrics": "PrefixMatching SlashScores",
+    "effects.circuit": "circuit",
     "effects.copying": "copied_lags copying copying_losses",
+    "effects.dose": "dose",
+    "effects.fit_ablation": "fit_ablation",
     "effects.flow": "flow",
     "effects.logit_metrics": "LogitDifference",
     "effects.measure": "measure",
@@ -96,6 +105,7 @@ __all__ = [
     "AblateHeads",
     "Basis",
     "Check",
+    "Constants",
     "DropBand",
     "Edit",
     "Emergence",
@@ -124,13 +134,17 @@ __all__ = [
     "SwapBands",
     "TopKeys",
     "Workers",
+    "ablations",
     "check",
+    "circuit",
     "copied_lags",
     "copying",
     "copying_losses",
+    "dose",
     "emergence",
     "explain",
     "explain_all",
+    "fit_ablation",
     "fit_rank_one",
     "flow",
     "fused",

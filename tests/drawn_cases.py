@@ -24,6 +24,7 @@ from torch import Tensor
 from transformer_lens.utilities.statistics import derive_generator
 
 import slashpatch as sp
+from slashpatch.bridge import read
 
 from .reference_model import ReferenceModel
 from .tiny import bridge, padded, random_tokens
@@ -137,6 +138,15 @@ def basis_of(name: str) -> Any:
     return sp.fit_rank_one(package_model(name), every, random_tokens(2, 12), rank=BASIS_RANK)
 
 
+@functools.cache
+def constants_of(name: str) -> Any:
+    """Constants for all heads of a family, which no one fitted."""
+    every = [sp.Head(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(len(every), read(package_model(name)).d_head, generator=generator)
+    return sp.Constants(tuple(every), z, (), {})
+
+
 # Drawing -----------------------------------------------------------------------------------------
 
 
@@ -192,9 +202,11 @@ def draw_edit(
     wanted = rng.sample(pool, rng.randint(1, min(3, len(pool))))
     theta = next((t for t in reference.short.values() if len(t)), torch.ones(4))
     if kind == "AblateHeads":
-        mode = rng.choice(("zero", "zero", "mean", "resample"))
+        mode = rng.choice(("zero", "optimal", "mean", "resample"))
         if mode == "zero":
             return sp.AblateHeads(wanted)
+        if mode == "optimal":
+            return sp.AblateHeads(wanted, mode, constants=constants_of(family))
         texts = rng.sample(TEXTS, rng.randint(1, 2))
         return sp.AblateHeads(wanted, mode, texts, seed=rng.randint(0, 3))
     if kind in ("ScaleOffsets", "KnockOut", "KeepOnly"):
@@ -242,12 +254,14 @@ def draw_band(rng: random.Random, theta: Tensor) -> str:
     """A band that holds at least one pair in every layer with frequencies like `theta`."""
     parts = []
     for _ in range(rng.choice((1, 1, 2))):
-        kind = rng.choice(("name", "pairs", "wavelength"))
+        kind = rng.choice(("name", "pairs", "share", "wavelength"))
         first, last = sorted(rng.randint(0, len(theta) - 1) for _ in range(2))
         if kind == "name":
             parts.append(rng.choice(("high", "medium", "low")))
         elif kind == "pairs":
             parts.append(f"pairs {first}-{last}")
+        elif kind == "share":
+            parts.append(f"share 0-{rng.uniform(0.5, 1):.3f}")
         else:  # from the shortest wavelength, which the layers share
             shortest = 2 * math.pi / float(theta.max())
             parts.append(f"wavelength {0.9 * shortest:.3f}-{rng.uniform(2, 999) * shortest:.3f}")
@@ -343,7 +357,7 @@ def by_reference(case: Case, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     model = reference_model(case.family, dtype)
     found: dict[int, Any] = {}
     for number, edit in enumerate(case.edits):
-        if type(edit).__name__ == "AblateHeads" and edit.mode != "zero":
+        if type(edit).__name__ == "AblateHeads" and edit.mode in ("mean", "resample"):
             # From the model as it is when the edit is attached: inside the patches before it.
             before = case.edits[:number] if case.attach == "nested" else ()
             rows = reference_rows(case, edit, before, found, dtype)
@@ -426,7 +440,8 @@ def by_package(case: Case) -> list[Tensor]:
 def as_given(edit: Any, typed: bool) -> Any:
     """The edit, or the text that it prints where that can be read back."""
     frequencies = getattr(edit, "frequencies", None)
-    if not typed or callable(frequencies) or getattr(edit, "basis", None) is not None:
+    fitted = getattr(edit, "basis", None) or getattr(edit, "constants", None)
+    if not typed or callable(frequencies) or fitted is not None:
         return edit
     return str(edit)
 

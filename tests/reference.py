@@ -87,8 +87,13 @@ def attention(
         z[:, head] = pattern @ v[:, head // group]
         for number, edit in own:
             if type(edit).__name__ == "AblateHeads":
-                zero = edit.mode == "zero"
-                z[:, head] = 0 if zero else replacements[number][:, head].to(z)
+                if edit.mode == "zero":
+                    z[:, head] = 0
+                elif edit.mode == "optimal":
+                    fitted = [(one.layer, one.head) for one in edit.constants.heads]
+                    z[:, head] = edit.constants.z[fitted.index((layer.index, head))].to(z)
+                else:
+                    z[:, head] = replacements[number][:, head].to(z)
     return z
 
 
@@ -268,7 +273,8 @@ def band(text: str, theta: Tensor) -> list[int]:
     """The pairs of a band, those with the highest θ first.
 
     high, medium and low are thirds of the pairs by θ; `pairs 2-4` counts them in the model's order,
-    both ends included; `wavelength 8-64` has 8 ≤ 2π/θ < 64; several are joined by +.
+    both ends included; `share 0-0.25` is the first quarter by θ, to the nearest whole pair;
+    `wavelength 8-64` has 8 ≤ 2π/θ < 64; several are joined by +.
     """
     order = sorted(range(len(theta)), key=lambda pair: -float(theta[pair]))
     thirds = [third.tolist() for third in torch.tensor_split(torch.tensor(order), 3)]
@@ -280,6 +286,9 @@ def band(text: str, theta: Tensor) -> list[int]:
         elif name == "pairs":
             first, last = (int(end) for end in ends.split("-"))
             chosen |= set(range(first, last + 1))
+        elif name == "share":
+            first, last = (float(end) * len(order) for end in ends.split("-"))
+            chosen |= set(order[math.ceil(first - 0.5) : math.ceil(last - 0.5)])
         elif name == "wavelength":
             first, last = (float(end) for end in ends.split("-"))
             chosen |= {p for p in order if first <= 2 * math.pi / float(theta[p]) < last}

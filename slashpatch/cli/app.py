@@ -11,6 +11,7 @@ from .. import __version__
 from ..errors import SlashpatchError
 from .check import check
 from .demo import demo
+from .doses import ablations, circuit, dose
 from .effects import copying, flow, measure, sweep
 from .emergence import emergence
 from .explain import explain
@@ -51,7 +52,7 @@ def _root(
 
 for _command in (
     scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, screen,
-    emergence, check,
+    dose, ablations, circuit, emergence, check,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(theory, name="theory")

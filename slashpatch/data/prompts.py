@@ -48,11 +48,16 @@ class PromptSet:
     @property
     def digest(self) -> str:
         """SHA-256 over the prompts' lengths and token ids, its first 16 hex digits."""
-        sha = hashlib.sha256()
-        for prompt in self.tokens:
-            sha.update(len(prompt).to_bytes(8, "little"))
-            sha.update(prompt.to(torch.int64).numpy().tobytes())
-        return sha.hexdigest()[:16]
+        return tokens_digest(*self.tokens)
+
+
+def tokens_digest(*prompts: Tensor) -> str:
+    """Return the first 16 hex digits of the SHA-256 over prompts' lengths and token ids."""
+    sha = hashlib.sha256()
+    for prompt in prompts:
+        sha.update(len(prompt).to_bytes(8, "little"))
+        sha.update(prompt.to(torch.int64).numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def prompt_set(

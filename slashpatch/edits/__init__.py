@@ -4,6 +4,7 @@ from .ablate import AblateHeads
 from .bands import DropBand, ScaleBand
 from .base import Edit, HookContext
 from .basis import Basis, fit_rank_one
+from .constants import Constants
 from .frequencies import FreezeBand, SetFrequencies, SwapBands
 from .offsets import KeepOnly, KnockOut, ScaleOffsets
 from .parse import EDITS, as_edit, parse_edit
@@ -15,6 +16,7 @@ __all__ = [
     "EDITS",
     "AblateHeads",
     "Basis",
+    "Constants",
     "DropBand",
     "Edit",
     "FreezeBand",

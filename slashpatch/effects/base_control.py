@@ -48,12 +48,17 @@ class Control:
         condition: Condition,
         batches: Sequence[Batch],
         seed: int,
+        label: str | None = None,
     ) -> list[Condition]:
-        """Return `n` different variants. Raises ControlError if there are not enough."""
+        """Return `n` different variants. Raises ControlError if there are not enough.
+
+        Conditions with the same `label` draw alike: one edit at several doses meets the same heads.
+        None: the condition's own text.
+        """
         from transformer_lens.utilities.statistics import derive_generator
 
         draw_one = self.sampler(model, condition, batches)
-        generator = derive_generator(seed, self.name, str(condition))
+        generator = derive_generator(seed, self.name, label or str(condition))
         original = str(self.canonical(model, condition))
         variants: dict[str, Condition] = {}
         for _ in range(_ATTEMPTS * self.n):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.prompts import PromptSet, tokens_digest
 from ..edits import Edit, as_edit
 from ..errors import EditError, MetricError, PromptError
 
@@ -43,6 +45,23 @@ def conditions(edits: Any) -> tuple[Condition, ...]:
     if twice is not None:
         raise EditError(f"{twice} is given twice")
     return tuple(parsed)
+
+
+def seen_in_fits(conditions: Iterable[Condition], prompts: PromptSet) -> tuple[str, ...]:
+    """Return a remark for each edit whose constants were fitted on some of these prompts."""
+    remarks: dict[str, None] = {}
+    mine = [tokens_digest(prompt) for prompt in prompts.tokens]
+    for edit in dict.fromkeys(edit for condition in conditions for edit in condition.edits):
+        constants = getattr(edit, "constants", None)
+        if constants is not None:
+            seen = set(constants.provenance.get("seen", ()))
+            n = sum(digest in seen for digest in mine)
+            if n:
+                remarks[
+                    f"{n} of the {len(mine)} prompts were seen when {constants!r} was fitted; "
+                    "measure on others, or its effect comes out too small"
+                ] = None
+    return tuple(remarks)
 
 
 def require_options(seed: Any, confidence: Any, **counts: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,24 +45,44 @@ def evaluate(
 
     All runs are on the same prompts, so values are paired by prompt.
     """
+    each = dict(evaluate_each(model, runner, prompts, edited, batch_size, progress, workers))
+    return [each[run] for run in range(len(each))]
+
+
+def evaluate_each(
+    model: TransformerBridge,
+    runner: MetricRunner,
+    prompts: PromptSet,
+    edited: Sequence[Condition],
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    workers: Workers | None = None,
+) -> Iterator[tuple[int, list[Float[Tensor, "prompt _"]]]]:
+    """Yield (index, values of each metric) of each run as it is finished; the clean run is 0."""
     all_batches = batches(prompts, model.cfg.d_vocab, batch_size, model.cfg.device)
     runs = (Condition(), *edited)
     chunks = list(_chunks(all_batches, runner.compares, model.cfg.d_vocab))
     at_least = None if workers is None else _UNITS * workers.count
     units = list(_units(chunks, len(runs), runner.compares, at_least))
     job = _EvaluateJob(runner.metrics, prompts, runs, batch_size, units)
-    parts: dict[tuple[int, int], list[Tensor]] = {}
-    sizes = [len(unit.runs) for unit in units]
-    for _, values in units_of(model, job, range(len(units)), "measuring", workers, progress, sizes):
-        parts.update(values)
     order = torch.cat([batch.index for batch in all_batches]).argsort()
-    return [
-        [
-            _joined([parts[run, at][metric] for at in range(len(all_batches))], name)[order]
-            for metric, name in enumerate(runner.names)
-        ]
-        for run in range(len(runs))
-    ]
+    parts: dict[int, dict[int, list[Tensor]]] = {}
+    sizes = [len(unit.runs) for unit in units]
+    with closing(
+        units_of(model, job, range(len(units)), "measuring", workers, progress, sizes)
+    ) as found:
+        for _, values in found:
+            for (run, at), of_batch in values.items():
+                parts.setdefault(run, {})[at] = of_batch
+            for run in [run for run, done in parts.items() if len(done) == len(all_batches)]:
+                done = parts.pop(run)
+                yield (
+                    run,
+                    [
+                        _joined([done[at][metric] for at in range(len(done))], name)[order]
+                        for metric, name in enumerate(runner.names)
+                    ],
+                )
 
 
 class _Unit(NamedTuple):

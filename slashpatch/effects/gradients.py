@@ -82,26 +82,10 @@ def gradients(
         return output
 
     hooks = [(runner.info.hook(layer, "z"), keep) for layer in layers]
-    with torch.enable_grad(), _weights_fixed(runner.model):
+    with torch.enable_grad(), weights_fixed(runner.model):
         logits = runner.logits(batch.tokens, hooks, gradients=True)
-        try:
-            value = runner.of_logits(0, logits, batch)
-        except RuntimeError as error:  # PyTorch's, of numpy() or of a change of a view
-            if "grad" not in str(error):
-                raise
-            why = str(error).splitlines()[0].rstrip(".")
-            raise MetricError(f"{runner.names[0]} has no gradient: {why}; {_INSTEAD}") from error
-        checked(value, batch, runner.names[0], "clean" if moved is None else "moved heads")
-        if value.numel() != len(batch.index):
-            raise MetricError(
-                f"expected a metric with one number per prompt; {runner.names[0]} gives "
-                f"{value.numel() // len(batch.index)}"
-            )
-        if not value.requires_grad:
-            raise MetricError(
-                f"{runner.names[0]} has no gradient, because it counts or is computed outside "
-                f"autograd; {_INSTEAD}"
-            )
+        label = "clean" if moved is None else "moved heads"
+        value = differentiable(runner, logits, batch, label, instead=_INSTEAD)
         found = torch.autograd.grad(value.sum(), [z[layer] for layer in layers], allow_unused=True)
     by_layer = {
         layer: torch.zeros_like(z[layer]) if part is None else part
@@ -115,8 +99,44 @@ def gradients(
     return Gradients({layer: part.detach() for layer, part in z.items()}, by_layer)
 
 
+def differentiable(
+    runner: MetricRunner,
+    logits: Float[Tensor, "batch kept d_vocab"],
+    batch: Batch,
+    label: str,
+    clean_logits: Tensor | None = None,
+    *,
+    instead: str,
+) -> Tensor:
+    """Return the value [batch] of the runner's one metric, which has a gradient.
+
+    `label` names the run in messages, `instead` says what to do. Raises MetricError if the metric
+    has no gradient, or does not give one finite number per prompt.
+    """
+    try:
+        value = runner.of_logits(0, logits, batch, clean_logits)
+    except RuntimeError as error:  # PyTorch's, of numpy() or of a change of a view
+        if "grad" not in str(error):
+            raise
+        why = str(error).splitlines()[0].rstrip(".")
+        raise MetricError(f"{runner.names[0]} has no gradient: {why}; {instead}") from error
+    checked(value, batch, runner.names[0], label)
+    if value.numel() != len(batch.index):
+        raise MetricError(
+            f"expected a metric with one number per prompt; {runner.names[0]} gives "
+            f"{value.numel() // len(batch.index)}"
+        )
+    if not value.requires_grad:
+        raise MetricError(
+            f"{runner.names[0]} has no gradient, because it counts or is computed outside "
+            f"autograd; {instead}"
+        )
+    found: Tensor = value
+    return found
+
+
 @contextmanager
-def _weights_fixed(model: TransformerBridge) -> Iterator[None]:
+def weights_fixed(model: TransformerBridge) -> Iterator[None]:
     """Ask for no gradients of the weights, so that what only those need is not kept."""
     weights = [w for w in model.original_model.parameters() if w.requires_grad]
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..bridge.provenance import provenance
 from ..bridge.workers.options import Workers, as_workers
 from .base_control import Control
-from .conditions import Condition, conditions, require_options
+from .conditions import Condition, conditions, require_options, seen_in_fits
 from .controls import as_control
 from .evaluate import evaluate
 from .evaluation import MetricRunner
@@ -117,7 +117,8 @@ def measure(
         **({} if pool_of is None else pool_of.record),
     }
     per_prompt = _values(runner, {Condition(): clean, **values})
-    return table.result(per_prompt, provenance(model, **details))
+    remarks = seen_in_fits(edited, chosen)
+    return table.result(per_prompt, remarks, provenance(model, **details))
 
 
 class _Table:
@@ -175,14 +176,16 @@ class _Table:
                     )
         self.add(condition, str(control), means, values[condition], as_large=as_large)
 
-    def result(self, values: pd.DataFrame, origin: dict[str, Any]) -> Result:
+    def result(
+        self, values: pd.DataFrame, remarks: tuple[str, ...], origin: dict[str, Any]
+    ) -> Result:
         """Return the Result, with p-values adjusted over all rows."""
         import pandas as pd
 
         tables = {"values": values}
         if self.draws:
             tables["draws"] = pd.DataFrame(self.draws)
-        return Result("measure", adjusted(self.rows), tables, provenance=origin)
+        return Result("measure", adjusted(self.rows), tables, remarks, origin)
 
 
 def _values(runner: MetricRunner, values: dict[Condition, list[Tensor]]) -> pd.DataFrame:

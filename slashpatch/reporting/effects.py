@@ -22,15 +22,24 @@ _COLUMNS = {
     "paths": ("reader", "input", "baseline", "edited", "effect", "q"),
     "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
     "screen": ("name", "offset", "estimate", "effect", "q", "why"),
+    "dose": ("metric", "against", "dose", "baseline", "edited", "effect", "q", "as_large"),
+    "circuit": ("what", "member", "value", "share", "p", "q", "rank_p"),
 }
 #: Titles of columns that differ from their names, and the columns that hold texts.
-TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
-TEXTS = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
+TITLES = {
+    "offset": "Δ",
+    "as_large": "draws as large",
+    "name": "head",
+    "of": "",
+    "rank_p": "p among random sets",
+}
+TEXTS = ("edit", "metric", "of", "against", "name", "reader", "input", "why", "what", "member")
 #: Largest number of heads in the table of matching heads.
 _HEADS = 6
 #: Columns that are shown with an interval, and the columns of its ends.
 _INTERVALS = {
     "effect": ("low", "high"),
+    "share": ("low", "high"),
     "flow": ("flow_low", "flow_high"),
     "top1": ("top1_low", "top1_high"),
     "loss": ("loss_low", "loss_high"),
@@ -42,6 +51,8 @@ _UNITS = {
     "paths": "effect of the edit through one input of one later head",
     "sweep": "effect of the edit at one head at a time",
     "screen": "effect of the edit at one head at a time, estimated at all and run at some",
+    "dose": "effect at each dose of {}",
+    "circuit": "{}, as a share of what ablating all heads changes",
 }
 
 
@@ -66,9 +77,10 @@ def effects_report(result: Result, top: int = 40) -> Group:
 def headings(result: Result) -> tuple[str, str]:
     """Return what is measured, and on how many prompts, as two lines."""
     origin = result.provenance
+    measured = "; ".join(map(str, origin.get("measured", ()))) or "the edit"
     rows = "the rows top and flagged" if result.kind == "screen" else "all rows"
     return (
-        f"{origin['model']}: {_UNITS[result.kind]}",
+        f"{origin['model']}: {_UNITS[result.kind].replace('{}', measured)}",
         f"{origin['prompts']['n']} prompts ({origin['prompts']['source']}); "
         f"{origin['confidence']:.0%} intervals over prompts; q: p adjusted for {rows}",
     )
@@ -129,7 +141,7 @@ def _cell(name: str, row: dict[Any, Any]) -> str:
     if name in _INTERVALS:
         low, high = (row[end] for end in _INTERVALS[name])
         return _with_interval(value, low, high, sign=name == "effect")
-    if name in ("q", "p") and not _missing(value):
+    if name in ("q", "p", "rank_p") and not _missing(value):
         return f"{value:.3f}" if value >= 0.001 else "<0.001"
     if name == "as_large" and not _missing(value):
         return f"{value:.0%}"

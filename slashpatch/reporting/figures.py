@@ -156,6 +156,10 @@ def effects_figure(result: Result, top: int = 20) -> Figure:
         return forest_figure(result, rows=top)
     if result.kind == "paths":
         return paths_figure(result, top)
+    if result.kind in ("dose", "circuit"):
+        from .dose_figure import circuit_figure, dose_figure
+
+        return dose_figure(result) if result.kind == "dose" else circuit_figure(result)
     size = (7.5, 4.2)
     if result.kind == "sweep":
         size = _grid_size(result)

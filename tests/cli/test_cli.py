@@ -200,12 +200,15 @@ def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message
 
 
 WITH_MODEL = ["scan", "explain", "generate", "watch", "demo", "measure", "flow", "copying", "sweep",
-              "screen", "check", "report"]  # fmt: skip
+              "screen", "check", "report", "dose", "ablations", "circuit"]  # fmt: skip
 OF_ITS_OWN = {
     "report": ("--out", "never.html"),
     "explain": ("L0H1",),
     "generate": ("the",),
     "watch": ("the",),
+    "dose": ("ScaleOffsets(L0H0, 1, {})", "0:2:1"),
+    "ablations": ("L0H0",),
+    "circuit": ("L0H0",),
 }
 
 
@@ -232,7 +235,8 @@ def test_no_command_takes_a_model_argument():
         parameters = {parameter.name: parameter for parameter in command.params}
         assert parameters["model"].opts == ["--model", "-m"]
         arguments = [p.name for p in command.params if p.param_type_name == "argument"]
-        assert arguments in ([], ["head"], ["prompt"])
+        expected = ([], ["head"], ["prompt"], ["edit", "values"], ["heads"], ["members"])
+        assert arguments in expected
 
 
 def test_an_argument_too_many_of_a_command_without_a_model(call):
@@ -703,3 +707,58 @@ def test_emergence(call, tmp_path, capsys):
     code, _, err = call("emergence", "EleutherAI/pythia-160m@step1000")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "cannot fetch EleutherAI/pythia-160m@step1000" in err
+
+
+def test_dose_shows_a_curve_and_goes_on(call, model, tmp_path):
+    out, plot = tmp_path / "dose.json", tmp_path / "dose.png"
+    edit = ("dose", "ScaleOffsets(L0H0, 1, {})", "0:1:0.5", "-m", model, "--prompts", 4)
+    code, shown, err = call(*edit, "--max-tokens", 12, "--out", out, "--plot", plot)
+    assert (code, err) == (0, "")
+    assert "effect at each dose of ScaleOffsets(L0H0, 1, {})" in shown
+    assert "rank correlation" in shown
+    assert plot.stat().st_size > 0
+    code, again, _ = call(*edit, "--max-tokens", 12, "--out", out, "--resume", "--json")
+    assert [row["dose"] for row in json.loads(again)["effects"]] == [0, 0.5, 1]
+
+
+def test_ablations_are_one_table(call, model, tmp_path):
+    file = tmp_path / "c.safetensors"
+    few = ("--prompts", 4, "--fit-prompts", 3, "--steps", 2, "--max-tokens", 12)
+    code, shown, err = call("ablations", "L0H0", "-m", model, *few, "--constants", file, "--json")
+    assert (code, err) == (0, "")
+    edits = [row["edit"] for row in json.loads(shown)["effects"]]
+    assert len(edits) == 4
+    assert edits[-1] == f"AblateHeads(L0H0, mode='optimal', constants={str(file)!r})"
+    code, shown, _ = call("measure", "-m", model, "-e", edits[-1], "--prompts", 3)
+    assert code == 0
+
+
+def test_circuit_shows_shares(call, model, tmp_path):
+    few = ("--prompts", 4, "--max-tokens", 12, "--random-sets", 2, "--subsets", 2)
+    out, plot = tmp_path / "circuit.json", tmp_path / "circuit.svg"
+    members = ("circuit", "L0H0, L1H2@1", "-m", model, "--metric", "kl", *few)
+    code, shown, err = call(*members, "--out", out, "--plot", plot)
+    assert (code, err) == (0, "")
+    for word in ("faithfulness", "left without", "incompleteness", "L1H2@1", "random sets"):
+        assert word in shown
+    code, again, _ = call(*members, "--out", out, "--resume", "--json")
+    assert json.loads(again)["kind"] == "circuit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dose", "KnockOut(L0H0, 1)", "1"), "with {} in the place of the dose"),
+        (("dose", "KnockOut(L0H0, {})", "x"), "doses are typed as 0:2:0.25"),
+        (("dose", "KnockOut(L0H0, {})", "1", "--resume"), "--resume goes with --out"),
+        (("ablations", "L0H0", "--metric", "top1", "-m", "MODEL"), "no gradient"),
+        (("ablations", "L0H0", "--constants", "c.pt"), "expected a name that ends in .safetensors"),
+        (("circuit", "L0H0", "--mode", "optimal", "-m", "MODEL"), "go together"),
+        (("circuit", "L0H0@x", "-m", "MODEL"), "a diagonal such as L16H0@1"),
+        (("circuit", "L0H0", "--constants", "absent.safetensors"), "no file"),
+    ],
+)
+def test_bad_doses_ablations_and_circuits(call, model, arguments, message):
+    code, out, err = call(*(model if word == "MODEL" else word for word in arguments))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert message in err

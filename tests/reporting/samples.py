@@ -129,7 +129,7 @@ def _effect(value, width=0.3):
 
 
 def result(kind, **of):
-    """A result of `measure`, `flow`, `copying`, `paths`, `sweep` or `screen`."""
+    """A result of a kind in `KINDS` of test_notebook.py."""
     edit = "KnockOut(L1H0, 1)"
     details = {
         "confidence": 0.95,
@@ -227,6 +227,57 @@ def result(kind, **of):
         )
         details |= {"metric": "copying", "proxy": None, "split": True}
         tables["audit"] = pd.DataFrame([{"above": 0.5, "missed_at_most": 1, "recall": 1.0}])
+    elif kind == "dose":
+        frame = pd.DataFrame(
+            [
+                {
+                    "dose": float(dose),
+                    "edit": f"ScaleOffsets(L1H0, offsets=1, factor={dose:.1f})",
+                    "metric": "copying",
+                    "against": against,
+                    "n": 4,
+                    "baseline": 2.0,
+                    "edited": 2.0 + value * dose,
+                    **_effect(value * dose),
+                    "as_large": float("nan") if against == "clean" else 0.0,
+                }
+                for against, value in (("clean", 3.0), ("random-heads:2", 2.8))
+                for dose in (0.0, 0.5, 1.0, 2.0)
+            ]
+        )
+        tables["trend"] = pd.DataFrame(
+            [{"metric": "copying", "against": "clean", "n": 4, "spearman": 1.0, "slope": 3.0}]
+        )
+        details |= {"measured": ["ScaleOffsets(L1H0, 1, {})"], "metrics": ["copying"]}
+    elif kind == "circuit":
+        frame = pd.DataFrame(
+            [
+                {
+                    "what": what,
+                    "member": member,
+                    "metric": "copying",
+                    "n": 4,
+                    "value": 3.0,
+                    "share": share,
+                    "low": share - 0.1,
+                    "high": share + 0.1,
+                    "p": 0.1,
+                    "q": 0.2,
+                    "rank_p": 0.05 if what == "faithfulness" else float("nan"),
+                }
+                for what, member, share in (
+                    ("faithfulness", "", 0.9),
+                    ("random sets", "", 0.05),
+                    ("beyond random sets", "", 0.85),
+                    ("left without", "", 0.1),
+                    ("incompleteness", "", 0.1),
+                    ("minimality", "L1H0", 0.8),
+                    ("minimality", "L2H1@3", 0.7),
+                )
+            ]
+        )
+        tables["draws"] = pd.DataFrame({"drawn": ["L1H2, L2H3", "L1H1, L2H0"], "share": [0.1, 0.0]})
+        details |= {"measured": ["L1H0, L2H1@3"], "metric": "copying"}
     elif kind == "paths":
         frame = pd.DataFrame(
             [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slashpatch.reporting.charts import (
+    doses,
     effect_rows,
     effects,
     heads,
@@ -58,6 +59,11 @@ def frames():
         effects.paths: (effect_rows.path_rows(made["paths"]),),
         effects.sweep: (effect_rows.sweep_rows(made["sweep"]),),
         effects.screen: (effect_rows.screen_rows(made["screen"]),),
+        doses.dose: (effect_rows.dose_rows(made["dose"], "copying"),),
+        doses.circuit: (
+            effect_rows.circuit_rows(made["circuit"]),
+            effect_rows.circuit_draws(made["circuit"]),
+        ),
         training.training: (training_rows.training_rows(runs),),
         training.phases: (training_rows.phase_rows(diagram),),
         training.checks: (training_rows.check_rows(check_report()),),
@@ -164,6 +170,8 @@ def test_titles_are_no_expressions(title):
         (effects.paths, "paths", effect_rows.path_rows),
         (effects.sweep, "sweep", effect_rows.sweep_rows),
         (effects.screen, "screen", effect_rows.screen_rows),
+        (doses.dose, "dose", lambda result: effect_rows.dose_rows(result, "copying")),
+        (doses.circuit, "circuit", effect_rows.circuit_rows),
         (effects.forest, "measure", lambda result: effect_rows.forest_rows(result, "copying")),
     ):
         made = chart(of(samples.result(kind)), quantity=title)

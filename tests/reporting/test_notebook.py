@@ -20,7 +20,7 @@ from slashpatch.reporting.style import new_figure, styled
 from ..tiny import random_tokens
 from . import samples
 
-KINDS = ("measure", "flow", "copying", "paths", "sweep", "screen")
+KINDS = ("measure", "flow", "copying", "paths", "sweep", "screen", "dose", "circuit")
 #: Elements without an end tag in HTML.
 VOID = {"br", "img"}
 

@@ -116,3 +116,39 @@ def screen_rows(result: Result) -> pd.DataFrame:
     names = ["name", "estimate", "effect", "low", "high", "why"]
     names += ["offset"] if "offset" in result.frame else []
     return result.frame.loc[result.frame["why"] != "", names].reset_index(drop=True)
+
+
+def dose_rows(result: Result, metric: str) -> pd.DataFrame:
+    """Return one metric's effect by dose: columns series ("edit" or a control), dose, effect, ends.
+
+    A control's effect is the mean over its draws, without an interval (low, high).
+    """
+    import pandas as pd
+
+    frame = result.frame[result.frame["metric"] == metric]
+    clean = frame[frame["against"] == "clean"].set_index("dose")["effect"]
+    parts = []
+    for against, rows in frame.groupby("against", sort=False):
+        part = rows[["dose", "effect", "low", "high"]].assign(series="edit")
+        if against != "clean":
+            # The row against a control holds the effect beyond the mean of its draws.
+            mean = rows["dose"].map(clean) - rows["effect"]
+            part = part.assign(series=against, effect=mean, low=float("nan"), high=float("nan"))
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def circuit_rows(result: Result) -> pd.DataFrame:
+    """Return each share of a circuit: columns row (its label), share, low, high."""
+    frame = result.frame
+    labels = [f"{row.what} {row.member}".strip() for row in frame.itertuples()]
+    return frame[["share", "low", "high"]].assign(row=labels)
+
+
+def circuit_draws(result: Result) -> pd.DataFrame:
+    """Return the share of each random set: columns row (a label of `circuit_rows`), share."""
+    import pandas as pd
+
+    draws = result.tables.get("draws")
+    shares = [] if draws is None else draws["share"].tolist()
+    return pd.DataFrame({"row": ["random sets"] * len(shares), "share": shares})

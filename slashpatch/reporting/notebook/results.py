@@ -36,6 +36,8 @@ _PICTURES = {
     "copying": "How often each lag is copied, a group of bars for each lag.",
     "paths": "Effect through one input of one later head, the strongest paths with intervals.",
     "sweep": "Effect of the edit at each head, as a grid of layers by heads.",
+    "dose": "Effect by dose, a curve with its interval as a band, and its controls.",
+    "circuit": "Shares of what all heads do, with intervals; ticks are random sets.",
     "screen": "Effects that were run, as a grid; below, estimated against exact effects.",
 }
 

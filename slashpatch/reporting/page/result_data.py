@@ -26,6 +26,8 @@ _TITLES = {
     "paths": "Paths of an effect",
     "sweep": "One edit at every head",
     "screen": "One edit at every head, screened",
+    "dose": "One edit at many doses",
+    "circuit": "What a set does together",
 }
 _ABOUT = {
     "measure": "Edited minus clean run, paired by prompt; rows against a control hold what is "
@@ -37,20 +39,29 @@ _ABOUT = {
     "sweep": "The same edit at one head at a time, the largest effect first.",
     "screen": "The same edit at one head at a time: estimated by gradients at all, run at those of "
     "largest estimate (top, flagged) and at some drawn at random (audit).",
+    "dose": "Edited minus clean run at each dose, the number in the edit, paired by prompt; rows "
+    "against a control hold what is beyond the mean of its draws.",
+    "circuit": "Shares of what ablating all heads changes: of the members alone, of the model "
+    "without them, and of each member.",
 }
-_TEXT = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
+_TEXT = (
+    *("edit", "metric", "of", "against", "name", "reader", "input", "why"),
+    *("what", "member"),
+)
 _LABELS = {
     "name": "head",
     "offset": "Δ",
     "as_large": "share of draws at least as large",
     "n": "prompts",
     "top1": "how often likeliest",
+    "rank_p": "p among random sets",
     "q": "q",
     "p": "p",
 }
 #: Columns with an interval, and the columns of its ends.
 _ENDS = {
     "effect": ("low", "high"),
+    "share": ("low", "high"),
     "flow": ("flow_low", "flow_high"),
     "top1": ("top1_low", "top1_high"),
     "loss": ("loss_low", "loss_high"),
@@ -62,6 +73,8 @@ _NEEDED = {
     "copying": (("edit",), ("lag", "top1", "top1_low", "top1_high", "effect")),
     "paths": (("reader", "input"), ("effect", "low", "high", "q")),
     "sweep": (("name", "edit"), ("layer", "head", "effect", "low", "high", "q")),
+    "dose": (("edit", "metric", "against"), ("dose", "effect", "low", "high")),
+    "circuit": (("what", "member"), ("share", "low", "high", "value")),
     "screen": (
         ("name", "edit", "why"),
         ("layer", "head", "estimate", "effect", "low", "high", "q"),
@@ -130,6 +143,12 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
     if result.kind == "measure":
         yield from _forests(result)
         return
+    if result.kind == "dose":
+        yield from _doses(result)
+        return
+    if result.kind == "circuit":
+        yield _circuit(result)
+        return
     rows, spec, title = {
         "flow": (effect_rows.flow_rows, "flow", "Flow by offset"),
         "copying": (effect_rows.lag_rows, "lags", "How often each lag is copied"),
@@ -155,6 +174,33 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
             "caption": f"{len(run)} of {len(result.frame)} rows were run. The line is where "
             "estimate and effect agree; rows of the audit were drawn at random.",
         }
+
+
+def _doses(result: Result) -> Iterator[dict[str, Any]]:
+    """Yield a curve of the effect by dose for each metric."""
+    for metric in effect_rows.metrics_of(result):
+        rows = effect_rows.dose_rows(result, metric)
+        edit = rows[rows["series"] == "edit"]
+        top = max(edit.to_dict(orient="records"), key=lambda row: abs(row["effect"]))
+        yield {
+            "title": f"Effect on {metric} by dose",
+            "spec": "dose",
+            "sets": {"rows": records(rows)},
+            "caption": f"Largest at dose {top['dose']:g}: {top['effect']:+.3g}. The band is the "
+            "interval of each dose over prompts.",
+        }
+
+
+def _circuit(result: Result) -> dict[str, Any]:
+    """Return the chart of a circuit's shares."""
+    rows, draws = effect_rows.circuit_rows(result), effect_rows.circuit_draws(result)
+    return {
+        "title": "Shares of what all heads do",
+        "spec": "circuit",
+        "sets": {"rows": records(rows), "draws": records(draws)},
+        "caption": f"Dashed: no head; dotted: the whole model. Ticks are {len(draws)} random sets "
+        "of as many heads in each layer.",
+    }
 
 
 def _forests(result: Result, head: str | None = None) -> Iterator[dict[str, Any]]:
@@ -243,7 +289,8 @@ def effects_by_head(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def _rows_by_head(result: Result) -> dict[str, pd.DataFrame]:
     """Return the rows of a result for each head that their edits (or readers) name."""
     frame = result.frame
-    column = {"sweep": "name", "screen": "name", "paths": "reader"}.get(result.kind, "edit")
+    columns = {"sweep": "name", "screen": "name", "paths": "reader", "circuit": "member"}
+    column = columns.get(result.kind, "edit")
     names = [set(_HEAD.findall(str(value))) for value in frame[column]]
     found = sorted(set().union(*names), key=Head.parse) if names else []
     return {name: frame[[name in row for row in names]] for name in found}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..charts import effects, heads
+from ..charts import doses, effects, heads
 from ..charts import pairs as of_pairs
 from ..charts.palette import (
     DARK_DIVERGING,
@@ -38,6 +38,8 @@ def specs() -> dict[str, dict[str, Any]]:
         "paths": effects.paths(rows, width=_LABELLED),
         "sweep": effects.sweep(rows, width=_WIDTH),
         "screen": effects.screen(rows, width=_WIDTH),
+        "dose": doses.dose(rows, width=_WIDTH),
+        "circuit": doses.circuit(rows, draws, width=_LABELLED),
     }
     return {name: chart.to_dict() for name, chart in charts.items()}
 
