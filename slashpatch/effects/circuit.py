@@ -94,7 +94,7 @@ def circuit(
         A Result. `frame` has a row for each number: what, member, value (the mean metric), share,
         low and high (over prompts, Fieller's), p (of the difference that is divided), q, and
         for faithfulness rank_p, (1 + random sets at least as faithful) / (1 + random sets).
-        `tables` has `subsets`, `draws` and each run's `values`.
+        `tables` has `subsets`, `random_sets` and each run's `values`.
 
     Raises:
         EditError: Members or a mode that are misspelt, or constants that lack heads.

@@ -91,7 +91,7 @@ class Shares:
         tables = {"subsets": subsets, "values": pd.DataFrame(self._values())}
         if draws:
             drawn = zip(map(joined, plan.draws), shares, strict=True)
-            tables["draws"] = pd.DataFrame(drawn, columns=["drawn", "share"])
+            tables["random_sets"] = pd.DataFrame(drawn, columns=["drawn", "share"])
         return adjusted(self.rows), tables, self._remarks()
 
     def _share(self, difference: Float[Tensor, "prompt"]) -> tuple[float, float, float]:

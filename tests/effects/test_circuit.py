@@ -53,8 +53,8 @@ def test_the_known_circuit_is_faithful_complete_and_minimal(planted, mode):
     for member in ("L0H0", "L1H2"):
         assert found["minimality", member] > 0.6
     # All 15 other sets of one head in each layer are less faithful.
-    assert len(result.tables["draws"]) == 15
-    assert result.tables["draws"]["share"].max() < 0.5
+    assert len(result.tables["random_sets"]) == 15
+    assert result.tables["random_sets"]["share"].max() < 0.5
     rank = result.frame.set_index("what").loc["faithfulness", "rank_p"]
     assert rank == 1 / 16
     assert any("15 random sets" in remark for remark in result.remarks)

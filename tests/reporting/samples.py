@@ -276,7 +276,9 @@ def result(kind, **of):
                 )
             ]
         )
-        tables["draws"] = pd.DataFrame({"drawn": ["L1H2, L2H3", "L1H1, L2H0"], "share": [0.1, 0.0]})
+        tables["random_sets"] = pd.DataFrame(
+            {"drawn": ["L1H2, L2H3", "L1H1, L2H0"], "share": [0.1, 0.0]}
+        )
         details |= {"measured": ["L1H0, L2H1@3"], "metric": "copying"}
     elif kind == "paths":
         frame = pd.DataFrame(

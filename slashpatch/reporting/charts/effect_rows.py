@@ -149,6 +149,5 @@ def circuit_draws(result: Result) -> pd.DataFrame:
     """Return the share of each random set: columns row (a label of `circuit_rows`), share."""
     import pandas as pd
 
-    draws = result.tables.get("draws")
-    shares = [] if draws is None else draws["share"].tolist()
-    return pd.DataFrame({"row": ["random sets"] * len(shares), "share": shares})
+    draws = result.tables.get("random_sets", pd.DataFrame(columns=["share"]))
+    return draws[["share"]].assign(row="random sets")

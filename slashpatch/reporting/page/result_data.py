@@ -12,7 +12,8 @@ from ...data.heads import Head
 from ...effects.result import Result
 from ...errors import ReportError
 from ..charts import effect_rows
-from .scan_data import number
+from .dose_data import circuit_chart, dose_charts
+from .scan_data import number, records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,6 +104,9 @@ def require_readable(result: Result, shape: tuple[int, int], name: str) -> None:
     draws = result.tables.get("draws")
     if draws is not None and not {"edit", "control", "metric", "of", "effect"} <= set(draws):
         raise ReportError(f"{name} is no result of {result.kind}: its table of draws is damaged")
+    sets = result.tables.get("random_sets")
+    if sets is not None and not pd_types.is_numeric_dtype(sets.get("share")):
+        raise ReportError(f"{name} is no result of {result.kind}: its random sets are damaged")
     if result.kind in _BY_HEAD:
         inside = frame["layer"].between(0, shape[0] - 1) & frame["head"].between(0, shape[1] - 1)
         if not inside.all():
@@ -144,10 +148,10 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
         yield from _forests(result)
         return
     if result.kind == "dose":
-        yield from _doses(result)
+        yield from dose_charts(result)
         return
     if result.kind == "circuit":
-        yield _circuit(result)
+        yield circuit_chart(result)
         return
     rows, spec, title = {
         "flow": (effect_rows.flow_rows, "flow", "Flow by offset"),
@@ -174,33 +178,6 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
             "caption": f"{len(run)} of {len(result.frame)} rows were run. The line is where "
             "estimate and effect agree; rows of the audit were drawn at random.",
         }
-
-
-def _doses(result: Result) -> Iterator[dict[str, Any]]:
-    """Yield a curve of the effect by dose for each metric."""
-    for metric in effect_rows.metrics_of(result):
-        rows = effect_rows.dose_rows(result, metric)
-        edit = rows[rows["series"] == "edit"]
-        top = max(edit.to_dict(orient="records"), key=lambda row: abs(row["effect"]))
-        yield {
-            "title": f"Effect on {metric} by dose",
-            "spec": "dose",
-            "sets": {"rows": records(rows)},
-            "caption": f"Largest at dose {top['dose']:g}: {top['effect']:+.3g}. The band is the "
-            "interval of each dose over prompts.",
-        }
-
-
-def _circuit(result: Result) -> dict[str, Any]:
-    """Return the chart of a circuit's shares."""
-    rows, draws = effect_rows.circuit_rows(result), effect_rows.circuit_draws(result)
-    return {
-        "title": "Shares of what all heads do",
-        "spec": "circuit",
-        "sets": {"rows": records(rows), "draws": records(draws)},
-        "caption": f"Dashed: no head; dotted: the whole model. Ticks are {len(draws)} random sets "
-        "of as many heads in each layer.",
-    }
 
 
 def _forests(result: Result, head: str | None = None) -> Iterator[dict[str, Any]]:
@@ -320,11 +297,3 @@ def table_data(frame: pd.DataFrame, title: str) -> dict[str, Any]:
         "rows": records(frame.head(MOST_ROWS)),
         "note": f"{left_out} more rows are in the result's own file." if left_out > 0 else "",
     }
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return rows as JSON values, numbers with four significant digits."""
-    return [
-        {str(name): number(value) for name, value in row.items()}
-        for row in frame.to_dict(orient="records")
-    ]
