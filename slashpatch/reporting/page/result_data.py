@@ -105,7 +105,7 @@ def require_readable(result: Result, shape: tuple[int, int], name: str) -> None:
     if draws is not None and not {"edit", "control", "metric", "of", "effect"} <= set(draws):
         raise ReportError(f"{name} is no result of {result.kind}: its table of draws is damaged")
     sets = result.tables.get("random_sets")
-    if sets is not None and not pd_types.is_numeric_dtype(sets.get("share")):
+    if sets is not None and not ("share" in sets and pd_types.is_numeric_dtype(sets["share"])):
         raise ReportError(f"{name} is no result of {result.kind}: its random sets are damaged")
     if result.kind in _BY_HEAD:
         inside = frame["layer"].between(0, shape[0] - 1) & frame["head"].between(0, shape[1] - 1)
