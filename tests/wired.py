@@ -18,7 +18,9 @@ AXIS, BOS = 0, 1
 TOKEN, PREVIOUS, SECOND, OUTPUT, DEAD = (
     slice(2 + index * D_CODE, 2 + (index + 1) * D_CODE) for index in range(5)
 )
-D_MODEL, D_HEAD, N_CTX = 2 + 5 * D_CODE + 6, 64, 512
+#: Four classes of tokens, and a mark of frequent tokens.
+CLASSES, FREQUENT = slice(2 + 5 * D_CODE, 6 + 5 * D_CODE), 6 + 5 * D_CODE
+D_MODEL, D_HEAD, N_CTX = FREQUENT + 2, 64, 512
 #: Logits of rotary pairs 0 to 31 of a Llama's slash: two fast ones tell neighbours apart, medium
 #: ones tell what these confuse.
 SHARP = [4.5, 4.0] + [0.1] * 9 + [4.0] * 7 + [0.0] * 14
@@ -54,12 +56,7 @@ class Wired:
         else:
             config = transformers.LlamaConfig(**common, rope_theta=1e4, attention_bias=bias)
             self.model = transformers.LlamaForCausalLM(config)
-        self.model.eval()
-        self.layers, self.heads, self.partial, self.bias = layers, heads, partial, bias
-        self.axis = axis
-        #: About the factor of the norms, with all parts filled.
-        self.scale = (D_MODEL / (axis**2 + 2)) ** 0.5
-        self.generator = torch.Generator().manual_seed(seed)
+        self.partial = partial
         self.inv_freq = self.model.model.rotary_emb.inv_freq.clone()
         n_pairs = len(self.inv_freq)
         #: Dimensions that hardly turn within the context, or not at all.
@@ -68,17 +65,34 @@ class Wired:
             if partial
             else [d for d in range(D_HEAD) if d % n_pairs >= n_pairs - D_CODE // 2]
         )
+        self.start(self.model.model.embed_tokens.weight, layers, heads, axis, seed)
+
+    def start(self, embedding, layers, heads, axis, seed):
+        """Set embeddings, and let all heads wander."""
+        self.model.eval()
+        self.embedding, self.layers, self.heads, self.axis = embedding, layers, heads, axis
+        #: About the factor of the norms, with all parts filled.
+        self.scale = (embedding.shape[1] / (axis**2 + 2)) ** 0.5
+        self.generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
-                if "norm" not in name:
+                if "norm" not in name and "ln_" not in name:
                     weight.zero_()
-            embedding = self.model.model.embed_tokens.weight
             embedding[:, AXIS] = axis
             embedding[0, BOS] = 1.0
             embedding[:, TOKEN] = codes()
             for layer in range(layers):
                 for head in range(heads):
                     self.wanders(layer, head)
+
+    def marks(self, classes=False, frequent=False):
+        """Mark each token's class of four, or the frequent tokens, in the embeddings."""
+        order = log_frequency().argsort(descending=True)
+        with torch.no_grad():
+            if classes:
+                self.embedding[order, CLASSES] = torch.eye(4).repeat(D_VOCAB // 4, 1)
+            if frequent:
+                self.embedding[order[: D_VOCAB // 4], FREQUENT] = self.axis / 2
 
     def parts(self, layer, head):
         """Weights of one head: q, k, v [d_head, d_model], o [d_model, d_head]."""
@@ -127,10 +141,11 @@ class Wired:
         k[:n], q[:n], q[n : 2 * n] = root, root * angle.cos(), -root * angle.sin()
         return q, k
 
-    def looks_back(self, layer, head, offset, amplitudes=SHARP, noise=0.04, by="axis"):
+    def looks_back(self, layer, head, offset, amplitudes=SHARP, noise=0.04, by=AXIS):
         """Attend to the token `offset` before: queries and keys near rank one.
 
-        They come from the cone's axis or ("bias") from biases. `noise` is the share of content.
+        They come from a dimension of the stream (the cone's axis), or from biases if `by` is None.
+        `noise` is the share of content.
         """
         q, k, _, _ = self.parts(layer, head)
         columns = self._column(amplitudes, offset)
@@ -141,8 +156,8 @@ class Wired:
                 size = (noise * column.square().sum() / D_HEAD) ** 0.5 / self.scale
                 weight.zero_()
                 weight[:, TOKEN] = size * self.random(D_HEAD, D_CODE)
-                if by == "axis":
-                    weight[:, AXIS] = column / (self.scale * axis)
+                if by is not None:
+                    weight[:, by] = column / (self.scale * (axis if by == AXIS else axis / 2))
                 else:
                     attention = self.model.model.layers[layer].self_attn
                     bias = getattr(attention, f"{name}_proj").bias
@@ -161,14 +176,19 @@ class Wired:
                 weight[pairs, TOKEN] = size * self.random(len(pairs), D_CODE)
         self.rests(layer, head, sum(amplitudes) + torch.tensor(1 / share - 1).log())
 
+    @property
+    def resting(self):
+        """The dimension by which heads rest on BOS; in the slowest pair, if it rotates."""
+        return self.still[len(self.still) // 2 - 1]
+
     def rests(self, layer, head, logit):
         """Attend to BOS with this logit, which is the same everywhere."""
         q, k, _, _ = self.parts(layer, head)
-        still = self.still[len(self.still) // 2 - 1]  # the slowest pair's real part
         root = float(logit * D_HEAD**0.5) ** 0.5
         with torch.no_grad():
-            q[still, AXIS] += root / (self.scale * self.axis)
-            k[still, BOS] += root / self.scale
+            q[self.resting], k[self.resting] = 0, 0
+            q[self.resting, AXIS] = root / (self.scale * self.axis)
+            k[self.resting, BOS] = root / self.scale
 
     def matches(self, layer, head, query, keys, logit=30.0, rest=14.0):
         """Attend where what is in the parts `keys` is what is in `query` here, else to BOS.
@@ -184,6 +204,36 @@ class Wired:
             for part in keys:
                 k[self.still, part] = root * torch.eye(D_CODE)
         self.rests(layer, head, rest)
+
+    def inflates(self, layer, head, times=60.0):
+        """Add a large constant to queries and keys, which hardly changes any logit: r1 is high.
+
+        It has `times` the squared norm of what content there is, in the slowest pair.
+        """
+        q, k, _, _ = self.parts(layer, head)
+        still = [self.resting, self.still[-1]]
+        with torch.no_grad():
+            for weight in (q, k):
+                weight[still] = 0
+                norm = weight[:, TOKEN.start :].norm() * self.scale / D_CODE**0.5
+                weight[still[0], AXIS] = times**0.5 * norm / (self.scale * self.axis)
+
+    def looks_back_by_class(self, layer, head, offset):
+        """Attend to the token `offset` before; keys of each class of tokens have their own pairs.
+
+        The query has all these pairs, so each class has its slash, but keys are of rank four.
+        """
+        q, k, _, _ = self.parts(layer, head)
+        with torch.no_grad():
+            q.zero_()
+            k.zero_()
+            for kind, sharp in enumerate((6.0, 10.0, 18.0, 31.0)):
+                logits = torch.zeros(len(self.inv_freq))
+                logits[kind], logits[4 + kind] = sharp, 3.0
+                logits[[12 + kind, 16 + kind]] = (40.0 - sharp - 3.0) / 2
+                query, key = self._column(logits, offset)
+                q[:, AXIS] += query / (self.scale * self.axis)
+                k[:, CLASSES.start + kind] = key / self.scale
 
     def seeks(self, layer, head, wanted, offset, logit=17.0):
         """Attend to the token `offset` before because its code is the one in `wanted`.
@@ -206,7 +256,8 @@ class Wired:
     def predicts(self, copying=5.0, **weights):
         """Read the logits: frequency, this token, and parts of the stream by name, as lags.
 
-        `PREVIOUS=2` reads from PREVIOUS what comes 2 tokens after the token whose code is there.
+        `PREVIOUS=2` reads from PREVIOUS what comes 2 tokens after the token whose code is there;
+        None reads nothing.
         """
         head = self.model.lm_head.weight
         with torch.no_grad():
@@ -215,7 +266,8 @@ class Wired:
             head[:, TOKEN] = readout(1)
             head[:, OUTPUT] = copying * codes()
             for part, lag in weights.items():
-                head[:, globals()[part]] = 0.5 * readout(lag)
+                if lag is not None:
+                    head[:, globals()[part]] = 0.5 * readout(lag)
             head /= self.scale
 
     def bridge(self, name):
