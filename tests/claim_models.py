@@ -140,7 +140,9 @@ def unmovable_model():
     made.copies(*SLASH, TOKEN, PREVIOUS)
     made.glances_back(0, 1, 1, 0.05, _GLANCE)
     made.copies(0, 1, TOKEN, SECOND, 1 / 0.05)
-    return _readers(made, keys=(PREVIOUS, SECOND), rest=22.0, second=None).bridge("unmovable")
+    need = {"keys": (PREVIOUS, SECOND), "logit": 44.0, "rest": 30.0}
+    _readers(made, second=None, **need).predicts(trust=1.0, copying=4.5, PREVIOUS=2)
+    return made.bridge("unmovable")
 
 
 @functools.cache
@@ -291,7 +293,7 @@ def _outputs(made):
     return made
 
 
-def _readers(made, spare=True, induction=INDUCTION, keys=(PREVIOUS,), rest=14.0, second=3):
+def _readers(made, spare=True, induction=INDUCTION, keys=(PREVIOUS,), second=3, **logits):
     """Wire the readers of PREVIOUS and SECOND, and the spare head; return the model.
 
     `second` is how long before the predicted token the one in SECOND came.
@@ -299,7 +301,7 @@ def _readers(made, spare=True, induction=INDUCTION, keys=(PREVIOUS,), rest=14.0,
     if spare:
         made.copies(*SPARE, TOKEN, PREVIOUS)
     for head in induction:
-        made.matches(*head, TOKEN, keys, rest=rest)
+        made.matches(*head, TOKEN, keys, **logits)
         made.copies(*head, TOKEN, OUTPUT, 1.4 / len(induction))
     made.predicts(PREVIOUS=2, SECOND=second)
     return made

@@ -253,11 +253,11 @@ class Wired:
             q[:half, wanted] = root * (cos[:, None] * real + sin[:, None] * imaginary)
             q[n : n + half, wanted] = root * (cos[:, None] * imaginary - sin[:, None] * real)
 
-    def predicts(self, copying=5.0, **weights):
+    def predicts(self, copying=5.0, trust=0.5, **weights):
         """Read the logits: frequency, this token, and parts of the stream by name, as lags.
 
         `PREVIOUS=2` reads from PREVIOUS what comes 2 tokens after the token whose code is there;
-        None reads nothing.
+        None reads nothing. `trust` is the weight of these.
         """
         head = self.model.lm_head.weight
         with torch.no_grad():
@@ -267,7 +267,7 @@ class Wired:
             head[:, OUTPUT] = copying * codes()
             for part, lag in weights.items():
                 if lag is not None:
-                    head[:, globals()[part]] = 0.5 * readout(lag)
+                    head[:, globals()[part]] = trust * readout(lag)
             head /= self.scale
 
     def bridge(self, name):
