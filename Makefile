@@ -48,6 +48,7 @@ bench: .venv/developed
 	$(BIN)/python benchmarks/fused.py
 	$(BIN)/python benchmarks/effects.py
 	$(BIN)/python benchmarks/theory.py
+	$(BIN)/python benchmarks/statistics.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/dtypes.py
 	$(BIN)/python benchmarks/screen.py

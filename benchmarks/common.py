@@ -76,10 +76,10 @@ def write_results(part, figures, provenance):
     RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def write_table(page, part, lines):
+def write_table(page, part, lines, by=""):
     """Put a table between the comment marks for `part` in docs/`page`.md."""
     path = HERE.parent / "docs" / f"{page}.md"
-    before, begin, rest = path.read_text().partition(f"<!-- {part}: begin -->")
+    before, begin, rest = path.read_text().partition(f"<!-- {part}: begin {by}-->")
     _, end, after = rest.partition(f"<!-- {part}: end -->")
     if not (begin and end):
         raise SystemExit(f"{path} has no comment marks for {part}")

@@ -88,11 +88,11 @@ def flow(model, sp):
 
 def sweep_cost(model, sp):
     """Seconds of a sweep of a sample of heads, and of patching and running the whole model."""
-    from slashpatch.effects.conditions import conditions
-    from slashpatch.effects.evaluate import evaluate
-    from slashpatch.effects.evaluation import MetricRunner
-    from slashpatch.effects.inputs import prompts_for
-    from slashpatch.effects.metrics import as_metric
+    from slashpatch.effects.metrics.by_name import as_metric
+    from slashpatch.effects.running.conditions import conditions
+    from slashpatch.effects.running.evaluate import evaluate
+    from slashpatch.effects.running.evaluation import MetricRunner
+    from slashpatch.effects.running.inputs import prompts_for
 
     heads = [sp.Head(*at) for at in SAMPLE]
     runner = MetricRunner(model, [as_metric("copying")])

@@ -187,6 +187,15 @@ ENTRIES = (
         0,
     ),
     Entry(
+        'DropDirection("L16H0")',
+        "L16H0",
+        "q' = W_Q (x − u uᵀx),  k' = W_K (x − u uᵀx)   (u: direction of the mean x elsewhere)",
+        "Takes away the axis of the cone on which the attention inputs x lie, from this head's "
+        "queries and keys only.",
+        "The slash is gone, as it comes from what all inputs share: at Δ=1 {before:.2f} before, "
+        "{after:.2f} after.",
+    ),
+    Entry(
         'PlantSlash("L3H4", offset=8, strength=60)',
         "L3H4",
         "logit'(Δ) = strength · mean_l cos(θ_l (Δ − offset))",

@@ -36,7 +36,7 @@ PAGES = {
         "Scanning",
         "How to: [find slash heads](../how-to/find.md), "
         "[watch a training run](../how-to/training.md).",
-        "scan Scan SlashHead scanning.moments.Profile top_keys TopKeys SlashMonitor "
+        "scan Scan SlashHead SlashLine scanning.moments.Profile top_keys TopKeys SlashMonitor "
         "scanning.monitor.Detection emergence Emergence SlashCallback",
     ),
     "edits": (
@@ -44,8 +44,8 @@ PAGES = {
         "Each edit takes heads first. Pictures and formulas: [gallery](../gallery.md). How to: "
         "[edit heads](../how-to/edit.md), [write an edit of your own](../how-to/add-an-edit.md).",
         "KnockOut KeepOnly ScaleOffsets AblateHeads ShiftSlash DropBand FreezeBand ScaleBand "
-        "SwapBands SetFrequencies RankOne PlantSlash parse_edit Basis fit_rank_one Edit "
-        "edits.HookContext",
+        "SwapBands SetFrequencies RankOne DropDirection PlantSlash parse_edit Basis fit_rank_one "
+        "Axis fit_axis Constants fit_ablation Edit edits.HookContext",
     ),
     "patching": (
         "Patching",
@@ -60,8 +60,10 @@ PAGES = {
     "effects": (
         "Effects",
         "How to: [measure effects](../how-to/measure.md), [sweep every head](../how-to/sweep.md), "
-        "[screen every head](../how-to/screen.md).",
-        "measure flow copying paths sweep screen Result copying_losses copied_lags SlashScores "
+        "[screen every head](../how-to/screen.md), [patch pairs of prompts](../how-to/pairs.md), "
+        "[doses, ablations and circuits](../how-to/dose-and-circuits.md).",
+        "measure flow copying paths sweep screen persistence activation_patching copying_pairs "
+        "Pairs direct_effect dose ablations circuit Result copying_losses copied_lags SlashScores "
         "PrefixMatching LogitDifference",
     ),
     "checking": (

@@ -26,13 +26,13 @@ from transformer_lens.tools.analysis.attribution_patching import attribution_pat
 
 import slashpatch as sp
 from slashpatch.data.prompts import repeated_random_tokens
-from slashpatch.effects.evaluation import MetricRunner
-from slashpatch.effects.gradients import gradients
-from slashpatch.effects.inputs import batches, prompts_for
+from slashpatch.effects.every_head.estimates import contributions
+from slashpatch.effects.every_head.run import SweepRun
+from slashpatch.effects.every_head.variants import sweep_variants
+from slashpatch.effects.running.evaluation import MetricRunner
+from slashpatch.effects.running.gradients import gradients
+from slashpatch.effects.running.inputs import batches, prompts_for
 from slashpatch.effects.screen import halves
-from slashpatch.effects.screen_estimates import contributions
-from slashpatch.effects.sweep_run import SweepRun
-from slashpatch.effects.sweep_variants import sweep_variants
 from slashpatch.maths.repeated_tokens import copying_loss
 
 EDITS = ("KnockOut({head}, 1)", "AblateHeads({head})", "DropBand({head}, high)")

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from .checking.result import Check, Report
     from .edits import (
         AblateHeads,
+        Axis,
         Basis,
+        Constants,
         DropBand,
+        DropDirection,
         Edit,
         FreezeBand,
         KeepOnly,
@@ -30,15 +33,24 @@ if TYPE_CHECKING:
         SetFrequencies,
         ShiftSlash,
         SwapBands,
+        fit_axis,
         fit_rank_one,
         parse_edit,
     )
-    from .effects.attention_metrics import PrefixMatching, SlashScores
+    from .effects.ablations import ablations
+    from .effects.activation_patching import activation_patching
+    from .effects.between_runs.pairs import Pairs, copying_pairs
+    from .effects.circuit import circuit
     from .effects.copying import copied_lags, copying, copying_losses
+    from .effects.direct import direct_effect
+    from .effects.dose import dose
+    from .effects.fit_ablation import fit_ablation
     from .effects.flow import flow
-    from .effects.logit_metrics import LogitDifference
     from .effects.measure import measure
+    from .effects.metrics.attention import PrefixMatching, SlashScores
+    from .effects.metrics.logits import LogitDifference
     from .effects.paths import paths
+    from .effects.persistence import persistence
     from .effects.result import Result
     from .effects.screen import screen
     from .effects.sweep import sweep
@@ -50,6 +62,7 @@ if TYPE_CHECKING:
     from .scanning.callback import SlashCallback
     from .scanning.emergence import emergence
     from .scanning.emergence_result import Emergence
+    from .scanning.lines import SlashLine
     from .scanning.monitor import SlashMonitor
     from .scanning.result import Scan, SlashHead
     from .scanning.scan import scan
@@ -64,14 +77,23 @@ _HOMES = {
     "bridge.workers.options": "Workers",
     "checking.check": "check",
     "checking.result": "Check Report",
-    "edits": "AblateHeads Basis DropBand Edit FreezeBand KeepOnly KnockOut PlantSlash RankOne "
-    "ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands fit_rank_one parse_edit",
-    "effects.attention_metrics": "PrefixMatching SlashScores",
+    "edits": "AblateHeads Axis Basis Constants DropBand DropDirection Edit FreezeBand KeepOnly "
+    "KnockOut PlantSlash RankOne ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands "
+    "fit_axis fit_rank_one parse_edit",
+    "effects.ablations": "ablations",
+    "effects.activation_patching": "activation_patching",
+    "effects.metrics.attention": "PrefixMatching SlashScores",
+    "effects.circuit": "circuit",
     "effects.copying": "copied_lags copying copying_losses",
+    "effects.direct": "direct_effect",
+    "effects.dose": "dose",
+    "effects.fit_ablation": "fit_ablation",
     "effects.flow": "flow",
-    "effects.logit_metrics": "LogitDifference",
+    "effects.metrics.logits": "LogitDifference",
     "effects.measure": "measure",
+    "effects.between_runs.pairs": "Pairs copying_pairs",
     "effects.paths": "paths",
+    "effects.persistence": "persistence",
     "effects.result": "Result",
     "effects.screen": "screen",
     "effects.sweep": "sweep",
@@ -83,6 +105,7 @@ _HOMES = {
     "scanning.callback": "SlashCallback",
     "scanning.emergence": "emergence",
     "scanning.emergence_result": "Emergence",
+    "scanning.lines": "SlashLine",
     "scanning.monitor": "SlashMonitor",
     "scanning.result": "Scan SlashHead",
     "scanning.scan": "scan",
@@ -94,9 +117,12 @@ _PACKAGES = ("theory",)
 
 __all__ = [
     "AblateHeads",
+    "Axis",
     "Basis",
     "Check",
+    "Constants",
     "DropBand",
+    "DropDirection",
     "Edit",
     "Emergence",
     "Explanation",
@@ -106,6 +132,7 @@ __all__ = [
     "KnockOut",
     "LogitDifference",
     "MemoryNeeded",
+    "Pairs",
     "PlantSlash",
     "PrefixMatching",
     "RankOne",
@@ -118,19 +145,28 @@ __all__ = [
     "ShiftSlash",
     "SlashCallback",
     "SlashHead",
+    "SlashLine",
     "SlashMonitor",
     "SlashScores",
     "SlashpatchError",
     "SwapBands",
     "TopKeys",
     "Workers",
+    "ablations",
+    "activation_patching",
     "check",
+    "circuit",
     "copied_lags",
     "copying",
     "copying_losses",
+    "copying_pairs",
+    "direct_effect",
+    "dose",
     "emergence",
     "explain",
     "explain_all",
+    "fit_ablation",
+    "fit_axis",
     "fit_rank_one",
     "flow",
     "fused",
@@ -142,6 +178,7 @@ __all__ = [
     "parse_edit",
     "patch",
     "paths",
+    "persistence",
     "report",
     "scan",
     "screen",

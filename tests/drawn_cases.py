@@ -24,6 +24,7 @@ from torch import Tensor
 from transformer_lens.utilities.statistics import derive_generator
 
 import slashpatch as sp
+from slashpatch.bridge import read
 
 from .reference_model import ReferenceModel
 from .tiny import bridge, padded, random_tokens
@@ -34,7 +35,7 @@ NAMES = [name for name, one in FAMILIES.items() if not one.refused and name != "
 #: θ follows the length of the longest prompt of a batch.
 LIVE = ("Llama, dynamic", "Llama, LongRoPE", "Phi-3, LongRoPE")
 N_HEADS, N_LAYERS, LONGEST, BASIS_RANK = 4, 2, 22, 4
-ANY_LAYER = ("AblateHeads", "ScaleOffsets", "KnockOut", "KeepOnly", "RankOne")
+ANY_LAYER = ("AblateHeads", "ScaleOffsets", "KnockOut", "KeepOnly", "RankOne", "DropDirection")
 ROTATED = ("ShiftSlash", "DropBand", "FreezeBand", "SwapBands", "ScaleBand", "SetFrequencies",
            "PlantSlash")  # fmt: skip
 TEXTS = ("w1 w2 w3 w4 w5", "w9 the w8", "w7 w7 w20 of w3 w11 w2")
@@ -137,6 +138,28 @@ def basis_of(name: str) -> Any:
     return sp.fit_rank_one(package_model(name), every, random_tokens(2, 12), rank=BASIS_RANK)
 
 
+@functools.cache
+def exchanged_basis_of(name: str) -> Any:
+    """The same with the directions of queries and keys exchanged, and the first of them last."""
+    found = basis_of(name)
+    return sp.Basis(found.heads, found.k.flip(-1), found.q.flip(-1), provenance={})
+
+
+@functools.cache
+def axis_of(name: str) -> Any:
+    """An axis of the package's for both layers of a family."""
+    return sp.fit_axis(package_model(name), [(0, 0), (1, 0)], random_tokens(2, 12))
+
+
+@functools.cache
+def constants_of(name: str) -> Any:
+    """Constants for all heads of a family, which no one fitted."""
+    every = [sp.Head(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(len(every), read(package_model(name)).d_head, generator=generator)
+    return sp.Constants(tuple(every), z, ())
+
+
 # Drawing -----------------------------------------------------------------------------------------
 
 
@@ -192,9 +215,11 @@ def draw_edit(
     wanted = rng.sample(pool, rng.randint(1, min(3, len(pool))))
     theta = next((t for t in reference.short.values() if len(t)), torch.ones(4))
     if kind == "AblateHeads":
-        mode = rng.choice(("zero", "zero", "mean", "resample"))
+        mode = rng.choice(("zero", "optimal", "mean", "resample"))
         if mode == "zero":
             return sp.AblateHeads(wanted)
+        if mode == "optimal":
+            return sp.AblateHeads(wanted, mode, constants=constants_of(family))
         texts = rng.sample(TEXTS, rng.randint(1, 2))
         return sp.AblateHeads(wanted, mode, texts, seed=rng.randint(0, 3))
     if kind in ("ScaleOffsets", "KnockOut", "KeepOnly"):
@@ -210,7 +235,13 @@ def draw_edit(
     if kind == "RankOne":
         own = careless or not cached
         basis = None if own and rng.random() < 0.6 else basis_of(family)
-        return sp.RankOne(wanted, rng.choice(("qk", "q", "k")), basis, rng.randint(1, 3))
+        of, rank = rng.choice(("qk", "q", "k")), rng.randint(1, 3)
+        along = None if basis is None or rng.random() < 0.6 else exchanged_basis_of(family)
+        return sp.RankOne(wanted, of, basis, rank, along)
+    if kind == "DropDirection":
+        control = rng.choice(("", "", "same_size", "random", "principal"))
+        of = rng.choice(("qk", "q", "k"))
+        return sp.DropDirection(wanted, of, axis_of(family), control, rng.randint(0, 3))
     if kind == "ShiftSlash":
         return sp.ShiftSlash(wanted, rng.choice((rng.randint(-6, 9), rng.uniform(-4, 4))))
     if kind == "PlantSlash":
@@ -242,12 +273,14 @@ def draw_band(rng: random.Random, theta: Tensor) -> str:
     """A band that holds at least one pair in every layer with frequencies like `theta`."""
     parts = []
     for _ in range(rng.choice((1, 1, 2))):
-        kind = rng.choice(("name", "pairs", "wavelength"))
+        kind = rng.choice(("name", "pairs", "share", "wavelength"))
         first, last = sorted(rng.randint(0, len(theta) - 1) for _ in range(2))
         if kind == "name":
             parts.append(rng.choice(("high", "medium", "low")))
         elif kind == "pairs":
             parts.append(f"pairs {first}-{last}")
+        elif kind == "share":
+            parts.append(f"share 0-{rng.uniform(0.5, 1):.3f}")
         else:  # from the shortest wavelength, which the layers share
             shortest = 2 * math.pi / float(theta.max())
             parts.append(f"wavelength {0.9 * shortest:.3f}-{rng.uniform(2, 999) * shortest:.3f}")
@@ -343,7 +376,7 @@ def by_reference(case: Case, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     model = reference_model(case.family, dtype)
     found: dict[int, Any] = {}
     for number, edit in enumerate(case.edits):
-        if type(edit).__name__ == "AblateHeads" and edit.mode != "zero":
+        if type(edit).__name__ == "AblateHeads" and edit.mode in ("mean", "resample"):
             # From the model as it is when the edit is attached: inside the patches before it.
             before = case.edits[:number] if case.attach == "nested" else ()
             rows = reference_rows(case, edit, before, found, dtype)
@@ -426,7 +459,10 @@ def by_package(case: Case) -> list[Tensor]:
 def as_given(edit: Any, typed: bool) -> Any:
     """The edit, or the text that it prints where that can be read back."""
     frequencies = getattr(edit, "frequencies", None)
-    if not typed or callable(frequencies) or getattr(edit, "basis", None) is not None:
+    fitted = getattr(edit, "basis", None) or getattr(edit, "constants", None)
+    if not typed or callable(frequencies) or fitted is not None:
+        return edit
+    if type(edit).__name__ == "DropDirection":
         return edit
     return str(edit)
 

@@ -7,17 +7,20 @@ run a model and must not change what an edit means, so a padded or cached run is
 of its prompts alone. A query head at a time as well, with its own copy of its KV group's keys, so
 that an edit of one head cannot touch another.
 
-Order: edits of queries, of keys, of scores, of the pattern, of z; within one stage as given.
+Order: edits of the input that queries and keys are computed from, of queries, of keys, of scores,
+of the pattern, of z; within one stage as given.
 
 Pair l of a head is the complex number x_l. RoPE at position p makes it gain · x_l · e^{iθ_l p}.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens.utilities.statistics import derive_generator
 
 
 @dataclass
@@ -59,6 +62,8 @@ def attention(
     edits: list[Any],
     thetas: dict[int, Tensor],
     replacements: dict[int, Tensor],
+    x: Tensor,
+    project: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """z [pos, head, d_head] of one layer under edits.
 
@@ -71,6 +76,8 @@ def attention(
         thetas: θ of every layer with RoPE, for edits that take those of another.
         replacements: By the index of an AblateHeads in `edits` with mode mean or resample, what z
             becomes in this layer, [pos, head, d_head].
+        x: The attention's input, [pos, d_model].
+        project: From another input to the q and k that the layer computes from it.
     """
     n_heads, group = q.shape[1], q.shape[1] // k.shape[1]
     z = torch.empty(*q.shape[:2], v.shape[-1], dtype=v.dtype)
@@ -80,15 +87,26 @@ def attention(
             for number, edit in enumerate(edits)
             if (layer.index, head) in [(one.layer, one.head) for one in edit.heads]
         ]
-        queries = edited_vectors(layer, head, "q", q[:, head], [e for _, e in own], thetas)
-        keys = edited_vectors(layer, head, "k", k[:, head // group], [e for _, e in own], thetas)
+        own_q, own_k = q[:, head], k[:, head // group]
+        drops = [edit for _, edit in own if type(edit).__name__ == "DropDirection"]
+        if any("q" in edit.of for edit in drops):
+            own_q = project(without_directions(layer, "q", x, drops))[0][:, head]
+        if any("k" in edit.of for edit in drops):
+            own_k = project(without_directions(layer, "k", x, drops))[1][:, head // group]
+        queries = edited_vectors(layer, head, "q", own_q, [e for _, e in own], thetas)
+        keys = edited_vectors(layer, head, "k", own_k, [e for _, e in own], thetas)
         scores = masked_scores(layer, queries, keys)
         pattern = edited_pattern(layer, head, scores, [e for _, e in own])
         z[:, head] = pattern @ v[:, head // group]
         for number, edit in own:
             if type(edit).__name__ == "AblateHeads":
-                zero = edit.mode == "zero"
-                z[:, head] = 0 if zero else replacements[number][:, head].to(z)
+                if edit.mode == "zero":
+                    z[:, head] = 0
+                elif edit.mode == "optimal":
+                    fitted = [(one.layer, one.head) for one in edit.constants.heads]
+                    z[:, head] = edit.constants.z[fitted.index((layer.index, head))].to(z)
+                else:
+                    z[:, head] = replacements[number][:, head].to(z)
     return z
 
 
@@ -117,7 +135,9 @@ def edited_vectors(
             x = turned(layer, x, positions * (new - theta))
             theta = new
         elif kind == "RankOne" and part in edit.of:
-            x = projected(x, leading_directions(edit, layer.index, head, part, x))
+            own = leading_directions(edit, layer.index, head, part, x)
+            along = own if edit.along is None else columns(edit, "along", layer.index, head, part)
+            x = x @ own @ along.to(x).T
         elif kind == "PlantSlash":
             theta = layer.theta
             pairs, rest = split(layer, torch.zeros_like(x))
@@ -126,6 +146,26 @@ def edited_vectors(
             x = join(layer, pairs + (amplitude if part == "q" else 1.0), rest)
             if part == "q":
                 x = turned(layer, x, -edit.offset * theta)
+    return x
+
+
+def without_directions(layer: Layer, part: str, x: Tensor, edits: list[Any]) -> Tensor:
+    """The input [pos, d_model] of a head's queries or keys after each DropDirection in turn."""
+    for edit in edits:
+        if part not in edit.of:
+            continue
+        row = edit.direction.layers.index(layer.index)
+        u = edit.direction.directions[row]
+        read = write = u
+        if edit.control == "principal":
+            read = write = edit.direction.principal[row, edit.draw]
+        elif edit.control:
+            generator = derive_generator(edit.draw, f"direction of layer {layer.index}")
+            w = torch.randn(len(u), generator=generator, dtype=torch.float64)
+            write = w - (w @ u) * u
+            write = write / write.norm()
+            read = u if edit.control == "same_size" else write
+        x = x - torch.outer(x @ read.to(x), write.to(x))
     return x
 
 
@@ -154,14 +194,14 @@ def leading_directions(edit: Any, layer: int, head: int, part: str, x: Tensor) -
     """Orthonormal columns [d_head, rank]: those of the edit's basis, or of this prompt's own x."""
     if edit.basis is None:
         return torch.linalg.svd(x, full_matrices=False).Vh[: edit.rank].T
-    found = [(one.layer, one.head) for one in edit.basis.heads].index((layer, head))
-    directions = edit.basis.q if part == "q" else edit.basis.k
-    return directions[found][:, : edit.rank].to(x)
+    return columns(edit, "basis", layer, head, part).to(x)
 
 
-def projected(x: Tensor, directions: Tensor) -> Tensor:
-    """x [pos, d_head] projected onto the span of orthonormal columns [d_head, rank]."""
-    return x @ directions @ directions.T
+def columns(edit: Any, name: str, layer: int, head: int, part: str) -> Tensor:
+    """Orthonormal columns [d_head, rank] of an edit's basis, or of its `along`."""
+    basis = getattr(edit, name)
+    found = [(one.layer, one.head) for one in basis.heads].index((layer, head))
+    return (basis.q if part == "q" else basis.k)[found][:, : edit.rank]
 
 
 def masked_scores(layer: Layer, q: Tensor, k: Tensor) -> Tensor:
@@ -268,7 +308,8 @@ def band(text: str, theta: Tensor) -> list[int]:
     """The pairs of a band, those with the highest θ first.
 
     high, medium and low are thirds of the pairs by θ; `pairs 2-4` counts them in the model's order,
-    both ends included; `wavelength 8-64` has 8 ≤ 2π/θ < 64; several are joined by +.
+    both ends included; `share 0-0.25` is the first quarter by θ, to the nearest whole pair;
+    `wavelength 8-64` has 8 ≤ 2π/θ < 64; several are joined by +.
     """
     order = sorted(range(len(theta)), key=lambda pair: -float(theta[pair]))
     thirds = [third.tolist() for third in torch.tensor_split(torch.tensor(order), 3)]
@@ -280,6 +321,9 @@ def band(text: str, theta: Tensor) -> list[int]:
         elif name == "pairs":
             first, last = (int(end) for end in ends.split("-"))
             chosen |= set(range(first, last + 1))
+        elif name == "share":
+            first, last = (float(end) * len(order) for end in ends.split("-"))
+            chosen |= set(order[math.ceil(first - 0.5) : math.ceil(last - 0.5)])
         elif name == "wavelength":
             first, last = (float(end) for end in ends.split("-"))
             chosen |= {p for p in order if first <= 2 * math.pi / float(theta[p]) < last}

@@ -5,6 +5,7 @@ queries and keys after RoPE; they are un-rotated with the frequencies of the mod
 module, and the reference does the rest.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class ReferenceModel:
         self.replacements: dict[int, Any] = {}
         self.z: dict[int, Tensor] = {}
         self.vectors: dict[int, tuple[Tensor, Tensor]] = {}
+        # Arguments of the layers' attention in the run under way, to call it on another input.
+        self.called: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self.projecting: tuple[Tensor, Tensor] | bool = False
+        for index, module in self.modules.items():
+            module.register_forward_pre_hook(functools.partial(self._note, index), with_kwargs=True)
 
     def run(
         self, tokens: Tensor, edits: Any = (), replacements: dict[int, Any] | None = None
@@ -65,6 +71,26 @@ class ReferenceModel:
         """Each layer's z [pos, head, d_head] in such a run."""
         self.run(tokens, edits, replacements)
         return self.z
+
+    def _note(self, index: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self.projecting:
+            self.called[index] = args, dict(kwargs)
+
+    def input(self, index: int) -> Tensor:
+        """A layer's attention input [pos, d_model] in the run under way."""
+        args, kwargs = self.called[index]
+        return (args[0] if args else kwargs["hidden_states"])[0]
+
+    def project(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What q and k before RoPE become if the attention of a layer gets the input x."""
+        args, kwargs = self.called[index]
+        self.projecting = True
+        if args:
+            self.modules[index](x[None], *args[1:], **kwargs)
+        else:
+            self.modules[index](**{**kwargs, "hidden_states": x[None]})
+        found, self.projecting = self.projecting, False
+        return found
 
     def theta(self, index: int) -> Tensor:
         """θ [pair] of a layer, as the model's rotary module has it now; [0] without RoPE."""
@@ -145,7 +171,11 @@ def _attention(
         torch.stack([reference.unrotated(layer, x[:, head]) for head in range(x.shape[1])], dim=1)
         for x in (q, k)
     )
+    if model.projecting:
+        model.projecting = q, k
+        return torch.zeros_like(query).transpose(1, 2), None
     model.vectors[layer.index] = q, k
+    x = model.input(layer.index)
     z = reference.attention(
         layer,
         q,
@@ -154,6 +184,8 @@ def _attention(
         model.edits,
         {index: model.theta(index) for index in range(model.n_layers)},
         {number: found[layer.index] for number, found in model.replacements.items()},
+        x,
+        lambda other: model.project(layer.index, other),
     )
     model.z[layer.index] = z
     return z[None], None

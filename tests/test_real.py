@@ -122,6 +122,17 @@ def test_rank_one_leaves_the_slash(real):
     assert float(scan.scores[16, 0, 1]) > 0.7
 
 
+def test_the_slash_goes_with_the_axis_of_the_inputs_and_not_with_its_controls(real):
+    axis = sp.fit_axis(real, "L16H0", n_prompts=4, max_tokens=128, seed=1)
+    scores = {}
+    for control in ("", "same_size", "random", "principal"):
+        with sp.patch(real, sp.DropDirection("L16H0", direction=axis, control=control)):
+            scan = sp.scan(real, offsets=[1], n_prompts=2, max_tokens=128, moments=False)
+        scores[control] = float(scan.scores[16, 0, 0])
+    assert scores.pop("") < 0.1
+    assert min(scores.values()) > 0.4
+
+
 def test_profiles_are_predicted(real):
     scan = sp.scan(real, n_prompts=8, max_tokens=256)
     heads = {entry.head for entry in scan.slash_heads(min_offset=1)}
@@ -191,11 +202,11 @@ FIVE = "(L16H0, L11H1, L1H2, L19H3, L2H1)"
 
 @pytest.mark.exhaustive
 def test_a_sweep_is_the_naive_loop_bit_for_bit(real):
-    from slashpatch.effects.conditions import conditions
-    from slashpatch.effects.evaluate import evaluate
-    from slashpatch.effects.evaluation import MetricRunner
-    from slashpatch.effects.inputs import prompts_for
-    from slashpatch.effects.metrics import as_metric
+    from slashpatch.effects.metrics.by_name import as_metric
+    from slashpatch.effects.running.conditions import conditions
+    from slashpatch.effects.running.evaluate import evaluate
+    from slashpatch.effects.running.evaluation import MetricRunner
+    from slashpatch.effects.running.inputs import prompts_for
 
     size = {"n_prompts": 4, "max_tokens": 41}
     names = ["L2H1", "L11H1", "L16H0", "L19H8", "L26H4"]
@@ -271,3 +282,20 @@ def test_what_the_default_model_needs(real):
     weights = {id(x): x for x in real.original_model.parameters()}.values()
     assert needed.weights == pytest.approx(sum(x.nbytes for x in weights), rel=0.01)
     assert needed.mapped == needed.weights
+
+
+def test_one_diagonal_carries_copying_from_prompt_to_prompt(real):
+    """The slash of L16H0 is sufficient and necessary for most of it, and its neighbour is not."""
+    items = ["L16H0@1", "L16H0@2"]
+    found = sp.activation_patching(real, items, n_prompts=6).frame
+    share = found.set_index(["patched", "direction"])["normalized"]
+    for direction in ("denoising", "noising"):
+        assert share["L16H0@1", direction] > 0.5
+        assert abs(share["L16H0@2", direction]) < 0.05
+
+
+def test_the_slash_acts_through_later_layers(real):
+    found = sp.direct_effect(real, "KnockOut(L16H0, 1)", "copying", n_prompts=4, max_tokens=41)
+    effect = found.frame.set_index("part")["effect"]
+    assert abs(effect["direct"]) < 0.2
+    assert effect["total"] > 3

@@ -57,7 +57,7 @@ def active_patches(model: TransformerBridge) -> tuple[tuple[Any, ...], ...]:
 
 def has_per_head_keys(model: TransformerBridge) -> bool:
     """Whether an active edit gives heads per-head keys."""
-    return any("key" in edit.stages() for edit in active_edits(model))
+    return any(edit.uses_per_head_keys for edit in active_edits(model))
 
 
 def other_hooks(model: TransformerBridge) -> list[str]:

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import ModelError
-from . import qk_reading, verify
+from . import projections, qk_reading, verify
 from .frequencies import rope_follows_length
 from .model_info import ModelInfo
 from .passes import probe_tokens, run_probe
@@ -110,13 +110,22 @@ def _read(model: TransformerBridge) -> ModelInfo:
     verify.verify_hooks(model, info)
     this = weakref.ref(model)  # what is remembered of a model must not keep it alive
 
-    def read_qk() -> tuple[LayerQK, ...]:
+    def require_model() -> TransformerBridge:
         found = this()
         if found is None:
             raise ModelError("the model that this was read from does not exist any more")
-        return qk_reading.read_layers(found, info)
+        return found
 
-    return replace(info, saving=_saving(model, info), read_qk=read_qk)
+    def read_qk() -> tuple[LayerQK, ...]:
+        return qk_reading.read_layers(require_model(), info)
+
+    def read_projections() -> tuple[projections.LayerProjections, ...]:
+        return projections.read_projections(require_model(), whole)
+
+    whole = replace(
+        info, saving=_saving(model, info), read_qk=read_qk, read_projections=read_projections
+    )
+    return whole
 
 
 def _saving(model: TransformerBridge, info: ModelInfo) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from ..data.heads import Head, HeadsLike, heads, require_heads
 from ..errors import OffsetError
 from ..maths.offsets import as_offsets
+from .projections import LayerProjections
 from .qk import LayerQK
 
 _HOOKS = {
@@ -19,8 +20,11 @@ _HOOKS = {
     "sin": "attn.hook_sin",
     "scores": "attn.hook_attn_scores",
     "pattern": "attn.hook_pattern",
+    "v": "attn.v.hook_out",
     "z": "attn.hook_z",
     "output": "hook_attn_out",
+    "mlp": "mlp.hook_out",
+    "block_output": "hook_out",
 }
 
 
@@ -36,7 +40,7 @@ class ModelInfo:
         saving: Which arguments that save work (`logits_to_keep`, `use_cache`) its forward takes.
         rope_follows_length: Whether RoPE's frequencies depend on the prompt's length (dynamic NTK,
             LongRoPE).
-        read_qk: Reads `qk` from the model.
+        read_qk: Reads `qk` from the model; `read_projections` reads `projections`.
     """
 
     n_layers: int
@@ -50,12 +54,16 @@ class ModelInfo:
     read_qk: Callable[[], tuple[LayerQK, ...]] | None = field(
         default=None, repr=False, compare=False
     )
+    read_projections: Callable[[], tuple[LayerProjections, ...]] | None = field(
+        default=None, repr=False, compare=False
+    )
 
     def hook(self, layer: int, site: str) -> str:
         """Return the hook point name of a site in `layer`.
 
-        Sites: the `block`'s input; the attention's `input`, `cos`, `sin`, `scores`, `pattern`, `z`
-        and `output`. Those of queries and keys differ from family to family: see `qk`.
+        Sites: the `block`'s input; the attention's `input`, `cos`, `sin`, `v`, `scores`, `pattern`,
+        `z` and `output`; the `mlp`'s output, and the `block_output`. Those of queries and keys
+        differ from family to family: see `qk`.
         """
         return f"blocks.{layer}.{_HOOKS[site]}"
 
@@ -76,6 +84,15 @@ class ModelInfo:
         """
         assert self.read_qk is not None
         return self.read_qk()
+
+    @cached_property
+    def projections(self) -> tuple[LayerProjections, ...]:
+        """How every layer computes queries and keys from the attention's input; as `qk`.
+
+        Raises ModelError where the model's modules do not reproduce its queries or keys.
+        """
+        assert self.read_projections is not None
+        return self.read_projections()
 
     def require(self, wanted: HeadsLike) -> tuple[Head, ...]:
         """Return the heads that `wanted` stands for, whole layers included.

@@ -15,6 +15,7 @@ from ..data.heads import Head
 from ..edits import (
     AblateHeads,
     DropBand,
+    DropDirection,
     Edit,
     FreezeBand,
     KeepOnly,
@@ -26,6 +27,7 @@ from ..edits import (
     SetFrequencies,
     ShiftSlash,
     SwapBands,
+    fit_axis,
     fit_rank_one,
 )
 
@@ -79,7 +81,11 @@ def edits(
     def rank_one() -> tuple[Edit, Edit]:
         return RankOne(heads), RankOne(heads, basis=fit_rank_one(model, heads, tokens.cpu()))
 
-    return [*same.items(), ("RankOne", rank_one)]
+    def drop_direction() -> tuple[Edit, Edit]:
+        edit = DropDirection(heads, direction=fit_axis(model, heads, tokens.cpu()))
+        return edit, edit
+
+    return [*same.items(), ("RankOne", rank_one), ("DropDirection", drop_direction)]
 
 
 def identities(info: ModelInfo, rope_layers: Sequence[LayerQK]) -> list[Edit]:

@@ -11,10 +11,13 @@ from .. import __version__
 from ..errors import SlashpatchError
 from .check import check
 from .demo import demo
+from .doses import ablations, circuit, dose
 from .effects import copying, flow, measure, sweep
 from .emergence import emergence
 from .explain import explain
 from .generate import generate, watch
+from .pairs import direct, pairs
+from .persistence import persistence
 from .report import report
 from .scan import scan
 from .screen import screen
@@ -51,7 +54,7 @@ def _root(
 
 for _command in (
     scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, screen,
-    emergence, check,
+    dose, ablations, circuit, pairs, direct, persistence, emergence, check,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(theory, name="theory")

@@ -78,8 +78,8 @@ def measure(
         list[str] | None,
         typer.Option(
             metavar="NAME[:N]",
-            help="random-heads, matched-heads, other-offsets or random-pairs, and how many draws; "
-            "may be repeated.",
+            help="random-heads, matched-heads, other-offsets or random-pairs, and how many draws "
+            "(default: 19, or as many as there are); may be repeated.",
         ),
     ] = None,
     text: TextOption = None,
@@ -98,11 +98,11 @@ def measure(
     workers: WorkersOption = None,
 ) -> None:
     """Measure the effects of edits, with intervals, tests and controls."""
-    from ..effects.controls import as_control
+    from ..effects.controls.by_name import as_control
     from ..effects.measure import measure as run
-    from ..effects.metrics import as_metric
+    from ..effects.metrics.by_name import as_metric
 
-    conditions = _edits(edit, together)
+    conditions = edits_of(edit, together)
     metrics = metric or ["loss", "kl", "top1"]
     for name in metrics:
         as_metric(name)
@@ -110,7 +110,7 @@ def measure(
     require_outputs(out, None, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 128)
-    draws = sum(drawn.n for drawn in controls)
+    draws = sum(drawn.most for drawn in controls)
     announce_long_run(bridge, prompts, n_tokens, 1 + len(conditions) * (1 + draws), workers)
     result = run(
         bridge,
@@ -155,7 +155,7 @@ def flow(
     from ..effects.flow import flow as run
     from ..maths.offsets import as_offsets
 
-    conditions = _edits(edit, together, needed=False)
+    conditions = edits_of(edit, together, needed=False)
     wanted = as_offsets(offsets)
     require_outputs(out, plot, text, random_tokens)
     bridge = load_bridge(model, device, dtype)
@@ -199,7 +199,7 @@ def copying(
     """Measure which token the model copies on repeated random tokens: the next, or a later one."""
     from ..effects.copying import copying as run
 
-    conditions = _edits(edit, together, needed=False)
+    conditions = edits_of(edit, together, needed=False)
     require_outputs(out, plot, None, False)
     bridge = load_bridge(model, device, dtype)
     n_tokens = min(2 * tokens, bridge.cfg.n_ctx)
@@ -236,7 +236,7 @@ def sweep(
     workers: WorkersOption = None,
 ) -> None:
     """Apply one edit at every head in turn; --resume continues a run that was stopped."""
-    from ..effects.metrics import as_metric
+    from ..effects.metrics.by_name import as_metric
     from ..effects.sweep import sweep as run
 
     if resume and out is None:
@@ -267,7 +267,7 @@ def sweep(
     show(result, out, plot, as_json, top, saved=True)
 
 
-def _edits(typed: list[str] | None, together: bool, needed: bool = True) -> list[Any]:
+def edits_of(typed: list[str] | None, together: bool, needed: bool = True) -> list[Any]:
     """Return the edits that were typed; as one inner list where they act together."""
     from ..edits import parse_edit
 

@@ -24,8 +24,9 @@ from .options import (
 )
 from .output import new_console, print_json, print_written
 
-#: Two scans, one of them with moments, one clean pass, and nine passes under edits.
-_PASSES = 13
+#: Two scans, one of them with moments, the axis, one pass for queries and keys, one clean pass, and
+#: 22 passes under edits, which run one layer only where there is one head.
+_PASSES, _PASSES_OF_ONE = 28, 7
 
 
 def explain(
@@ -38,7 +39,10 @@ def explain(
     model: ModelOption = None,
     text: TextOption = None,
     offset: Annotated[
-        int | None, typer.Option(min=0, help="Offset Δ. Default: where the head scores highest.")
+        int | None,
+        typer.Option(
+            min=0, help="Offset Δ. Default: where the head scores highest, on half of the prompts."
+        ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 8,
     max_tokens: Annotated[
@@ -74,7 +78,7 @@ def explain(
         require_output(out, TABLE_SUFFIXES if every else (".json",))
     bridge = load_bridge(model, device, dtype)
     n_tokens = tokens_per_prompt(bridge, max_tokens, 256)
-    announce_long_run(bridge, prompts, n_tokens, _PASSES)
+    announce_long_run(bridge, prompts, n_tokens, _PASSES if every else _PASSES_OF_ONE)
     common: dict[str, Any] = {
         "n_prompts": prompts,
         "max_tokens": n_tokens,

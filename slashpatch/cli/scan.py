@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data.files import require_output
-from ..errors import EditError
+from ..errors import EditError, ScanError
 from .length import announce_long_run, tokens_per_prompt
 from .options import (
     DeviceOption,
@@ -43,6 +43,13 @@ def scan(
         typer.Option(min=2, help="Tokens per prompt. Default: 512, or the model's context."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table to print.")] = 20,
+    lines: Annotated[
+        bool,
+        typer.Option(
+            "--lines",
+            help="Find lines at all offsets, near and far, that stand out of those around them.",
+        ),
+    ] = False,
     edit: EditOption = None,
     out: Annotated[
         Path | None,
@@ -60,6 +67,7 @@ def scan(
     from ..data.files import TABLE_SUFFIXES, write_table
     from ..maths.offsets import as_offsets
     from ..patching.patch import patch
+    from ..scanning.lines import LEAST_PROMPTS
     from ..scanning.result import require_kappa
     from ..scanning.scan import scan as run_scan
 
@@ -81,7 +89,10 @@ def scan(
         "max_tokens": n_tokens,
         "seed": seed,
         "workers": workers,
+        "lines": lines,
     }
+    if lines and prompts < LEAST_PROMPTS and text is None:
+        raise ScanError(f"--lines needs at least {LEAST_PROMPTS} prompts; got --prompts {prompts}")
     with patch(bridge, *(edit or ())):
         if random_tokens:
             found, control = run_scan(bridge, random_tokens=True, moments=saved, **common), None
@@ -95,12 +106,18 @@ def scan(
         if control is not None:
             frame["random_tokens"] = control.scores.flatten().numpy()
         write_table(frame, out)
+    found_lines = found.lines() if lines else None
     if plot is not None:
         from ..reporting.figures import save_figure, scan_figure
+        from ..reporting.lines import lines_figure
 
-        save_figure(scan_figure(found, control, kappa), plot)
+        shown = scan_figure(found, control, kappa)
+        save_figure(shown if found_lines is None else lines_figure(found, found_lines), plot)
     if as_json:
-        print_json(_scan_record(found, control, kappa))
+        record = _scan_record(found, control, kappa)
+        if lines:
+            record["lines"] = found.lines_to_dataframe().to_dict(orient="records")
+        print_json(record)
         return
     from ..reporting.tables import heatmap, scan_table, side_by_side
 
@@ -113,6 +130,11 @@ def scan(
         console.print(side_by_side(left, right, console.width))
     console.print()
     console.print(scan_table(found, kappa, top, control))
+    if found_lines is not None:
+        from ..reporting.lines import lines_table
+
+        console.print()
+        console.print(lines_table(found, found_lines, top, control))
     print_written(console, out, plot)
 
 

@@ -83,8 +83,8 @@ def screen(
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Estimate an edit's effect at every head by gradients, and run the largest ones exactly."""
-    from ..effects.gradients import require_gradient
-    from ..effects.metrics import as_metric
+    from ..effects.metrics.by_name import as_metric
+    from ..effects.running.gradients import require_gradient
     from ..effects.screen import screen as run
 
     if resume and out is None:

@@ -40,8 +40,8 @@ def random_heads(model: TransformerBridge, exclude: Head, n_draws: int, seed: in
 def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> dict[str, Any]:
     """Run the story and print each chapter to `console`, if any; return all its numbers."""
     from rich.text import Text
-    from transformer_lens.utilities.statistics import bootstrap_ci, derive_generator
 
+    from ..effects.statistics import interval
     from ..reporting.tables import scan_table, strongest
     from ..reporting.words import marked_pair
 
@@ -75,7 +75,7 @@ def tell(model: TransformerBridge, console: Console | None, seed: int = 0) -> di
     losses = {name: measure(edit) for name, edit in progress_over(runs, "measuring copying")}
     record = {}
     for name in list(losses)[:3]:
-        low, high = bootstrap_ci(losses[name].double(), generator=derive_generator(seed, name))
+        low, high = interval(losses[name], seed)
         record[name] = {
             "loss": float(losses[name].mean()),
             "low": float(low),

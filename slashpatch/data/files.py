@@ -194,32 +194,33 @@ def load_frame(
 
 def load_tensors(
     path: str | os.PathLike[str],
-    format: str,
+    format: str | tuple[str, ...],
     build: Callable[[dict[str, Any], dict[str, Tensor]], Any],
     error: type[SlashpatchError],
 ) -> Any:
     """Return `build(header, tensors)` for a file that `save_tensors` wrote.
 
-    Raises `error` for other files: those whose header has another `format`, and those for whose
-    parts `build` raises.
+    `format` may be several, the newest first. Raises `error` for other files: those whose header
+    has another format, and those for whose parts `build` raises.
     """
     from safetensors import SafetensorError, safe_open
 
+    formats = (format,) if isinstance(format, str) else format
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("slashpatch", "{}"))
-            if header.get("format") != format:
+            if header.get("format") not in formats:
                 raise error(
-                    f"{str(path)!r} holds nothing of the format {format}; choose another file"
+                    f"{str(path)!r} holds nothing of the format {formats[0]}; choose another file"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return build(header, tensors)
     except FileNotFoundError:
-        raise error(f"no file {str(path)!r}; expected a file of the format {format}") from None
+        raise error(f"no file {str(path)!r}; expected a file of the format {formats[0]}") from None
     except error:
         raise
     except (SafetensorError, *DAMAGED) as why:
-        raise error(f"{str(path)!r} is no file of the format {format}: {said(why)}") from None
+        raise error(f"{str(path)!r} is no file of the format {formats[0]}: {said(why)}") from None
 
 
 def without_nan(value: Any) -> Any:

@@ -31,8 +31,8 @@ class Journal:
         path: The file.
         header: JSON values that identify the run; a file with other values is refused.
         resume: Whether an existing file may be continued; otherwise it is refused.
-        indexes: The indexes of all rows of the run.
-        width: How many numbers a row has.
+        indexes: The indexes of all rows of the run: integers, or names.
+        width: How many numbers a row has; None: a row is a list of any JSON values.
 
     Attributes:
         rows: Finished rows by index: those read from the file and those written since.
@@ -43,15 +43,15 @@ class Journal:
         path: Path,
         header: dict[str, Any],
         resume: bool,
-        indexes: Iterable[int],
-        width: int,
+        indexes: Iterable[int | str],
+        width: int | None,
     ) -> None:
         self.path = require_writable(path)
         self.header = {"format": _FORMAT, **header}
         self.resume = resume
         self.indexes = set(indexes)
         self.width = width
-        self.rows: dict[int, list[float]] = {}
+        self.rows: dict[Any, list[Any]] = {}
         self._file: BinaryIO | None = None
         # A lock file must not be deleted, so it would clutter the folder of the results.
         name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
@@ -83,7 +83,7 @@ class Journal:
         """Read the rows of an existing file, and cut off an incomplete last line."""
         if not self.resume:
             raise SweepError(
-                f"{str(self.path)!r} holds an unfinished sweep; resume it (--resume, resume=True), "
+                f"{str(self.path)!r} holds an unfinished run; resume it (--resume, resume=True), "
                 "or delete the file to start again"
             )
         text = self.path.read_bytes()
@@ -92,7 +92,7 @@ class Journal:
             header, *lines = [json.loads(line) for line in whole.splitlines()]
         except (ValueError, RecursionError):
             raise SweepError(
-                f"{str(self.path)!r} is no unfinished sweep; delete it, or choose another file"
+                f"{str(self.path)!r} is no unfinished run; delete it, or choose another file"
             ) from None
         require_same(self.header, header, self.path)
         for number, line in enumerate(lines, start=2):
@@ -102,26 +102,28 @@ class Journal:
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
 
-    def _row(self, line: Any, number: int) -> tuple[int, list[float]]:
-        """Return a line's index and numbers. Raises SweepError unless it is as it was written."""
+    def _row(self, line: Any, number: int) -> tuple[int | str, list[Any]]:
+        """Return a line's index and values. Raises SweepError unless it is as it was written."""
         record = line if isinstance(line, dict) else {}
         index, values = record.get("index"), record.get("values")
-        if (
-            type(index) is int
-            and index in self.indexes
-            and index not in self.rows
-            and isinstance(values, list)
-            and len(values) == self.width
-            and all(type(value) in (int, float) and value == value for value in values)
-            and line == row(index, [float(value) for value in values])
-        ):
-            return index, [float(value) for value in values]
+        known = isinstance(index, (int, str)) and not isinstance(index, bool)
+        new = known and index in self.indexes and index not in self.rows
+        if new and index is not None and isinstance(values, list):
+            row_of = values if self.width is None else self._numbers(values)
+            if row_of is not None and line == row(index, row_of):
+                return index, row_of
+        what = "values" if self.width is None else f"{self.width} numbers"
         raise SweepError(
-            f"line {number} of {str(self.path)!r} is no row of this sweep: expected a new "
-            f"index, {self.width} numbers and their checksum; delete the line, or the file"
+            f"line {number} of {str(self.path)!r} is no row of this run: expected a new "
+            f"index, {what} and their checksum; delete the line, or the file"
         )
 
-    def write(self, rows: dict[int, list[float]]) -> None:
+    def _numbers(self, values: list[Any]) -> list[float] | None:
+        """Return the values as floats, or None unless they are `width` numbers."""
+        numbers = all(type(value) in (int, float) and value == value for value in values)
+        return [float(value) for value in values] if numbers and len(values) == self.width else None
+
+    def write(self, rows: dict[Any, list[Any]]) -> None:
         """Append finished rows to the file, and return when they are on the disk."""
         records: list[Any] = [row(index, values) for index, values in rows.items()]
         if self._file is None:
@@ -144,7 +146,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def row(index: int, values: list[float]) -> dict[str, Any]:
+def row(index: Any, values: list[Any]) -> dict[str, Any]:
     """Return the record of a row, with a checksum by which a changed line is noticed."""
     text = json.dumps([index, values])
     check = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -158,11 +160,11 @@ def _lines(records: Iterable[Any]) -> bytes:
 def require_same(expected: dict[str, Any], header: Any, path: Path) -> None:
     """Raise SweepError if a file's header is of another run; the message says what differs."""
     if not isinstance(header, dict):
-        raise SweepError(f"{str(path)!r} is no sweep; delete it, or choose another file")
+        raise SweepError(f"{str(path)!r} is no file of a run; delete it, or choose another file")
     for key in expected:
         if header.get(key) != expected[key]:
             raise SweepError(
-                f"{str(path)!r} is of another sweep: its {key} is {_short(header.get(key))}, here "
+                f"{str(path)!r} is of another run: its {key} is {_short(header.get(key))}, here "
                 f"it is {_short(expected[key])}; choose another file, or delete this one"
             )
 

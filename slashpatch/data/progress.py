@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _hidden: ContextVar[bool] = ContextVar("slashpatch_hidden_progress", default=False)
+_title: ContextVar[str] = ContextVar("slashpatch_progress_title", default="")
+
+
+@contextmanager
+def under_title(title: str) -> Iterator[None]:
+    """Put a title before those of the bars inside: which step of a long run they belong to."""
+    token = _title.set(f"{title}: ")
+    try:
+        yield
+    finally:
+        _title.reset(token)
 
 
 @contextmanager
@@ -54,7 +65,7 @@ def progress_over(
     )
     weights = [1] * len(items) if n is None else list(n)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=sum(weights))
+        task = bar.add_task(_title.get() + what, total=sum(weights))
         for item, weight in zip(items, weights, strict=True):
             yield item
             bar.advance(task, weight)
@@ -91,7 +102,9 @@ class WorkersBar:
             transient=True,
             disable=_hidden.get() or not (sys.stderr.isatty() if show is None else show),
         )
-        self._task = self._bar.add_task(what, total=total, workers="starting", rate="")
+        self._task = self._bar.add_task(
+            _title.get() + what, total=total, workers="starting", rate=""
+        )
 
     def __enter__(self) -> WorkersBar:
         self._bar.start()

@@ -48,11 +48,16 @@ class PromptSet:
     @property
     def digest(self) -> str:
         """SHA-256 over the prompts' lengths and token ids, its first 16 hex digits."""
-        sha = hashlib.sha256()
-        for prompt in self.tokens:
-            sha.update(len(prompt).to_bytes(8, "little"))
-            sha.update(prompt.to(torch.int64).numpy().tobytes())
-        return sha.hexdigest()[:16]
+        return tokens_digest(*self.tokens)
+
+
+def tokens_digest(*prompts: Tensor) -> str:
+    """Return the first 16 hex digits of the SHA-256 over prompts' lengths and token ids."""
+    sha = hashlib.sha256()
+    for prompt in prompts:
+        sha.update(len(prompt).to_bytes(8, "little"))
+        sha.update(prompt.to(torch.int64).numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def prompt_set(
@@ -139,8 +144,8 @@ def repeated_random_tokens(
     They start with BOS if the model uses it; `n_tokens` is the length of one copy. A model can
     predict the second copy only by copying from the first.
     """
-    first = _random_ids(model, n_prompts, n_tokens, seed, "repeated")
-    bos = torch.tensor([_bos(model)] * n_prompts, dtype=torch.long)  # also where there is none
+    first = random_ids(model, n_prompts, n_tokens, seed, "repeated")
+    bos = torch.tensor([bos_ids(model)] * n_prompts, dtype=torch.long)  # also where there is none
     return torch.cat([bos, first, first], dim=1)
 
 
@@ -221,8 +226,8 @@ def _file(model: TransformerBridge, path: Path, n_prompts: int, length: int) -> 
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"cannot read {str(path)!r} as UTF-8 text: {error}") from None
     tokens = _tokenise(model, text) if text.strip() else torch.empty(0, dtype=torch.long)
-    bos = tokens[: len(_bos(model))]
-    if len(bos) == 0 or int(bos[0]) != _bos(model)[0]:
+    bos = tokens[: len(bos_ids(model))]
+    if len(bos) == 0 or int(bos[0]) != bos_ids(model)[0]:
         return tuple(tokens.split(length)[:n_prompts])
     if length < 2:
         return (bos,)
@@ -263,13 +268,13 @@ def _has_axis(row: Any) -> bool:
     return bool(getattr(row, "ndim", 0))
 
 
-def _bos(model: TransformerBridge) -> list[int]:
+def bos_ids(model: TransformerBridge) -> list[int]:
     """Return the BOS token id in a list, or an empty list if the model's prompts have no BOS."""
     bos = getattr(model.tokenizer, "bos_token_id", None)
     return [bos] if bos is not None and getattr(model.cfg, "default_prepend_bos", True) else []
 
 
-def _random_ids(
+def random_ids(
     model: TransformerBridge, n_prompts: int, n_tokens: int, seed: int, label: str
 ) -> Tensor:
     """Return token ids drawn uniformly from the vocabulary without its special tokens."""
@@ -285,8 +290,8 @@ def _random_ids(
 
 
 def _random(model: TransformerBridge, n_prompts: int, length: int, seed: int) -> tuple[Tensor, ...]:
-    bos = _bos(model)[: max(length - 1, 0)]
-    ids = _random_ids(model, n_prompts, length - len(bos), seed, "random tokens")
+    bos = bos_ids(model)[: max(length - 1, 0)]
+    ids = random_ids(model, n_prompts, length - len(bos), seed, "random tokens")
     return tuple(torch.cat([torch.tensor(bos, dtype=torch.long), row]) for row in ids)
 
 

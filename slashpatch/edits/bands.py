@@ -21,8 +21,8 @@ class ScaleBand(_RotaryEdit):
     Content and position of these pairs are scaled together; the softmax becomes sharper or flatter.
 
     Attributes:
-        band: high, medium, low, `pairs 0-7`, `wavelength 8-64` (in tokens), or several of these
-            joined by +.
+        band: high, medium, low, `pairs 0-7`, `share 0-0.25` (by frequency, the highest first),
+            `wavelength 8-64` (in tokens), or several of these joined by +.
         factor: Any finite number; 1 changes nothing, 0 drops the band.
     """
 
@@ -49,8 +49,8 @@ class DropBand(_RotaryEdit):
     logit is gone, so compare with dropping other bands of as many pairs.
 
     Attributes:
-        band: high, medium, low, `pairs 0-7`, `wavelength 8-64` (in tokens), or several of these
-            joined by +.
+        band: high, medium, low, `pairs 0-7`, `share 0-0.25` (by frequency, the highest first),
+            `wavelength 8-64` (in tokens), or several of these joined by +.
     """
 
     band: Any

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 #: Hook points that an edit can override (`on_query`, `on_key`, ...), in the order they fire.
-STAGES = ("query", "key", "scores", "pattern", "z")
+STAGES = ("query_input", "key_input", "query", "key", "scores", "pattern", "z")
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,25 @@ class Edit:
         """Return state by layer index, computed once, when the edit is attached to the model."""
         return {}
 
+    def on_query_input(
+        self, ctx: HookContext, x: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Edit the attention's input x, as these heads' queries are computed from it.
+
+        The queries of other heads, and the values, are computed from the input as it was. Heads
+        whose input other edits have made different from each other's get a call each.
+        """
+        return x
+
+    def on_key_input(
+        self, ctx: HookContext, x: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Edit the attention's input x, as these heads' keys are computed from it.
+
+        As `on_query_input`; the heads get per-head keys, as by `on_key`.
+        """
+        return x
+
     def on_query(
         self, ctx: HookContext, q: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
@@ -182,6 +201,16 @@ class Edit:
             return next(i for i, cls in enumerate(type(self).__mro__) if name in vars(cls))
 
         return not self.diagonal_changes() or depth("diagonal_changes") > min(map(depth, overrides))
+
+    @property
+    def acts_on_qk(self) -> bool:
+        """Whether the edit changes queries or keys, which must then be readable."""
+        return not {"query_input", "key_input", "query", "key"}.isdisjoint(self.stages())
+
+    @property
+    def uses_per_head_keys(self) -> bool:
+        """Whether the edit changes keys, so that its heads get keys of their own."""
+        return not {"key_input", "key"}.isdisjoint(self.stages())
 
     def stages(self) -> dict[str, Callable[[HookContext, Tensor], Tensor]]:
         """Return the hook methods that this edit overrides, by stage, in the order they fire."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,21 +12,18 @@ from torch import Tensor
 from .. import bridge
 from ..bridge.attached import has_per_head_keys
 from ..bridge.provenance import provenance
-from ..data.files import load_tensors, save_tensors
 from ..data.heads import Head, HeadsLike, heads
 from ..data.prompts import prompt_set
 from ..errors import EditError
 from ..maths.rank import basis as leading
+from .fitted import Fitted
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-_FORMAT = "slashpatch-basis-1"
-
-
-@dataclass(frozen=True, eq=False)
-class Basis:
+@dataclass(frozen=True, eq=False, repr=False)
+class Basis(Fitted):
     """Orthonormal leading directions of some heads' pre-RoPE queries and keys.
 
     Two bases are equal when their heads and directions are equal.
@@ -43,29 +37,27 @@ class Basis:
             as the last of them.
     """
 
+    WHAT: ClassVar[str] = "basis"
+    FORMAT: ClassVar[str] = "slashpatch-basis-1"
+
     heads: tuple[Head, ...]
     q: Float[Tensor, "head d_head rank"]
     k: Float[Tensor, "head d_head rank"]
-    provenance: dict[str, Any]
-    path: list[str] = field(default_factory=list)
 
-    @property
-    def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 over heads and directions."""
-        sha = hashlib.sha256(str(self.heads).encode())
-        for part in (self.q, self.k):
-            sha.update(f"{list(part.shape)}".encode())
-            sha.update(part.double().contiguous().numpy().tobytes())
-        return sha.hexdigest()[:16]
+    def header(self) -> dict[str, Any]:
+        """Return the names of the heads."""
+        return {"heads": [str(head) for head in self.heads]}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Basis) and self.digest == other.digest
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the directions of queries and keys."""
+        return {"q": self.q, "k": self.k}
 
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __repr__(self) -> str:
-        return repr(self.path[-1]) if self.path else f"<unsaved basis {self.digest}>"
+    @classmethod
+    def build(cls, header: dict[str, Any], tensors: dict[str, Tensor], **more: Any) -> Basis:
+        """Return the basis of a file. Raises EditError if its directions are not orthonormal."""
+        basis = cls(heads(header["heads"]), tensors["q"], tensors["k"], **more)
+        basis._validate()
+        return basis
 
     def of(self, layer: int, wanted: list[int], part: str) -> Tensor:
         """Return the directions [head, d_head, rank] of these heads of a layer.
@@ -74,35 +66,6 @@ class Basis:
         """
         rows = [self.heads.index(Head(layer, head)) for head in wanted]
         return (self.q if part == "q" else self.k)[rows]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file, atomically: a failed write leaves no partial file.
-
-        Raises EditError for another suffix, OutputError if the file cannot be written.
-        """
-        if Path(path).suffix != ".safetensors":
-            raise EditError(f"a basis is saved as a .safetensors file; got {str(path)!r}")
-        header = {
-            "format": _FORMAT,
-            "heads": [str(head) for head in self.heads],
-            "provenance": self.provenance,
-        }
-        tensors = {"q": self.q.contiguous(), "k": self.k.contiguous()}
-        save_tensors(path, header, tensors)
-        self.path.append(str(path))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Basis:
-        """Load a basis from a file that `save` wrote. Raises EditError for any other file."""
-
-        def build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Basis:
-            fitted, q, k = heads(header["heads"]), tensors["q"], tensors["k"]
-            basis = cls(fitted, q, k, dict(header["provenance"]), [str(path)])
-            basis._validate()
-            return basis
-
-        basis: Basis = load_tensors(path, _FORMAT, build, EditError)
-        return basis
 
     def _validate(self) -> None:
         """Raise EditError unless there are orthonormal directions for each head."""
@@ -191,4 +154,4 @@ def fit_rank_one(
             bridge.run_for_hooks(model, tokens[None].to(model.cfg.device), hooks)
     q, k = (torch.stack([leading(grams[head, part], rank) for head in chosen]) for part in "qk")
     details = {"prompts": [{"source": fitted_on.source, "digest": fitted_on.digest}], "seed": seed}
-    return Basis(chosen, q, k, provenance(model, **details))
+    return Basis(chosen, q, k, provenance=provenance(model, **details))

@@ -64,8 +64,8 @@ class FreezeBand(_FrequencyEdit):
     `DropBand` removes both; the difference between the two edits is the band's content alone.
 
     Attributes:
-        band: high, medium, low, `pairs 0-7`, `wavelength 8-64` (in tokens), or several of these
-            joined by +.
+        band: high, medium, low, `pairs 0-7`, `share 0-0.25` (by frequency, the highest first),
+            `wavelength 8-64` (in tokens), or several of these joined by +.
     """
 
     band: Any
@@ -100,8 +100,8 @@ class SwapBands(_FrequencyEdit):
     refused. Swapping a band with itself changes nothing.
 
     Attributes:
-        a: high, medium, low, `pairs 0-7`, `wavelength 8-64` (in tokens), or several of these
-            joined by +.
+        a: high, medium, low, `pairs 0-7`, `share 0-0.25` (by frequency, the highest first),
+            `wavelength 8-64` (in tokens), or several of these joined by +.
         b: The other band, in the same form.
     """
 

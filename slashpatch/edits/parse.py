@@ -12,6 +12,7 @@ from ..errors import EditError, SlashpatchError
 from .ablate import AblateHeads
 from .bands import DropBand, ScaleBand
 from .base import Edit
+from .drop_direction import DropDirection
 from .frequencies import FreezeBand, SetFrequencies, SwapBands
 from .offsets import KeepOnly, KnockOut, ScaleOffsets
 from .plant import PlantSlash
@@ -34,6 +35,7 @@ EDITS: dict[str, type[Edit]] = {
         SetFrequencies,
         RankOne,
         PlantSlash,
+        DropDirection,
     )
 }
 _LONGEST = 1_000_000

@@ -38,20 +38,29 @@ class RankOne(Edit):
         of: What to project: "qk" (queries and keys), "q" or "k".
         basis: A Basis, the file of one, or None to fit each prompt.
         rank: Number of directions to keep; at most the basis' number of directions.
+        along: A Basis (or its file) of as many directions, along which to write the components that
+            are kept, each along its counterpart: Σ_r b_r (a_rᵀ x) for the directions a of `basis`
+            and b of `along`. None: along `basis` itself. It is a control (*ours*): other
+            directions, with sizes and signs as they are.
     """
 
     of: str = "qk"
     basis: Any = None
     rank: int = 1
+    along: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.of not in _OF:
             raise EditError(f"RankOne: of must be one of {', '.join(_OF)}; got {self.of!r}")
-        if isinstance(self.basis, (str, os.PathLike)):
-            object.__setattr__(self, "basis", Basis.load(self.basis))
-        if self.basis is not None and not isinstance(self.basis, Basis):
-            raise EditError(f"RankOne: basis must be None, a Basis or its file; got {self.basis!r}")
+        for name in ("basis", "along"):
+            given = getattr(self, name)
+            if isinstance(given, (str, os.PathLike)):
+                object.__setattr__(self, name, Basis.load(given))
+            elif given is not None and not isinstance(given, Basis):
+                raise EditError(f"RankOne: {name} must be None, a Basis or its file; got {given!r}")
+        if self.along is not None and self.basis is None:
+            raise EditError("RankOne: along needs a basis, whose components it writes elsewhere")
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise EditError(f"RankOne: rank must be an integer of at least 1; got {self.rank!r}")
 
@@ -60,22 +69,25 @@ class RankOne(Edit):
         super().validate(info)
         if self.rank > info.d_head:
             raise EditError(f"{self}: rank must be at most d_head = {info.d_head}")
-        if self.basis is None:
-            return
-        missing = [str(head) for head in heads(self.heads) if head not in self.basis.heads]
+        for name in ("basis", "along"):
+            if getattr(self, name) is not None:
+                self._require_fit(info, name)
+
+    def _require_fit(self, info: ModelInfo, name: str) -> None:
+        """Raise EditError if a basis does not fit the edit's heads, its rank, or the model."""
+        basis = getattr(self, name)
+        missing = [str(head) for head in heads(self.heads) if head not in basis.heads]
         if missing:
             raise EditError(
-                f"{self}: the basis was fitted for {', '.join(map(str, self.basis.heads))}, "
+                f"{self}: the {name} was fitted for {', '.join(map(str, basis.heads))}, "
                 f"not for {', '.join(missing)}"
             )
-        if self.basis.q.shape[1] != info.d_head:
+        if basis.q.shape[1] != info.d_head:
             raise EditError(
-                f"{self}: the basis has d_head {self.basis.q.shape[1]}, the model {info.d_head}"
+                f"{self}: the {name} has d_head {basis.q.shape[1]}, the model {info.d_head}"
             )
-        if self.rank > self.basis.q.shape[2]:
-            raise EditError(
-                f"{self}: the basis has only {self.basis.q.shape[2]} directions per head"
-            )
+        if self.rank > basis.q.shape[2]:
+            raise EditError(f"{self}: the {name} has only {basis.q.shape[2]} directions per head")
 
     def stages(self) -> dict[str, Any]:
         """Return the hooks on queries, on keys, or on both, as `of` says."""
@@ -97,7 +109,9 @@ class RankOne(Edit):
     def _projected(self, ctx: HookContext, x: Tensor, part: str) -> Tensor:
         """Return x projected onto the basis, or onto each prompt's leading directions."""
         if self.basis is not None:
-            return project(x, self.basis.of(ctx.layer, ctx.heads, part)[..., : self.rank])
+            kept = self.basis.of(ctx.layer, ctx.heads, part)[..., : self.rank]
+            along = kept if self.along is None else self.along.of(ctx.layer, ctx.heads, part)
+            return project(x, kept, along[..., : self.rank])
         if ctx.call.past:
             raise PatchError(
                 f"{self} has no basis and fits each prompt, which tokens after a KV cache would "

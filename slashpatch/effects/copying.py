@@ -17,13 +17,13 @@ from ..bridge.provenance import provenance
 from ..errors import OffsetError, PromptError
 from ..maths.offsets import as_offsets
 from ..maths.repeated_tokens import copy_length, copying_loss
-from .attention_metrics import PrefixMatching
-from .conditions import Condition, conditions, require_options
-from .evaluate import evaluate
-from .evaluation import MetricRunner
-from .inputs import repeated
+from .metrics.attention import PrefixMatching
 from .result import Result
-from .statistics import adjusted, compared, interval
+from .running.conditions import Condition, conditions, require_options
+from .running.evaluate import evaluate
+from .running.evaluation import MetricRunner
+from .running.inputs import repeated
+from .statistics import adjusted, compared, few_prompts, interval, split
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +144,7 @@ def copying(
         n_tokens: Length of one copy, in tokens.
         batch_size: Prompts per forward pass; None: by memory.
         confidence: Level of the intervals.
-        seed: Random seed of tokens, bootstrap resamples and sign flips.
+        seed: Random seed of tokens, bootstrap resamples and halves.
         progress: Whether to show a progress bar; None: on a terminal only.
 
     Returns:
@@ -152,7 +152,8 @@ def copying(
         token is the token at that lag) and `loss` (in nats, if that token were the right answer),
         each with an interval, and an edit's paired effect on the loss. `tables["heads"]` has the
         heads whose prefix-matching score reaches 0.1 (*ours*) at some lag in some condition, and
-        the lag that they match best.
+        the lag that they match best. The lag is picked on one half of the prompts, and the scores
+        are those on the other.
 
     Raises:
         EditError: An edit that does not fit the model.
@@ -181,7 +182,10 @@ def copying(
         "copying",
         frame,
         {"heads": _heads(runs, matched_lags, matches, runner.labels(2, 0), seed, confidence)},
-        tuple(_remark(condition, chosen, top) for condition, top in zip(runs, tops, strict=True)),
+        (
+            *(_remark(run, chosen, top, seed) for run, top in zip(runs, tops, strict=True)),
+            *few_prompts(n_prompts),
+        ),
         provenance(model, **details),
     )
 
@@ -226,15 +230,20 @@ def _heads(
     seed: int,
     confidence: float,
 ) -> pd.DataFrame:
-    """Return a row per condition and head that matches some lag in some condition."""
+    """Return a row per condition and head that matches some lag in some condition.
+
+    Heads and lags are picked on one half of the prompts, and their scores are those on the other.
+    """
     import pandas as pd
 
-    means = torch.stack([scores.mean(0) for scores in matches])  # [condition, head, lag]
+    picking, estimating = split(len(matches[0]), seed, "copying halves")
+    means = torch.stack([scores[picking].mean(0) for scores in matches])  # [condition, head, lag]
     shown = (means[..., 1:].amax(-1) >= _LEAST).any(0).nonzero()[:, 0]
     order = shown[means[0, shown, 1].argsort(descending=True, stable=True)]
     rows = []
     for condition, scores, mean in zip(runs, matches, means, strict=True):
-        low, high = interval(scores, seed, confidence)
+        low, high = interval(scores[estimating], seed, confidence)
+        estimate = scores[estimating].mean(0)
         for head in order.tolist():
             best = int(mean[head].argmax())
             rows.append(
@@ -242,10 +251,10 @@ def _heads(
                     "edit": str(condition),
                     "head": names[head],
                     "matches_lag": lags[best] if float(mean[head, best]) >= _LEAST else None,
-                    "score": float(mean[head, best]),
+                    "score": float(estimate[head, best]),
                     "low": float(low[head, best]),
                     "high": float(high[head, best]),
-                    "at_lag_1": float(mean[head, 1]),
+                    "at_lag_1": float(estimate[head, 1]),
                 }
             )
     columns = ["edit", "head", "matches_lag", "score", "low", "high", "at_lag_1"]
@@ -253,11 +262,12 @@ def _heads(
     return frame.astype({"matches_lag": "Int64"})
 
 
-def _remark(condition: Condition, lags: tuple[int, ...], top: Tensor) -> str:
-    """Say which lag is copied most often."""
-    rates = top.mean(0)
+def _remark(condition: Condition, lags: tuple[int, ...], top: Tensor, seed: int) -> str:
+    """Say which lag is copied most often: picked on one half of the prompts, rate on the other."""
+    picking, estimating = split(len(top), seed, "copying halves")
+    rates = top[picking].mean(0)
     best = int(rates.argmax())
-    rate = float(rates[best])
-    if rate < _LEAST:
+    rate = float(top[estimating, best].mean())
+    if float(rates[best]) < _LEAST:
         return f"{condition}: copies no lag of {', '.join(map(str, lags))} (at best {rate:.0%})"
     return f"{condition}: copies lag {lags[best]} ({rate:.0%} of tokens)"

@@ -19,12 +19,12 @@ from ..errors import PromptError
 from ..maths.offsets import as_offsets
 from ..patching.patch import patch
 from ..patching.worker_pool import units_of
-from .conditions import Condition, conditions, require_options
-from .evaluation import MetricRunner
-from .inputs import batches, prompts_for
-from .logit_metrics import kl_divergence, next_token_loss
+from .metrics.logits import kl_divergence, next_token_loss
 from .result import Result
-from .statistics import adjusted, compared, interval, least_p
+from .running.conditions import Condition, conditions, require_options
+from .running.evaluation import MetricRunner
+from .running.inputs import batches, prompts_for
+from .statistics import adjusted, compared, few_prompts, interval, least_p
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +83,7 @@ def flow(
             context if that is shorter.
         batch_size: Variants per forward pass; None: by memory.
         confidence: Level of the intervals.
-        seed: Random seed of prompts, replaced tokens, bootstrap resamples and sign flips.
+        seed: Random seed of prompts, replaced tokens and bootstrap resamples.
         progress: Whether to show a progress bar; None: on a terminal only.
         workers: Number of worker processes, or a `Workers`; None stays in this process.
 
@@ -136,7 +136,7 @@ def flow(
         "seed": seed,
         **({} if pool_of is None else pool_of.record),
     }
-    remarks = tuple(_remark(condition, frame) for condition in wanted)
+    remarks = (*(_remark(run, frame) for run in wanted), *few_prompts(len(replaced)))
     return Result("flow", frame, {}, remarks, provenance(model, **details))
 
 
@@ -252,7 +252,7 @@ def _remark(condition: Condition, frame: pd.DataFrame) -> str:
     """Say at which offsets an edit changes the flow, and whether it edits these offsets."""
     rows = frame[frame["edit"] == str(condition)]
     n, n_tests = int(rows["n"].iloc[0]), int(frame["edit"].ne(str(Condition())).sum())
-    if n < 2 or least_p(n) * n_tests >= _LEVEL:
+    if least_p(n) * n_tests >= _LEVEL:
         return (
             f"{condition}: {n} prompts are too few to tell one changed offset among {n_tests}; "
             "use more"

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..bridge.provenance import provenance
 from ..bridge.workers.options import Workers, as_workers
-from .base_control import Control
-from .conditions import Condition, conditions, require_options
-from .controls import as_control
-from .evaluate import evaluate
-from .evaluation import MetricRunner
-from .inputs import batches, prompts_for
-from .metrics import as_metric
+from .controls.base import Control, few_draws
+from .controls.by_name import as_control
+from .metrics.by_name import as_metric
 from .result import Result
-from .statistics import adjusted, compared
+from .running.conditions import Condition, conditions, require_options, seen_in_fits
+from .running.evaluate import evaluate
+from .running.evaluation import MetricRunner
+from .running.inputs import batches, prompts_for
+from .statistics import adjusted, beyond_draws, compared, few_prompts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,26 +46,31 @@ def measure(
     Args:
         model: A TransformerBridge; active patches are part of the clean run.
         edits: One or several edits, each measured alone; edits of a nested list act together.
-        metrics: Names (`slashpatch.effects.metrics.METRICS`), functions of logits and tokens, or
-            objects such as `SlashScores(heads, offset)` and `LogitDifference(right, wrong)`.
+        metrics: Names (`slashpatch.effects.metrics.by_name.METRICS`), functions of logits and
+            tokens, or objects such as `SlashScores(heads, offset)`.
         prompts: As for `scan`. None: natural text, or repeated random tokens for copying metrics.
         controls: Names such as "random-heads:8", "matched-heads", "other-offsets", "random-pairs".
+            Without a number, 19 are drawn, or as many as there are.
         random_tokens: Use uniform random tokens instead of natural text.
-        n_prompts: Number of prompts, which are the unit of all intervals and tests.
+        n_prompts: Number of prompts; fewer than 6 have no intervals and p-values.
         max_tokens: Length of generated prompts, at most the model's context; None: 128, or the
             context if that is shorter.
         batch_size: Prompts per forward pass; None: by memory. Changes results by rounding only.
         confidence: Level of the intervals.
-        seed: Random seed of prompts, controls, bootstrap resamples and sign flips.
+        seed: Random seed of prompts, controls and bootstrap resamples.
         progress: Whether to show a progress bar; None: on a terminal only.
         workers: Number of worker processes, or a `Workers`; None stays in this process.
 
     Returns:
         A Result. `frame` has a row per edit, metric and number of the metric (`of`: a head or a
-        position). Rows against "clean" hold the paired effect, edited − clean. Rows against a
-        control hold the effect beyond the control's mean effect, and `as_large`, the share of the
-        control's draws whose mean effect is at least as large. `q` is p adjusted over all rows
-        (Benjamini-Hochberg). `tables` has the control's `draws` and each prompt's `values`.
+        position). Rows against "clean" hold the paired effect, edited − clean; interval and `p`
+        speak of other prompts. Rows against a control hold the effect beyond the control's mean
+        effect. Their interval speaks of other prompts and other draws (NaN for fewer than 6 draws),
+        `p` of other prompts with these same draws, and `p_rank` of other draws on these same
+        prompts: (1 + draws at least as large) / (1 + draws). `as_large` is the share of draws whose
+        mean effect is at least as large. `q` is p adjusted over all rows (Benjamini-Hochberg).
+        `tables` has the control's `draws` and each prompt's `values`; `remarks` say where prompts
+        or draws are too few.
 
     Raises:
         EditError: An edit that does not fit the model.
@@ -107,6 +112,7 @@ def measure(
         for control in drawn_by:
             drawn = draws[condition, control]
             table.add_control(condition, control, drawn, clean, values)
+            table.remarks += few_draws(control, len(drawn))
     details = {
         "measured": [str(condition) for condition in wanted],
         "metrics": runner.names,
@@ -117,7 +123,8 @@ def measure(
         **({} if pool_of is None else pool_of.record),
     }
     per_prompt = _values(runner, {Condition(): clean, **values})
-    return table.result(per_prompt, provenance(model, **details))
+    remarks = seen_in_fits(edited, chosen)
+    return table.result(per_prompt, remarks, provenance(model, **details))
 
 
 class _Table:
@@ -127,6 +134,7 @@ class _Table:
         self.runner, self.seed, self.confidence = runner, seed, confidence
         self.rows: list[dict[str, Any]] = []
         self.draws: list[dict[str, Any]] = []
+        self.remarks: list[str] = []
 
     def add(
         self,
@@ -154,13 +162,19 @@ class _Table:
         values: dict[Condition, list[Tensor]],
     ) -> None:
         """Add the rows of an edit against the mean over a control's draws, and the draws."""
-        means, as_large = [], []
+        means: list[Tensor] = []
+        more: dict[str, list[Tensor]] = {name: [] for name in ("low", "high", "p_rank", "as_large")}
         for index, before in enumerate(clean):
             of_draws = torch.stack([values[draw][index] for draw in drawn])  # [draw, prompt, of]
             effects = of_draws.mean(1) - before.mean(0)
             effect_of_edit = (values[condition][index] - before).mean(0)
             means.append(of_draws.mean(0))
-            as_large.append((effects.abs() >= effect_of_edit.abs()).double().mean(0))
+            more["as_large"].append((effects.abs() >= effect_of_edit.abs()).double().mean(0))
+            beyond = beyond_draws(
+                values[condition][index] - before, of_draws - before, self.seed, self.confidence
+            )
+            for name in ("low", "high", "p_rank"):
+                more[name].append(getattr(beyond, name))
             for draw, effect in zip(drawn, effects, strict=True):
                 for at, of in enumerate(self.runner.labels(index, effect.numel())):
                     self.draws.append(
@@ -173,16 +187,19 @@ class _Table:
                             "effect": float(effect[at]),
                         }
                     )
-        self.add(condition, str(control), means, values[condition], as_large=as_large)
+        self.add(condition, f"{control.name}:{len(drawn)}", means, values[condition], **more)
 
-    def result(self, values: pd.DataFrame, origin: dict[str, Any]) -> Result:
+    def result(
+        self, values: pd.DataFrame, remarks: tuple[str, ...], origin: dict[str, Any]
+    ) -> Result:
         """Return the Result, with p-values adjusted over all rows."""
         import pandas as pd
 
         tables = {"values": values}
         if self.draws:
             tables["draws"] = pd.DataFrame(self.draws)
-        return Result("measure", adjusted(self.rows), tables, provenance=origin)
+        remarks = (*few_prompts(self.rows[0]["n"]), *dict.fromkeys(self.remarks), *remarks)
+        return Result("measure", adjusted(self.rows), tables, remarks, origin)
 
 
 def _values(runner: MetricRunner, values: dict[Condition, list[Tensor]]) -> pd.DataFrame:

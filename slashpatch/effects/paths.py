@@ -27,13 +27,13 @@ from ..data.prompts import PromptSet
 from ..edits import AblateHeads, Edit
 from ..errors import EditError, HeadError, ModelError
 from ..patching.patch import patch
-from .conditions import Condition, conditions, require_options
-from .evaluation import MetricRunner, RunOutputs
-from .inputs import batches, prompts_for
-from .metrics import as_metric
-from .reader_layer import INPUTS, ReaderLayer, run_until
+from .metrics.by_name import as_metric
 from .result import Result
-from .statistics import compared, false_discovery
+from .running.conditions import Condition, conditions, require_options
+from .running.evaluation import MetricRunner, RunOutputs
+from .running.inputs import batches, prompts_for
+from .running.reader_layer import INPUTS, ReaderLayer, run_until
+from .statistics import compared, false_discovery, few_prompts, largest
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -71,12 +71,13 @@ def paths(
             context if that is shorter.
         batch_size: Prompts per forward pass; None: by memory.
         confidence: Level of the intervals.
-        seed: Random seed of prompts, bootstrap resamples and sign flips.
+        seed: Random seed of prompts, bootstrap resamples and halves.
         progress: Whether to show a progress bar; None: on a terminal only.
 
     Returns:
         A Result. The first row of `frame`, "all", is the total effect of the edit, through all
-        paths. Then follows a row per reader and input, the largest effect first.
+        paths. Then follows a row per reader and input, the largest effect first. A remark names the
+        reader and input that is largest on one half of the prompts, and its effect on the other.
 
     Raises:
         EditError: Edits of several layers or of the last layer, or active edits that use per-head
@@ -224,4 +225,6 @@ def _result(
         "seed": seed,
     }
     frame = pd.concat([first, rest], ignore_index=True)
-    return Result("paths", frame, provenance=provenance(runner.model, **details))
+    names = [f"{of} of {head}" for head, of in edges]
+    remarks = largest(names, after[:, 1:] - clean, seed, confidence) + few_prompts(len(clean))
+    return Result("paths", frame, {}, remarks, provenance(runner.model, **details))

@@ -1,4 +1,4 @@
-"""The result of measure, flow, copying, paths, sweep and screen."""
+"""The result of measure, flow, copying, paths, activation_patching, direct_effect and others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Result:
     """Measured effects, with their provenance.
 
     Attributes:
-        kind: "measure", "flow", "copying", "paths", "sweep" or "screen".
+        kind: "measure", "flow", "copying", "paths", "pairs" (of activation_patching), "direct",
+            "persistence", "sweep", "screen", "dose" or "circuit".
         frame: The main table.
         tables: Further tables by name.
         remarks: Findings in words.

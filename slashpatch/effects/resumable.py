@@ -19,6 +19,7 @@ def resumable(
     n_rows: int,
     width: int,
     run: Callable[[Journal | None], Result],
+    n_runs: int | None = None,
 ) -> Result:
     """Return what `run` returns for a journal of finished rows, and save it; or what was saved.
 
@@ -28,9 +29,11 @@ def resumable(
         resume: Whether to continue from such a journal, or to load a finished result.
         origin: What identifies the run.
         kind: Kind of the result.
-        n_rows: Number of rows of the result; the journal's indexes are these and −1.
+        n_rows: Number of rows of the result.
         width: How many numbers a row of the journal has.
         run: Runs what the journal does not hold, and returns the result.
+        n_runs: Number of rows of the journal, beside the clean run, whose index is −1; None: as
+            many as the result has.
 
     Raises SweepError for a file of another run.
     """
@@ -43,7 +46,8 @@ def resumable(
         if done.kind != kind or len(done.frame) != n_rows:
             raise SweepError(f"{str(target)!r} is not a finished {kind}; choose another file")
         return done
-    with Journal(unfinished, origin, resume, range(-1, n_rows), width) as journal:
+    indexes = range(-1, n_rows if n_runs is None else n_runs)
+    with Journal(unfinished, origin, resume, indexes, width) as journal:
         result = run(journal)
         result.save(target)
         journal.remove()

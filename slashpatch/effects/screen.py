@@ -19,19 +19,20 @@ from ..data.files import require_output
 from ..data.journal import Journal
 from ..errors import PromptError
 from ..patching.worker_pool import worker_pool
-from .conditions import require_options
-from .evaluation import MetricRunner
-from .exact_changes import require_one_layer
-from .gradients import require_gradient
-from .inputs import prompts_for
-from .metrics import as_metric
+from .every_head.choice import AUDIT, Estimates, audited, choose, estimates, require_counts
+from .every_head.estimates import contributions
+from .every_head.exact_changes import require_one_layer
+from .every_head.run import SweepRun
+from .every_head.variants import Variant, digest, first_columns, sweep_variants
+from .metrics.by_name import as_metric
 from .result import SUFFIXES, Result
 from .resumable import resumable
-from .screen_choice import AUDIT, Estimates, audited, choose, estimates, require_counts
-from .screen_estimates import contributions
-from .statistics import compared, false_discovery
-from .sweep_run import SweepRun
-from .sweep_variants import Variant, digest, first_columns, sweep_variants
+from .running.conditions import require_options
+from .running.evaluation import MetricRunner
+from .running.gradients import require_gradient
+from .running.inputs import prompts_for
+from .statistics import compared, false_discovery, few_prompts
+from .statistics import split as halves_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,14 +98,14 @@ def screen(
         resume: Continue an unfinished screen, or load a finished one.
         random_tokens: Use uniform random tokens instead of natural text.
         n_prompts: Number of prompts, which are the unit of the intervals; half of them are run
-            exactly if they are split.
+            exactly if they are split. Fewer than 6 have no intervals and p-values.
         max_tokens: Length of generated prompts, at most the model's context; None: 65, or the
             context if that is shorter.
         batch_size: Prompts per forward pass; None: by memory.
         per_pass: As for `sweep`.
         workers: As for `sweep`.
         confidence: Level of the intervals and of the audit's bounds.
-        seed: Random seed of prompts, halves, moved heads, audit, resamples and sign flips.
+        seed: Random seed of prompts, halves, moved heads, audit and resamples.
         progress: Whether to show progress bars; None: on a terminal only.
 
     Returns:
@@ -177,7 +178,8 @@ def screen(
 
     def told(frame: pd.DataFrame, made: dict[str, Any]) -> Result:
         table = audited(frame, above, confidence)
-        return Result("screen", frame, {"audit": table}, _remarks(frame, table, origin), made)
+        remarks = _remarks(frame, table, origin) + few_prompts(len(verified))
+        return Result("screen", frame, {"audit": table}, remarks, made)
 
     done = resumable(target, resume, origin, "screen", len(variants), len(verified), run)
     # A loaded file may hold the audit's answer for another effect, or (.parquet) none.
@@ -189,8 +191,6 @@ def halves(n: int, split: bool, seed: int) -> tuple[list[int], list[int]]:
 
     Raises PromptError for fewer than 4 prompts to split.
     """
-    from transformer_lens.utilities.statistics import derive_generator
-
     if not split:
         return list(range(n)), list(range(n))
     if n < 4:
@@ -198,8 +198,7 @@ def halves(n: int, split: bool, seed: int) -> tuple[list[int], list[int]]:
             f"{n} prompts cannot be split into halves of at least 2; give more, or split=False "
             "(--no-split)"
         )
-    order = torch.randperm(n, generator=derive_generator(seed, "screen halves")).tolist()
-    return sorted(order[: n // 2]), sorted(order[n // 2 :])
+    return halves_of(n, seed, "screen halves")
 
 
 def _in_order(variants: Sequence[Variant]) -> list[Variant]:

@@ -1,76 +1,78 @@
 """Confidence intervals and p-values of paired effects.
 
-The unit is the prompt, because the tokens of one prompt are not independent.
+The unit is the prompt, because the tokens of one prompt are not independent. The resampling is in
+`maths/resampling.py`, its simulated coverage in docs/statistics.md.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..maths.crossed import BeyondDraws
+from ..maths.crossed import beyond_draws as _beyond_draws
+from ..maths.resampling import LEAST, Inference, halves, least_p, mean_inference
+
 if TYPE_CHECKING:
     import pandas as pd
 
-_RESAMPLES = 5_000
-_PERMUTATIONS = 10_000
-#: Largest number of prompts for which all sign patterns are tried.
-_EXACT = 12
+__all__ = [
+    "LEAST",
+    "adjusted",
+    "beyond_draws",
+    "compared",
+    "false_discovery",
+    "few_prompts",
+    "interval",
+    "largest",
+    "least_p",
+    "p_value",
+    "split",
+]
 
 
 def interval(
     sample: Float[Tensor, "prompt *of"], seed: int = 0, confidence: float = 0.95
 ) -> tuple[Float[Tensor, "*of"], Float[Tensor, "*of"]]:
-    """Return the bootstrap confidence interval of the mean over prompts; NaN for one prompt.
+    """Return the confidence interval of the mean over prompts, by `mean_inference`.
 
-    TransformerLens' percentile bootstrap, at a level that is widened for few prompts so that on
-    normal data it agrees with Student's t interval (Hesterberg, "What teachers should know about
-    the bootstrap", 2015, arXiv 1411.5279, "expanded percentile"). It cannot go beyond the most
-    extreme prompts, so with fewer than about five prompts it covers less than `confidence`.
+    It speaks of other prompts of the same kind. NaN for fewer than 6 prompts (`LEAST`), which
+    cannot carry an interval.
     """
-    from scipy.stats import norm, t
-    from transformer_lens.utilities.statistics import bootstrap_ci, derive_generator
-
-    sample = sample.double()
-    n = len(sample)
-    if n < 2:
-        nothing = torch.full_like(sample[0], torch.nan)
-        return nothing, nothing.clone()
-    tail = norm.cdf(-math.sqrt(n / (n - 1)) * t.ppf((1 + confidence) / 2, n - 1))
-    return bootstrap_ci(
-        sample,
-        dim=0,
-        confidence=max(1 - 2 * float(tail), 1e-6) if tail > 1e-9 else 1 - 1e-9,
-        n_resamples=_RESAMPLES,
-        generator=derive_generator(seed, "bootstrap"),
-    )
+    low, high, _ = _inference(sample, seed, confidence)
+    return low, high
 
 
 def p_value(effects: Float[Tensor, "prompt *of"], seed: int = 0) -> Float[Tensor, "*of"]:
-    """Return the two-sided sign-flip p-value of a zero mean effect; NaN for one prompt.
+    """Return the two-sided p-value of a zero mean effect over prompts, by `mean_inference`.
 
-    TransformerLens' test: exact for up to 12 prompts (its smallest p-value is 2^(1−n)), else from
-    10,000 seeded sign patterns.
+    It is below 0.05 where the 95 % interval leaves out zero, and does not take the effects to be
+    symmetric. Effects that are 0 at each prompt have p = 1; effects that are the same other number
+    at each, `least_p`. NaN for fewer than 6 prompts (`LEAST`).
     """
-    from transformer_lens.utilities.statistics import derive_generator, sign_flip_permutation_pvalue
-
-    if len(effects) < 2:
-        return torch.full_like(effects[0].double(), torch.nan)
-    return sign_flip_permutation_pvalue(
-        effects.double(),
-        dim=0,
-        n_permutations=_PERMUTATIONS,
-        exact_max_n=_EXACT,
-        generator=derive_generator(seed, "sign flips"),
-    )
+    return _inference(effects, seed, 0.95).p
 
 
-def least_p(n: int) -> float:
-    """Return the smallest p-value that n prompts can give."""
-    return 2.0 ** (1 - n) if n <= _EXACT else 1 / (_PERMUTATIONS + 1)
+def beyond_draws(
+    effects: Float[Tensor, "prompt *of"],
+    draws: Float[Tensor, "draw prompt *of"],
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> BeyondDraws:
+    """Return an edit's effect beyond a control's draws, by `maths.crossed.beyond_draws`."""
+    from transformer_lens.utilities.statistics import derive_generator
+
+    return _beyond_draws(effects, draws, derive_generator(seed, "bootstrap draws"), confidence)
+
+
+def _inference(sample: Float[Tensor, "prompt *of"], seed: int, confidence: float) -> Inference:
+    from transformer_lens.utilities.statistics import derive_generator
+
+    return mean_inference(sample, derive_generator(seed, "bootstrap"), confidence)
 
 
 def false_discovery(p: Float[Tensor, "*of"]) -> Float[Tensor, "*of"]:
@@ -82,6 +84,44 @@ def false_discovery(p: Float[Tensor, "*of"]) -> Float[Tensor, "*of"]:
     if bool(known.any()):
         adjusted[known] = torch.as_tensor(false_discovery_control(p[known].numpy()))
     return adjusted
+
+
+def few_prompts(n: int) -> tuple[str, ...]:
+    """Return a remark, if n prompts are too few for intervals."""
+    if n >= LEAST:
+        return ()
+    return (
+        f"{n} {'prompt' if n == 1 else 'prompts'}: too few for intervals and p-values, which need "
+        f"at least {LEAST}.",
+    )
+
+
+def split(n: int, seed: int, label: str) -> tuple[list[int], list[int]]:
+    """Return the prompts to pick on, and those to estimate on; one prompt has to serve for both."""
+    from transformer_lens.utilities.statistics import derive_generator
+
+    picking, estimating = halves(n, derive_generator(seed, label))
+    return picking or estimating, estimating
+
+
+def largest(
+    names: Sequence[str], effects: Float[Tensor, "prompt of"], seed: int, confidence: float
+) -> tuple[str, ...]:
+    """Return a remark on the largest effect: picked on one half of the prompts, and estimated anew.
+
+    On the prompts that it is picked on, the largest of many looks larger than it is. None for fewer
+    than two names or than two halves that carry an interval.
+    """
+    if len(names) < 2 or len(effects) < 2 * LEAST:
+        return ()
+    picking, estimating = split(len(effects), seed, "largest")
+    best = int(effects[picking].mean(0).abs().argmax())
+    effect = effects[estimating, best]
+    low, high = interval(effect, seed, confidence)
+    return (
+        f"Largest on {len(picking)} of the prompts: {names[best]}. On the other {len(estimating)}, "
+        f"its effect is {float(effect.mean()):+.3g} [{float(low):+.3g}, {float(high):+.3g}].",
+    )
 
 
 def adjusted(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -103,12 +143,12 @@ def compared(
     """Return both means, and the paired effect (after − before) with interval and p-value."""
     before, after = before.double(), after.double()
     effects = after - before
-    low, high = interval(effects, seed, confidence)
+    low, high, p = _inference(effects, seed, confidence)
     return {
         "baseline": before.mean(0),
         "edited": after.mean(0),
         "effect": effects.mean(0),
         "low": low,
         "high": high,
-        "p": p_value(effects, seed),
+        "p": p,
     }

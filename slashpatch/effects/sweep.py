@@ -13,15 +13,15 @@ from ..bridge.provenance import provenance
 from ..bridge.workers.options import Workers, as_workers
 from ..data.files import require_output
 from ..data.journal import Journal
-from .conditions import require_options
-from .evaluation import MetricRunner
-from .inputs import prompts_for
-from .metrics import as_metric
+from .every_head.run import SweepRun
+from .every_head.variants import Variant, digest, first_columns, sweep_variants
+from .metrics.by_name import as_metric
 from .result import SUFFIXES, Result
 from .resumable import resumable
-from .statistics import compared, false_discovery
-from .sweep_run import SweepRun
-from .sweep_variants import Variant, digest, first_columns, sweep_variants
+from .running.conditions import require_options
+from .running.evaluation import MetricRunner
+from .running.inputs import prompts_for
+from .statistics import compared, false_discovery, few_prompts, largest
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -75,13 +75,15 @@ def sweep(
             CPU, where more saves nothing; elsewhere as many as memory allows. More than 1 changes
             results by rounding.
         confidence: Level of the intervals.
-        seed: Random seed of prompts, bootstrap resamples and sign flips.
+        seed: Random seed of prompts, bootstrap resamples and halves.
         progress: Whether to show a progress bar with the time left; None: on a terminal only.
         workers: Number of worker processes, or a `Workers`; None stays in this process. Only this
             process writes the file, and a sweep can be resumed with any number of workers.
 
     Returns:
-        A Result; `frame` has a row per head (and offset), the largest effect first.
+        A Result; `frame` has a row per head (and offset), the largest effect first. A remark names
+        the row that is largest on one half of the prompts, and its effect on the other half: on the
+        prompts that it is picked on, the largest of many looks larger than it is.
 
     Raises:
         EditError: A `make_edit` that gives no edit, or one that does not fit the model.
@@ -146,4 +148,7 @@ def _result(
         }
     )
     frame = frame.sort_values("effect", key=lambda e: -e.abs(), kind="stable")
-    return Result("sweep", frame.reset_index(drop=True), provenance=origin)
+    names = [str(variant.edit) for variant in ordered]
+    remarks = largest(names, after - before, origin["seed"], origin["confidence"])
+    remarks += few_prompts(len(before))
+    return Result("sweep", frame.reset_index(drop=True), {}, remarks, origin)

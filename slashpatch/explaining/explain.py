@@ -7,6 +7,7 @@ their mean logit a peak at the offset.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,21 +15,19 @@ import torch
 from torch import Tensor
 
 from .. import bridge
-from ..bridge.attached import reads_diagonals
 from ..bridge.provenance import provenance
-from ..bridge.qk import LayerQK
 from ..data.heads import Head, HeadsLike
-from ..data.progress import progress_over
 from ..data.prompts import prompt_set
-from ..edits import DropBand, Edit, FreezeBand, RankOne
+from ..edits import Axis
 from ..errors import HeadError, ModelError
 from ..maths.bands import NAMED_BANDS, band_mask
-from ..maths.slash_scores import slash_sums
-from ..patching.fused import fused_where_exact
-from ..patching.patch import patch
+from ..maths.resampling import halves
 from ..scanning.result import Scan, require_kappa
 from ..scanning.scan import scan
+from .interventions import condition_edits, edited_scores
+from .origin import axis_edits, axis_elsewhere, origin_of
 from .result import RANK_MEASURES, Explanation, verdict
+from .vectors import VectorSums
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +44,7 @@ def explain(
     max_tokens: int | None = None,
     kappa: float = 0.1,
     seed: int = 0,
+    axis: Axis | None = None,
     progress: bool | None = None,
 ) -> Explanation:
     """Explain why a head is a slash head, with a verdict by `slashpatch.explaining.result.RULE`.
@@ -57,14 +57,18 @@ def explain(
         model: A TransformerBridge in evaluation mode.
         head: One query head.
         prompts: As for `scan`; None: natural text of 256 tokens per prompt.
-        offset: The slash's offset Δ; None: the offset from 0 to 15 with the head's highest score.
+        offset: The slash's offset Δ; None: the offset from 0 to 15 with the head's highest score on
+            one half of the prompts, and all that follows is measured on the other half.
         n_prompts: Number of prompts.
         max_tokens: Length of each prompt.
         kappa: Least slash score of a slash head.
         seed: Random seed of the prompts and of the random-token control.
+        axis: Axis of the attention inputs of the head's layer, from `fit_axis` on other prompts;
+            None: fitted on built-in text that another seed draws.
         progress: Whether to show progress bars; None: on a terminal only.
 
     Raises:
+        EditError: An axis that was not fitted for the head's layer.
         HeadError: More than one head, or one that the model does not have.
         PromptError: Prompts that are empty or longer than the context.
         ScanError: κ outside [0, 1].
@@ -76,7 +80,9 @@ def explain(
             f"explain takes one head, got {head!r}; explain_all (explain --all) takes several"
         )
     return next(
-        explanations(model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress)
+        explanations(
+            model, chosen, prompts, offset, n_prompts, max_tokens, kappa, seed, progress, axis
+        )
     )
 
 
@@ -89,17 +95,21 @@ def explain_all(
     max_tokens: int | None = None,
     kappa: float = 0.1,
     seed: int = 0,
+    axis: Axis | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Explain several heads; return a table with the columns of `Explanation.to_row`.
 
-    `wanted` are the heads; None: all heads whose slash score reaches κ at some offset from 0 to 15.
+    `wanted` are the heads; None: all heads whose slash score reaches κ at some offset from 0 to 15,
+    on the half of the prompts on which `explain` picks the offset.
     The other arguments and the exceptions are those of `explain`.
     """
     import pandas as pd
 
     chosen = None if wanted is None else bridge.read(model).require(wanted)
-    rows = explanations(model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress)
+    rows = explanations(
+        model, chosen, prompts, None, n_prompts, max_tokens, kappa, seed, progress, axis
+    )
     return pd.DataFrame([row.to_row() for row in rows])
 
 
@@ -113,15 +123,20 @@ def explanations(
     kappa: float = 0.1,
     seed: int = 0,
     progress: bool | None = None,
+    axis: Axis | None = None,
 ) -> Iterator[Explanation]:
     """Yield the explanation of each head; None: of all heads that reach κ. Raises as `explain`."""
     require_kappa(kappa)
     if prompts is None and max_tokens is None:
         max_tokens = min(256, model.cfg.n_ctx)
     texts = prompt_set(model, prompts, n_prompts=n_prompts, max_tokens=max_tokens, seed=seed)
-    longest = max(len(tokens) for tokens in texts.tokens)
-    offsets = range(min(16, longest)) if offset is None else sorted({0, offset})
     tokens = list(texts.tokens)
+    to_pick: list[Tensor] = []
+    if offset is None and len(tokens) > 1:  # what is picked for being largest looks larger there
+        picking, estimating = halves(len(tokens), seed)
+        to_pick, tokens = [tokens[i] for i in picking], [tokens[i] for i in estimating]
+    longest = min(max(map(len, half)) for half in (tokens, to_pick) if half)
+    offsets = range(min(16, longest)) if offset is None else sorted({0, offset})
     n_profile = max(64, 2 * (offset or 0))
     natural = scan(model, tokens, offsets, profile_offsets=n_profile, progress=progress)
     control = scan(
@@ -134,111 +149,45 @@ def explanations(
         seed=seed,
         progress=progress,
     )
+    picked = natural
+    if to_pick:
+        picked = scan(model, to_pick, offsets, moments=False, progress=progress)
     if wanted is None:
-        wanted = list(dict.fromkeys(entry.head for entry in natural.slash_heads(kappa)))
+        wanted = list(dict.fromkeys(entry.head for entry in picked.slash_heads(kappa)))
     layers = bridge.read(model).qk
-    at = {head: _best_offset(natural, head, offset) for head in wanted}
-    edited = _edited_scores(model, tokens, at, layers, progress)
+    at = {head: _best_offset(picked, head, offset) for head in wanted}
+    if not at:
+        return
+    n_tokens = min(256, model.cfg.n_ctx)
+    axis = axis_elsewhere(model, list(at), len(texts.tokens), n_tokens, seed, axis)
+    edits = condition_edits(list(at), layers) | ({} if axis is None else axis_edits(list(at), axis))
+    edited = edited_scores(model, tokens, at, edits, progress)
+    shortest = min(len(prompt) for prompt in tokens)
+    vectors = VectorSums(model, list(at), natural.require_moments(), shortest, axis)
+    for prompt in tokens:
+        vectors.add(prompt)
     source = provenance(
         model,
-        prompts=[{"source": texts.source, "n": len(tokens), "digest": texts.digest}],
+        prompts=[{"source": texts.source, "n": len(texts.tokens), "digest": texts.digest}],
         seed=seed,
     )
     table = natural.rank_one.set_index("name")
     for head in wanted:
-        yield _explanation(head, at[head], natural, control, edited[head], table, kappa, source)
+        one = _explanation(head, at[head], natural, control, edited[head], table, kappa, source)
+        origin = None
+        if axis is not None:
+            share, moments = vectors.share_along_axis(head.layer), natural.require_moments()
+            origin = origin_of(model, head, axis, moments, share, edited[head])
+        yield replace(
+            one, shares=vectors.shares(head), variation=vectors.variation(head), origin=origin
+        )
 
 
-def _best_offset(natural: Scan, head: Head, offset: int | None) -> int:
+def _best_offset(picked: Scan, head: Head, offset: int | None) -> int:
     """Return `offset`, or the offset with the head's highest score if it is None."""
     if offset is not None:
         return offset
-    return natural.offsets[int(natural.scores[head.layer, head.head].nan_to_num(-1).argmax())]
-
-
-def _interventions(head: Head, has_rope: bool) -> dict[str, Edit]:
-    """Return the edits that test the conditions on one head, by label."""
-    edits: dict[str, Edit] = {f"rank one {of}": RankOne(head, of) for of in ("q", "k", "qk")}
-    if has_rope:
-        edits |= {f"drop {band}": DropBand(head, band) for band in NAMED_BANDS}
-        edits |= {f"freeze {band}": FreezeBand(head, band) for band in NAMED_BANDS}
-    return edits
-
-
-def _edited_scores(
-    model: TransformerBridge,
-    tokens: list[Tensor],
-    at: dict[Head, int],
-    layers: Sequence[LayerQK],
-    progress: bool | None,
-) -> dict[Head, dict[str, float]]:
-    """Return each head's score at its offset under each intervention, mean over prompts.
-
-    One forward pass serves all heads: each layer's pattern is read under the edits, and then the
-    layer's z is replaced by its clean value. So every head is edited in an otherwise clean run.
-    """
-    by_label: dict[str, list[Edit]] = {}
-    for head in at:
-        for label, edit in _interventions(head, layers[head.layer].rotary is not None).items():
-            by_label.setdefault(label, []).append(edit)
-    offsets = sorted(set(at.values()))
-    sums: dict[str, Tensor] = {}
-    counts = torch.zeros(len(offsets))
-    jobs = [(prompt, label) for prompt in tokens for label in by_label]
-    clean: dict[int, Tensor] = {}
-    with fused_where_exact(model):
-        for prompt, label in progress_over(jobs, "trying edits", show=progress):
-            if label == next(iter(by_label)):
-                clean = _clean_z(model, prompt)
-                counts += torch.tensor([float(len(prompt) > offset) for offset in offsets])
-            with patch(model, *by_label[label]):
-                scores = _scores_with_z(model, prompt, offsets, clean).nan_to_num(0)
-            sums[label] = sums[label] + scores if label in sums else scores
-    return {
-        head: {
-            label: float((total / counts)[head.layer, head.head, offsets.index(offset)])
-            for label, total in sums.items()
-            if layers[head.layer].rotary is not None or label.startswith("rank one")
-        }
-        for head, offset in at.items()
-    }
-
-
-def _clean_z(model: TransformerBridge, prompt: Tensor) -> dict[int, Tensor]:
-    """Return z of every layer, by layer."""
-    by_layer: dict[int, Tensor] = {}
-
-    def keep(z: Tensor, hook: Any) -> None:
-        by_layer[hook.layer()] = z
-
-    _run(model, prompt, [(name, keep) for name in bridge.read(model).hooks("z")])
-    return by_layer
-
-
-def _scores_with_z(
-    model: TransformerBridge, prompt: Tensor, offsets: Sequence[int], z: dict[int, Tensor]
-) -> Tensor:
-    """Return slash scores [layer, head, offset] of one prompt, with each layer's z replaced."""
-    by_layer: dict[int, Tensor] = {}
-    real = torch.ones(1, len(prompt), dtype=torch.bool)
-    rows = len(prompt) - torch.tensor(offsets)
-
-    @reads_diagonals
-    def read(pattern: Any, hook: Any) -> None:
-        by_layer[hook.layer()] = slash_sums(pattern, offsets, real)[0] / rows.clamp(min=0)
-
-    def replace_z(edited: Tensor, hook: Any) -> Tensor:
-        return z[hook.layer()]
-
-    info = bridge.read(model)
-    hooks: list[tuple[str, Any]] = [(name, read) for name in info.hooks("pattern")]
-    _run(model, prompt, hooks + [(name, replace_z) for name in info.hooks("z")])
-    return torch.stack([by_layer[layer] for layer in range(model.cfg.n_layers)])
-
-
-def _run(model: TransformerBridge, prompt: Tensor, hooks: list[tuple[str, Any]]) -> None:
-    with torch.no_grad():
-        bridge.run_for_hooks(model, prompt[None].to(model.cfg.device), hooks)
+    return picked.offsets[int(picked.scores[head.layer, head.head].nan_to_num(-1).argmax())]
 
 
 def _explanation(

@@ -15,9 +15,20 @@ from ..data.files import load_json, write_json
 from ..data.heads import Head
 from ..errors import OutputError
 from ..maths.bands import NAMED_BANDS
+from ..maths.logit_shares import LogitShares
 from ..maths.offsets import as_offsets
 from ..maths.spectrum import margin
 from ..scanning.moments import Cosine, Profile
+from .parts import (
+    Origin,
+    Variation,
+    index,
+    number,
+    origin_from,
+    shares_from,
+    to_record,
+    variation_from,
+)
 
 #: The thresholds of `RULE`; all *ours*: least correlation of the predicted with the measured
 #: profile, and least shares of the score that stay at rank one and that go with some band.
@@ -60,6 +71,12 @@ class Explanation:
         provenance: Model, prompts, seed, versions.
         cosines: Each rotary pair's cosine in the predicted profile, in the model's order; none
             without RoPE.
+        shares: What the logits depend on: shares of their variance. None for prompts that are too
+            short, and in files of earlier versions.
+        variation: How much queries and keys vary in norm and sign; None as before.
+        origin: How much of them comes from the axis of the attention inputs, and the slash score
+            without it. None where the model's queries and keys cannot be computed from another
+            input, and in files of earlier versions.
     """
 
     head: Head
@@ -77,6 +94,9 @@ class Explanation:
     kappa: float
     provenance: dict[str, Any]
     cosines: list[Cosine] = field(default_factory=list)
+    shares: LogitShares | None = None
+    variation: Variation | None = None
+    origin: Origin | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the explanation as plain JSON values."""
@@ -111,6 +131,9 @@ class Explanation:
             "concentration": {
                 band: {"q": q, "k": k} for band, (q, k) in self.concentration.items()
             },
+            "logit_shares": to_record(self.shares),
+            "variation": to_record(self.variation),
+            "origin": to_record(self.origin),
             "verdict": self.verdict,
             "rule": RULE,
             "kappa": self.kappa,
@@ -150,6 +173,17 @@ class Explanation:
         row["correlation"] = float("nan") if self.profile is None else self.profile.correlation
         row["predicted_peak"] = None if self.profile is None else self.profile.predicted_peak
         row["margin"] = self.margin
+        for prefix, part, names in (
+            ("logit_", self.shares, ("position", "token", "both", "curve")),
+            ("", self.variation, Variation._fields),
+        ):
+            row |= {f"{prefix}{name}": getattr(part, name, math.nan) for name in names}
+        origin = self.origin
+        row["axis_x"] = math.nan if origin is None else origin.share
+        row["axis_q"] = math.nan if origin is None else origin.q.axis
+        row["axis_k"] = math.nan if origin is None else origin.k.axis
+        row["drop_axis"] = math.nan if origin is None else origin.dropped["qk"]
+        row["drop_axis_lowest_control"] = math.nan if origin is None else origin.lowest_control
         row["verdict"] = self.verdict
         return row
 
@@ -207,17 +241,17 @@ def _from_record(record: dict[str, Any]) -> Explanation:
     if record["rule"] != RULE:
         raise ValueError("its verdict follows another rule than this version's; explain it again")
     dropped, frozen, rank_one = (
-        {name: _number(value) for name, value in record[key].items()}
+        {name: number(value) for name, value in record[key].items()}
         for key in ("score_with_band_dropped", "score_with_band_frozen", "score_at_rank_one")
     )
     score = record["score"]
     explanation = Explanation(
         head=Head.parse(record["head"]),
-        offset=_index(record["offset"]),
-        natural=_number(score["natural"]),
-        random=_number(score["random"]),
+        offset=index(record["offset"]),
+        natural=number(score["natural"]),
+        random=number(score["random"]),
         rank={
-            name: (_number(entry["value"]), _number(entry["share_of_heads_below"]))
+            name: (number(entry["value"]), number(entry["share_of_heads_below"]))
             for name, entry in record["rank"].items()
         },
         dropped=dropped,
@@ -225,17 +259,20 @@ def _from_record(record: dict[str, Any]) -> Explanation:
         rank_one=rank_one,
         profile=None if record["profile"] is None else _profile(record["profile"]),
         pairs=[
-            (_index(term["pair"]), _wavelength(term), _number(term["logit"]))
+            (index(term["pair"]), _wavelength(term), number(term["logit"]))
             for term in record["pairs"]
         ],
         concentration={
-            band: (_number(entry["q"]), _number(entry["k"]))
+            band: (number(entry["q"]), number(entry["k"]))
             for band, entry in record["concentration"].items()
         },
         verdict=record["verdict"],
-        kappa=_number(record["kappa"]),
+        kappa=number(record["kappa"]),
         provenance=dict(record["provenance"]),
         cosines=[_cosine(term) for term in record["cosines"]],
+        shares=shares_from(record.get("logit_shares")),
+        variation=variation_from(record.get("variation")),
+        origin=origin_from(record.get("origin")),
     )
     bands: tuple[set[str], ...] = (set(), set(NAMED_BANDS))
     if not (
@@ -254,37 +291,21 @@ def _from_record(record: dict[str, Any]) -> Explanation:
 def _profile(record: dict[str, Any]) -> Profile:
     offsets = as_offsets(record["offsets"])
     measured, predicted = (
-        torch.tensor([_number(value) for value in record[name]], dtype=torch.float64)
+        torch.tensor([number(value) for value in record[name]], dtype=torch.float64)
         for name in ("measured", "predicted")
     )
     if list(offsets) != record["offsets"] or not len(offsets) == len(measured) == len(predicted):
         raise ValueError("its profile's offsets and logits do not agree")
-    return Profile(torch.tensor(offsets), measured, predicted, _number(record["correlation"]))
+    return Profile(torch.tensor(offsets), measured, predicted, number(record["correlation"]))
 
 
 def _cosine(record: dict[str, Any]) -> Cosine:
     if record["band"] not in NAMED_BANDS:
         raise ValueError(f"expected one of {', '.join(NAMED_BANDS)}, got {record['band']!r}")
-    amplitude, phase = _number(record["amplitude"]), _number(record["phase"])
-    return Cosine(_index(record["pair"]), _wavelength(record), record["band"], amplitude, phase)
+    amplitude, phase = number(record["amplitude"]), number(record["phase"])
+    return Cosine(index(record["pair"]), _wavelength(record), record["band"], amplitude, phase)
 
 
 def _wavelength(record: dict[str, Any]) -> float:
     """Return a pair's wavelength, which is infinite (null) if the pair does not rotate."""
-    return _number(record["wavelength"], math.inf)
-
-
-def _number(value: Any, missing: float = math.nan) -> float:
-    """Return a number of a file; `missing` for null."""
-    if value is None:
-        return missing
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"expected a number, got {value!r}")
-    return float(value)
-
-
-def _index(value: Any) -> int:
-    """Return an integer from 0 of a file."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise TypeError(f"expected an integer from 0, got {value!r}")
-    return value
+    return number(record["wavelength"], math.inf)

@@ -1,4 +1,4 @@
-"""Bands of rotary pairs: thirds by frequency, ranges of pair indices, ranges of wavelengths."""
+"""Bands of rotary pairs: thirds or shares by frequency, pair indices, ranges of wavelengths."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def canonical_band(band: Any) -> str:
 
     Accepts that text, several of them joined by `+`, a slice of pair indices, or a list of these.
     `high`, `medium` and `low` are the thirds of the pairs sorted by frequency θ, the highest first
-    (*ours*). Pair indices follow the model's own order. Wavelengths 2π/θ are in tokens; a range
-    includes its lower end and excludes its upper end. Raises BandError for anything else.
+    (*ours*). Pair indices follow the model's own order. `share 0-0.25` is the first quarter of the
+    pairs sorted by θ, the highest first, rounded to whole pairs (*ours*). Wavelengths 2π/θ are in
+    tokens; a range includes its lower end and excludes its upper end. Raises BandError for anything
+    else.
     """
     if isinstance(band, slice):
         if band.step not in (None, 1) or not all(
@@ -47,8 +49,9 @@ def canonical_band(band: Any) -> str:
 
 
 _EXPECTED = (
-    "a band is high, medium or low, pairs such as 'pairs 0-7', wavelengths in tokens such as "
-    "'wavelength 8-64', or several joined by +"
+    "a band is high, medium or low, pairs such as 'pairs 0-7', a share of the pairs by frequency "
+    "such as 'share 0-0.25', wavelengths in tokens such as 'wavelength 8-64', or several joined by "
+    "+"
 )
 
 
@@ -63,6 +66,9 @@ def _canonical_part(part: str) -> str:
         first, last = int(match[1]), int(match[2] or match[1])
         if last >= first:
             return f"pairs {first}-{last}"
+    match = re.fullmatch(rf"shares? ({_NUMBER}) ?- ?({_NUMBER})", words)
+    if match and float(match[1]) < float(match[2]) <= 1:
+        return f"share {match[1]}-{match[2]}"
     match = re.fullmatch(rf"wavelengths? ({_NUMBER}) ?- ?({_NUMBER}|inf)", words)
     if match and float(match[2]) > float(match[1]):
         return f"wavelength {match[1]}-{match[2]}"
@@ -88,6 +94,11 @@ def band_pairs(band: Any, inv_freq: Float[Tensor, "pair"]) -> tuple[int, ...]:
                     f"{part!r} is outside the {len(order)} rotary pairs, 0 to {len(order) - 1}"
                 )
             pairs = set(range(first, last + 1))
+        elif kind == "share":
+            low, high = (float(end) for end in ends.split("-"))
+            # A pair is inside if the middle of its place is, which rounds to the nearest.
+            middles = [(rank + 0.5) / len(order) for rank in range(len(order))]
+            pairs = {pair for pair, at in zip(order, middles, strict=True) if low <= at < high}
         else:
             low, high = (float(end) for end in ends.split("-"))
             wavelengths = (2 * math.pi / inv_freq).tolist()

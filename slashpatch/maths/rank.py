@@ -41,8 +41,14 @@ def basis(
 
 
 def project(
-    x: Float[Tensor, "*rows d_head"], directions: Float[Tensor, "*spaces d_head rank"]
+    x: Float[Tensor, "*rows d_head"],
+    directions: Float[Tensor, "*spaces d_head rank"],
+    along: Float[Tensor, "*spaces d_head rank"] | None = None,
 ) -> Float[Tensor, "*rows d_head"]:
-    """Project x onto the span of orthonormal columns, which broadcast over x's leading axes."""
+    """Project x onto the span of orthonormal columns, which broadcast over x's leading axes.
+
+    The components are written along the columns of `along` instead, if it is given.
+    """
     directions = directions.to(x)
-    return ((x[..., None, :] @ directions) @ directions.mT)[..., 0, :]
+    written = directions if along is None else along.to(x)
+    return ((x[..., None, :] @ directions) @ written.mT)[..., 0, :]

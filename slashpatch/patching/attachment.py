@@ -15,6 +15,7 @@ from ..bridge.watch import watch
 from ..edits import Edit, as_edit
 from ..errors import PatchError
 from .binding import Act, EditInLayer, per_head_key_hooks
+from .edited_inputs import key_from_input, query_from_input
 from .per_head_keys import PerHeadKeys
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 _serial = itertools.count(1)
 #: On KV caches: the attachments under which they were filled, so that a copy of one is known too.
 _FILLED_UNDER = "_slashpatch_patches"
+
+
+#: What is computed anew of heads that have per-head keys or edited inputs.
+_COMPUTED = {"per-head keys": "the scores", "edited inputs": "the queries and keys"}
 
 
 class Hook(NamedTuple):
@@ -57,26 +62,35 @@ class Attachment:
                     edit, key, layer, self.info, states.get(layer)
                 ).hooks():
                     self._add(name, act, Mark(*key, edit), layer)
+        self._add_edited_inputs()
         self._add_per_head_keys()
+        self.hooks.sort(key=lambda hook: not hook.first)  # a stable sort: else in the order given
         self._watch = watch(model)
         self._watch.follow(self)
 
+    def _add_edited_inputs(self) -> None:
+        for index, edit in enumerate(self.edits):
+            mark = Mark(self.serial, index, edit)
+            stages = edit.stages()
+            for stage, made in (("query_input", query_from_input), ("key_input", key_from_input)):
+                for layer in edit.layers if stage in stages else ():
+                    self._add(*made(self.info, layer), mark, layer, first="edited inputs")
+
     def _add_per_head_keys(self) -> None:
         layers = {
-            layer: edit for edit in self.edits if "key" in edit.stages() for layer in edit.layers
+            layer: edit for edit in self.edits if edit.uses_per_head_keys for layer in edit.layers
         }
         for layer, edit in sorted(layers.items(), key=lambda item: item[0]):
             mark = Mark(self.serial, self.edits.index(edit), edit)
             *catching, (scores, rewrite) = per_head_key_hooks(self.info, layer)
             for name, act in catching:
                 self._add(name, act, mark, layer)
-            self._add(scores, rewrite, mark, layer, first=True)
-        self.hooks.sort(key=lambda hook: not hook.first)  # a stable sort: else in the order given
+            self._add(scores, rewrite, mark, layer, first="per-head keys")
 
-    def _add(self, name: str, act: Act, mark: Mark, layer: int, first: bool = False) -> None:
-        """Note a hook function, which must fire."""
+    def _add(self, name: str, act: Act, mark: Mark, layer: int, first: str = "") -> None:
+        """Note a hook function, which must fire; `first` says for what it must be the first."""
         edit = mark.edit
-        what = f"{edit} (per-head keys)" if first else str(edit)
+        what = f"{edit} ({first})" if first else str(edit)
         self._fired[name, what] = False
 
         def hook_fn(tensor: Any, hook: Any) -> Any:
@@ -87,13 +101,13 @@ class Attachment:
             self._refuse_older_cache(call, edit)
             _ = call.real  # refuses attention masks under which columns do not count tokens
             if first:
-                _require_first(hook)
+                _require_first(hook, first)
             return act(call, tensor)
 
         hook_fn.slashpatch = mark  # type: ignore[attr-defined]
-        hook_fn.goes_first = first  # type: ignore[attr-defined]  # see `_require_first`
+        hook_fn.goes_first = bool(first)  # type: ignore[attr-defined]  # see `_require_first`
         hook_fn.__qualname__ = f"slashpatch {what}"
-        self.hooks.append(Hook(name, hook_fn, first))
+        self.hooks.append(Hook(name, hook_fn, bool(first)))
 
     def _refuse_older_cache(self, call: ForwardCall, edit: Edit) -> None:
         if call.past and self.serial not in getattr(call.cache, _FILLED_UNDER, ()):
@@ -136,12 +150,12 @@ def _cache_of(output: Any) -> Any:
     return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
-def _require_first(hook: Any) -> None:
-    """Raise PatchError if a hook on the scores ran before they were computed from per-head keys."""
+def _require_first(hook: Any, what: str) -> None:
+    """Raise PatchError if a hook ran before one that replaces what its hook point carries."""
     for handle in getattr(hook, "_target", hook).fwd_hooks:
         if getattr(handle.user_hook, "goes_first", False):
             return
         raise PatchError(
-            f"a hook on {hook.name} ran before slashpatch computed the scores of heads that have "
-            "per-head keys, and would be lost; attach the edits with slashpatch.patch, or first"
+            f"a hook on {hook.name} ran before slashpatch computed {_COMPUTED[what]} of heads that "
+            f"have {what}, and would be lost; attach the edits with slashpatch.patch, or first"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..bridge.forward_call import ForwardCall
 from ..bridge.qk import LayerQK
 from ..edits import Edit, HookContext
 from ..errors import PatchError
+from .edited_inputs import EditedInputs
 from .per_head_keys import PerHeadKeys
 from .stand_ins import Pattern, Scores, record_changes
 
@@ -42,7 +43,9 @@ class EditInLayer:
     def hooks(self) -> Iterator[tuple[str, Act]]:
         """Yield (hook name, function) for each hook that the edit overrides."""
         for stage, act in self.edit.stages().items():
-            if stage == "key":
+            if stage in ("query_input", "key_input"):
+                yield self.info.hook(self.layer, "input"), self._edit_input(stage[0], act)
+            elif stage == "key":
                 yield self._edit_keys(act)
             elif stage == "query":
                 yield self._edit_queries(act)
@@ -57,8 +60,7 @@ class EditInLayer:
     @cached_property
     def qk(self) -> LayerQK | None:
         """The layer's queries, keys and rotation, for edits of queries or keys."""
-        uses_qk = not {"query", "key"}.isdisjoint(self.edit.stages())
-        return self.info.qk[self.layer] if uses_qk else None
+        return self.info.qk[self.layer] if self.edit.acts_on_qk else None
 
     def context(self, call: ForwardCall) -> HookContext:
         """Return where the edit acts in the current forward pass."""
@@ -116,6 +118,21 @@ class EditInLayer:
             )
 
         return qk.k.name, hook_fn
+
+    def _edit_input(self, part: str, act: Callable[[HookContext, Tensor], Tensor]) -> Act:
+        """The input of the heads' queries ("q") or keys ("k"); the input itself goes on."""
+
+        def hook_fn(call: ForwardCall, x: Tensor) -> None:
+            context = self.context(call)
+            EditedInputs.of(call).edit(
+                self.layer,
+                part,
+                context.heads,
+                x,
+                lambda heads, own: act(replace(context, heads=heads), own),
+            )
+
+        return hook_fn
 
     def _part(
         self, tensor: Tensor, name: str, stage: str, context: HookContext

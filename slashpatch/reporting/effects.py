@@ -16,32 +16,68 @@ if TYPE_CHECKING:
 
 #: The columns that are shown for each kind of result.
 _COLUMNS = {
-    "measure": ("edit", "metric", "of", "against", "baseline", "edited", "effect", "q", "as_large"),
+    "measure": (
+        "edit",
+        "metric",
+        "of",
+        "against",
+        "baseline",
+        "edited",
+        "effect",
+        "q",
+        "p_rank",
+        "as_large",
+    ),
     "flow": ("edit", "offset", "flow", "effect", "q"),
     "copying": ("edit", "lag", "top1", "loss", "effect", "q"),
     "paths": ("reader", "input", "baseline", "edited", "effect", "q"),
+    "pairs": ("patched", "direction", "baseline", "edited", "normalized", "q"),
+    "direct": ("edit", "part", "of", "baseline", "edited", "effect", "q", "repaired"),
+    "persistence": ("name", "offset", "natural", "random", "difference", "q"),
     "sweep": ("name", "offset", "baseline", "edited", "effect", "q"),
     "screen": ("name", "offset", "estimate", "effect", "q", "why"),
+    "dose": ("metric", "against", "dose", "baseline", "edited", "effect", "q", "p_rank"),
+    "circuit": ("what", "member", "value", "share", "p", "q", "p_rank"),
 }
 #: Titles of columns that differ from their names, and the columns that hold texts.
-TITLES = {"offset": "Δ", "as_large": "draws as large", "name": "head", "of": ""}
-TEXTS = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
+TITLES = {
+    "offset": "Δ",
+    "p_rank": "p rank",
+    "as_large": "draws as large",
+    "name": "head",
+    "of": "",
+}
+TEXTS = (
+    *("edit", "metric", "of", "against", "name", "reader", "input", "why"),
+    *("patched", "part", "direction", "what", "member"),
+)
 #: Largest number of heads in the table of matching heads.
 _HEADS = 6
 #: Columns that are shown with an interval, and the columns of its ends.
 _INTERVALS = {
     "effect": ("low", "high"),
+    "share": ("low", "high"),
     "flow": ("flow_low", "flow_high"),
     "top1": ("top1_low", "top1_high"),
     "loss": ("loss_low", "loss_high"),
+    "normalized": ("normalized_low", "normalized_high"),
+    "repaired": ("repaired_low", "repaired_high"),
+    "natural": ("natural_low", "natural_high"),
+    "random": ("random_low", "random_high"),
+    "difference": ("low", "high"),
 }
 _UNITS = {
     "measure": "effect: edited minus baseline, paired by prompt",
     "flow": "KL divergence in nats that replacing the token Δ before causes",
     "copying": "top1: share of tokens; loss in nats; effect: on the loss",
     "paths": "effect of the edit through one input of one later head",
+    "pairs": "logit difference with patched activations; normalized: 1 is the other run",
+    "direct": "effect through the residual stream alone, and in all; repair: total − direct",
+    "persistence": "slash scores on natural text and random tokens; difference: random − natural",
     "sweep": "effect of the edit at one head at a time",
     "screen": "effect of the edit at one head at a time, estimated at all and run at some",
+    "dose": "effect at each dose of {}",
+    "circuit": "{}, as a share of what ablating all heads changes",
 }
 
 
@@ -66,11 +102,16 @@ def effects_report(result: Result, top: int = 40) -> Group:
 def headings(result: Result) -> tuple[str, str]:
     """Return what is measured, and on how many prompts, as two lines."""
     origin = result.provenance
+    measured = "; ".join(map(str, origin.get("measured", ()))) or "the edit"
+    over = "over prompts"
+    if origin.get("controls"):
+        over += ", and draws against a control"
     rows = "the rows top and flagged" if result.kind == "screen" else "all rows"
     return (
-        f"{origin['model']}: {_UNITS[result.kind]}",
+        f"{origin['model']}: {_UNITS[result.kind].replace('{}', measured)}",
         f"{origin['prompts']['n']} prompts ({origin['prompts']['source']}); "
-        f"{origin['confidence']:.0%} intervals over prompts; q: p adjusted for {rows}",
+        f"{origin['confidence']:.0%} intervals {over}; q: p of other prompts, adjusted for {rows}"
+        + ("; p_rank: other draws" if origin.get("controls") else ""),
     )
 
 
@@ -101,7 +142,7 @@ def _table(result: Result, top: int) -> Table:
             TITLES.get(name, name),
             justify="left" if name in TEXTS else "right",
             overflow="fold",
-            no_wrap=name not in ("edit", "against"),
+            no_wrap=name not in ("edit", "against", "patched"),
         )
     for cells in rows:
         table.add_row(*(Text(cell) for cell in cells))
@@ -128,8 +169,8 @@ def _cell(name: str, row: dict[Any, Any]) -> str:
     value = row[name]
     if name in _INTERVALS:
         low, high = (row[end] for end in _INTERVALS[name])
-        return _with_interval(value, low, high, sign=name == "effect")
-    if name in ("q", "p") and not _missing(value):
+        return _with_interval(value, low, high, sign=name in ("effect", "difference"))
+    if name in ("q", "p", "p_rank") and not _missing(value):
         return f"{value:.3f}" if value >= 0.001 else "<0.001"
     if name == "as_large" and not _missing(value):
         return f"{value:.0%}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -46,7 +47,9 @@ def explanation_report(result: Explanation) -> Group:
             f"score with Q at rank one {result.rank_one['q']:.3f}, K {result.rank_one['k']:.3f}, "
             f"both {result.rank_one['qk']:.3f}"
         ),
+        *_variation(result),
         Text(),
+        *_origin(result),
         Text("Condition 2: rotary frequencies that add up at the offset", style="bold"),
     ]
     if result.profile is None:
@@ -75,8 +78,69 @@ def explanation_report(result: Explanation) -> Group:
                 f"tokens; logit beyond the pair's mean over offsets): {pairs}"
             ),
         ]
+    parts += _shares(result)
     parts += [Text(), Text(textwrap.fill(f"Rule (ours): {RULE}", 98), style="dim")]
     return Group(*parts)
+
+
+def _variation(result: Explanation) -> list[Text]:
+    """Return how queries and keys vary in norm and in sign."""
+    one = result.variation
+    if one is None:
+        return []
+    return [
+        Text(
+            f"norms vary by {one.norm_q:.0%} of their mean for Q, {one.norm_k:.0%} for K; along "
+            f"the leading direction {one.sign_q:.1%} of Q and {one.sign_k:.1%} of K have the rarer "
+            "sign"
+        )
+    ]
+
+
+def _origin(result: Explanation) -> list[Text | Table]:
+    """Return what comes from the axis of the attention inputs, and the score without it."""
+    one = result.origin
+    if one is None:
+        return []
+    table = Table("mean", "of the axis", "of the bias", "rest", "cosine to the axis'", "leading")
+    for label, part in (("Q", one.q), ("K", one.k)):
+        cells = (f"{share:.0%}" for share in (part.axis, part.bias, part.rest))
+        table.add_row(label, *cells, f"{part.cosine:.3f}", f"{part.leading:.3f}")
+    controls = "; ".join(
+        f"{name.replace('_', ' ')} {sum(draws) / len(draws):.3f} ({min(draws):.3f} to "
+        f"{max(draws):.3f}, {len(draws)} draws)"
+        for name, draws in one.controls.items()
+    )
+    return [
+        Text("Origin of condition 1: the axis of the cone of attention inputs", style="bold"),
+        Text(
+            f"along the axis, fitted on other text: {one.share:.0%} of the inputs' second moment, "
+            f"mean cosine {one.cosine:.3f}"
+        ),
+        table,
+        Text(
+            f"score with the axis dropped from the input of Q {one.dropped['q']:.3f}, K "
+            f"{one.dropped['k']:.3f}, both {one.dropped['qk']:.3f}"
+        ),
+        Text(f"controls, mean and range: {controls}"),
+        Text(),
+    ]
+
+
+def _shares(result: Explanation) -> list[Text]:
+    """Return what the logits depend on."""
+    one = result.shares
+    if one is None:
+        return []
+    curve = "" if math.isnan(one.curve) else f" (the predicted curve alone {one.curve:.0%})"
+    return [
+        Text(
+            f"variance of the logits over the last {one.n_offsets} offsets, rows less their mean: "
+            f"position {one.position:.0%}{curve}, the key token beyond it "
+            f"{one.both - one.position:.0%}, query and key together {1 - one.both:.0%}; standard "
+            f"deviation {one.sd:.2f}"
+        )
+    ]
 
 
 def _spark(label: str, values: Tensor, peak: int) -> Text:
@@ -118,6 +182,9 @@ def explanations_table(frame: pd.DataFrame) -> Table:
         "rank_one_qk": "rank one",
         "correlation": "corr.",
         "margin": "margin",
+        "logit_position": "position",
+        "drop_axis": "-axis",
+        "drop_axis_lowest_control": "control",
         "predicted_peak": "pred. Δ",
         "verdict": "verdict",
     }

@@ -150,18 +150,24 @@ def draw_profile(axis: Axes, profile: Profile) -> None:
 @styled
 def effects_figure(result: Result, top: int = 20) -> Figure:
     """Draw a result of any kind; of `measure` (for each metric) and `paths`, the first rows."""
-    if result.kind == "measure":
-        from .forest import forest_figure
+    if result.kind in ("measure", "pairs", "direct"):
+        from .forest import forest_figure, parts_figure
 
-        return forest_figure(result, rows=top)
+        draw = forest_figure if result.kind == "measure" else parts_figure
+        return draw(result, rows=top)
     if result.kind == "paths":
         return paths_figure(result, top)
-    size = (7.5, 4.2)
-    if result.kind == "sweep":
-        size = _grid_size(result)
+    if result.kind == "persistence":
+        from .persistence_figure import persistence_figure
+
+        return persistence_figure(result)
+    if result.kind in ("dose", "circuit"):
+        from .dose_figure import circuit_figure, dose_figure
+
+        return dose_figure(result) if result.kind == "dose" else circuit_figure(result)
     if result.kind == "screen":
         return _screen_figure(result)
-    figure = new_figure(*size)
+    figure = new_figure(*(_grid_size(result) if result.kind == "sweep" else (7.5, 4.2)))
     axis = figure.subplots()
     {"flow": _draw_flow, "copying": _draw_lags, "sweep": _draw_sweep}[result.kind](axis, result)
     return figure
@@ -304,9 +310,9 @@ def paths_figure(result: Result, top: int = 12) -> Figure:
     )
     axis.axvline(0, color=ink(), lw=0.8, ls="--")
     axis.set_yticks(range(len(rows)), [shortened(label) for label in rows["row"]], fontsize=8)
-    metric = shortened(", ".join(dict.fromkeys(result.frame["metric"])))
-    axis.set_xlabel(f"effect on {metric} through this input alone")
-    measured = ", ".join(result.provenance["measured"])
-    axis.set_title(shortened(f"{result.provenance['model']}: {measured}", 80))
+    metric = ", ".join(dict.fromkeys(result.frame["metric"]))
+    axis.set_xlabel(f"effect on {shortened(metric)} through this input alone")
+    model, measured = result.provenance["model"], ", ".join(result.provenance["measured"])
+    axis.set_title(shortened(f"{model}: {measured}", 80))
     axis.grid(axis="x", alpha=0.3)
     return figure

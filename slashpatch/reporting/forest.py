@@ -1,4 +1,4 @@
-"""Forest plots of `measure`: each edit's effect with its interval, above its controls' draws."""
+"""Forest plots: effects of edits above their controls' draws, and several effects in each row."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .charts.effect_rows import draw_rows, forest_rows, metrics_of
+from .charts.effect_rows import draw_rows, forest_rows, metrics_of, part_rows, quantity_of
 from .charts.palette import CATEGORIES
-from .style import ink, new_figure, shortened, styled
+from .style import ink, line_style, new_figure, shortened, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,3 +77,45 @@ def _draw_metric(axis: Axes, result: Result, metric: str, most: int) -> None:
     left_out = f" ({len(table) - most} more rows)" if len(table) > most else ""
     axis.set_xlabel(f"effect on {shortened(metric)}{left_out}")
     axis.grid(axis="x", alpha=0.3)
+
+
+@styled
+def parts_figure(result: Result, rows: int = 20) -> Figure:
+    """Draw `activation_patching` or `direct_effect`: an effect with interval for each part.
+
+    Args:
+        result: A result of either.
+        rows: How many things that were patched or edited to draw; the axis says how many are left.
+    """
+    table = part_rows(result)
+    labels = list(dict.fromkeys(table["row"]))
+    place = {label: at for at, label in enumerate(labels[:rows])}
+    shown = table[table["row"].isin(place)]
+    whats = list(dict.fromkeys(table["what"]))
+    figure = new_figure(7.5, 1.2 + (0.12 + 0.18 * len(whats)) * max(1, len(place)))
+    axis = figure.subplots()
+    for index, what in enumerate(whats):
+        some, style = shown[shown["what"] == what], line_style(index)
+        beside = 0.6 * ((index + 0.5) / len(whats) - 0.5)
+        axis.errorbar(
+            some["effect"],
+            some["row"].map(place).astype(float) + beside,
+            xerr=np.stack([some["effect"] - some["low"], some["high"] - some["effect"]])
+            .clip(min=0)
+            .astype(float),
+            fmt=style["marker"],
+            color=style["color"],
+            markersize=5,
+            capsize=2,
+            label=what,
+        )
+    axis.axvline(0, color=ink(), lw=0.8, ls="--")
+    axis.set_yticks(range(len(place)), [shortened(label) for label in place], fontsize=8)
+    axis.set_ylim(len(place) - 0.5, -0.5)
+    left_out = f" ({len(labels) - rows} more)" if len(labels) > rows else ""
+    axis.set_xlabel(f"{shortened(quantity_of(result), 60)}{left_out}")
+    title = "activations patched" if result.kind == "pairs" else "direct and total effects"
+    axis.set_title(shortened(f"{result.provenance['model']}: {title}", 80), fontsize=11)
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower right", ncols=len(whats))
+    return figure

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlotError
 from ..scanning.result import require_kappa
-from .charts import effect_rows, effects, heads, pairs, rows, training, training_rows
+from .charts import (
+    doses,
+    effect_rows,
+    effects,
+    heads,
+    pairs,
+    persistence,
+    rows,
+    training,
+    training_rows,
+)
 from .charts.palette import theme
 from .charts.parts import require_altair, source, stacked
 from .checks import check_figure
@@ -153,12 +163,17 @@ def plot_result(result: Result, backend: str, top: int = 20) -> Any:
             effect_rows.path_rows(result, top),
             title=shortened(result.provenance["measured"][0], 60),
         ),
+        "pairs": lambda: _parts(result, top),
+        "direct": lambda: _parts(result, top),
+        "persistence": lambda: persistence.persistence(persistence.persistence_rows(result)),
         "sweep": lambda: effects.sweep(
             effect_rows.sweep_rows(result),
             quantity=f"effect on {shortened(result.provenance['metric'], 24)}",
             width=_step(),
         ),
         "screen": lambda: _screen(result),
+        "dose": lambda: _doses(result),
+        "circuit": lambda: _circuit(result),
     }
     if result.kind not in charts:
         raise PlotError(
@@ -166,6 +181,32 @@ def plot_result(result: Result, backend: str, top: int = 20) -> Any:
             f"{', '.join(charts)}"
         )
     return _drawn(backend, lambda: effects_figure(result, top), charts[result.kind])
+
+
+def _parts(result: Result, top: int) -> Any:
+    """Return the effects of the first things that were patched or edited, several in each row."""
+    rows = effect_rows.part_rows(result)
+    shown = list(dict.fromkeys(rows["row"]))[:top]
+    quantity = shortened(effect_rows.quantity_of(result), 60)
+    return effects.parts(rows[rows["row"].isin(shown)], quantity=quantity)
+
+
+def _doses(result: Result) -> Any:
+    """Return the effect by dose, a chart for each metric, one below the other."""
+    charts = [
+        doses.dose(
+            source(effect_rows.dose_rows(result, metric), f"rows{index}"),
+            quantity=f"effect on {shortened(metric, 24)}",
+        )
+        for index, metric in enumerate(effect_rows.metrics_of(result))
+    ]
+    return charts[0] if len(charts) == 1 else stacked(*charts)
+
+
+def _circuit(result: Result) -> Any:
+    """Return each share of a circuit, with its random sets."""
+    draws = effect_rows.circuit_draws(result)
+    return doses.circuit(effect_rows.circuit_rows(result), None if draws.empty else draws)
 
 
 def _screen(result: Result) -> Any:
@@ -193,3 +234,4 @@ def _forests(result: Result, top: int) -> Any:
             )
         )
     return plots[0] if len(plots) == 1 else stacked(*plots)
+

@@ -17,8 +17,10 @@ from ..bridge.attached import reads_diagonals
 from ..bridge.modes import forming_matrices
 from ..data.heads import Head
 from ..errors import ModelError, ScanError
+from ..maths.lines import all_slash_sums
 from ..maths.slash_scores import slash_sums
 from ..patching.fused import engine_of_layers, fused
+from .lines import LineSums
 from .moment_sums import BatchMoments, MomentSums
 
 if TYPE_CHECKING:
@@ -26,13 +28,18 @@ if TYPE_CHECKING:
 
 
 class BatchSums(NamedTuple):
-    """Sums over the prompts of one batch, and how its layers were computed."""
+    """Sums over the prompts of one batch, and how its layers were computed.
+
+    `by_prompt` are the scores of each prompt, where the job keeps them.
+    """
 
     sums: Float[Tensor, "layer head offset"]
     squares: Float[Tensor, "layer head offset"]
     counts: Int[Tensor, "offset"]
     moments: BatchMoments | None
     engine_of_layers: list[str]
+    by_prompt: Float[Tensor, "batch layer head offset"] | None = None
+    lines: LineSums | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,16 @@ class ScanJob:
         offsets: Offsets of the scores.
         engine: "fused" or "bridge".
         profile_offsets: As for `scan`; None without moments.
+        keeps_prompts: Whether to return the scores of each prompt as well.
+        lines: Whether to gather the sums behind `Scan.lines`, at all offsets.
     """
 
     batches: list[list[Tensor]]
     offsets: tuple[int, ...]
     engine: str
     profile_offsets: int | None
+    keeps_prompts: bool = False
+    lines: bool = False
 
     def start(self, model: TransformerBridge) -> Callable[[int], BatchSums]:
         """Return a function that scans one batch."""
@@ -60,11 +71,14 @@ class ScanJob:
         moments = None if n_profile is None else MomentSums(model, info, n_profile)
         with run_by(model, self.engine):
             batch = self.batches[index]
-            means, counts = _scan_batch(model, info, batch, self.offsets, moments)
+            means, counts, lines = _scan_batch(
+                model, info, batch, self.offsets, moments, self.lines
+            )
             by_layer = engine_of_layers(model)
         squares = means.square().sum(0)
         of_batch = None if moments is None else moments.of_batch
-        return BatchSums(means.sum(0), squares, counts, of_batch, by_layer)
+        kept = means if self.keeps_prompts else None
+        return BatchSums(means.sum(0), squares, counts, of_batch, by_layer, kept, lines)
 
 
 @contextmanager
@@ -80,18 +94,28 @@ def _scan_batch(
     prompts: list[Tensor],
     offsets: tuple[int, ...],
     moments: MomentSums | None,
-) -> tuple[Float[Tensor, "batch layer head offset"], Int[Tensor, "offset"]]:
-    """Return each prompt's scores (0 if it is too short), and the prompts that count by offset."""
+    lines: bool,
+) -> tuple[Float[Tensor, "batch layer head offset"], Int[Tensor, "offset"], LineSums | None]:
+    """Return each prompt's scores (0 if it is too short), and the prompts that count by offset.
+
+    With `lines`, the sums behind lines as well.
+    """
     device = torch.device(model.cfg.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     n_pos = int(lengths.max())
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
     real = torch.arange(n_pos) < lengths[:, None]
     per_layer: list[Tensor | None] = [None] * info.n_layers
+    at_all_offsets: dict[int, tuple[Tensor, Tensor]] = {}
 
     @reads_diagonals
     def accumulate(pattern: Any, hook: Any) -> None:
-        per_layer[hook.layer()] = slash_sums(pattern, offsets, real)
+        if not lines:
+            per_layer[hook.layer()] = slash_sums(pattern, offsets, real)
+            return
+        sums, _ = at_all_offsets[hook.layer()] = all_slash_sums(pattern, real)
+        beyond = max(0, offsets[-1] + 1 - n_pos)
+        per_layer[hook.layer()] = torch.nn.functional.pad(sums, (0, beyond))[..., list(offsets)]
 
     hooks = [(info.hook(layer, "pattern"), accumulate) for layer in range(info.n_layers)]
     if moments is not None:
@@ -111,4 +135,9 @@ def _scan_batch(
         )
     n_rows = (lengths[:, None] - torch.tensor(offsets)).clamp(min=0)
     means = totals / n_rows.clamp(min=1)[:, None, None, :]
-    return means, (n_rows > 0).sum(0)
+    found = None
+    if lines:
+        by_layer = [at_all_offsets[layer] for layer in range(info.n_layers)]
+        sums, first = (torch.stack(parts, dim=1) for parts in zip(*by_layer, strict=True))
+        found = LineSums.of_prompts(sums, first, lengths.tolist())
+    return means, (n_rows > 0).sum(0), found

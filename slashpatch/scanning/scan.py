@@ -18,6 +18,7 @@ from ..maths.offsets import as_offsets
 from ..patching.fused import why_not
 from ..patching.worker_pool import units_of
 from .batches import BatchSums, ScanJob, run_by
+from .lines import LineSums
 from .moment_sums import MomentSums
 from .result import Scan
 
@@ -43,6 +44,7 @@ def scan(
     batch_size: int | None = None,
     moments: bool = True,
     profile_offsets: int = 64,
+    lines: bool = False,
     seed: int = 0,
     progress: bool | None = None,
     workers: int | str | Workers | None = None,
@@ -67,6 +69,8 @@ def scan(
         moments: Whether to gather the sums behind `Scan.rank_one` and `Scan.profile`, which takes
             about as long again as the slash scores.
         profile_offsets: Number of offsets of `Scan.profile`, counted from 0.
+        lines: Whether to gather the sums behind `Scan.lines`, at all offsets of the prompts: about
+            as much work as one attention layer more for each.
         seed: Random seed of natural and random prompts.
         progress: Whether to show a progress bar; None: on a terminal only.
         workers: Number of worker processes, or a `Workers`; None stays in this process. The unit is
@@ -126,18 +130,21 @@ def scan(
     batch_size = 1 if info.rope_follows_length else batch_size
     batches = [
         [chosen.tokens[index] for index in indices]
-        for indices in _batches(chosen, batch_size, info.n_heads, engine)
+        for indices in batches_of(chosen, batch_size, info.n_heads, engine)
     ]
     n_profile = None if moment_sums is None else profile_offsets
-    job = ScanJob(batches, deltas, engine, n_profile)
+    job = ScanJob(batches, deltas, engine, n_profile, lines=lines)
+    line_sums: LineSums | None = None
     by_layer = ["bridge"] * info.n_layers
-    with closing(_in_order(model, job, pool_of, progress)) as in_order:
+    with closing(in_order(model, job, pool_of, progress)) as found_in_order:
         # Sums of a batch first, so that rounding does not depend on who computed them.
-        for found in in_order:
+        for found in found_in_order:
             sums += found.sums
             squares += found.squares
             counts += found.counts
             by_layer = found.engine_of_layers
+            if found.lines is not None:
+                line_sums = found.lines if line_sums is None else line_sums + found.lines
             if moment_sums is not None and found.moments is not None:
                 moment_sums.add(found.moments)
     details = {
@@ -157,10 +164,11 @@ def scan(
         chosen.n_tokens,
         provenance(model, **details),
         None if moment_sums is None else moment_sums.finish(),
+        line_sums,
     )
 
 
-def _in_order(
+def in_order(
     model: TransformerBridge, job: ScanJob, workers: Workers | None, progress: bool | None
 ) -> Generator[BatchSums, None, None]:
     """Yield the sums of each batch in order, from this process or from workers."""
@@ -190,7 +198,7 @@ def which_engine(model: TransformerBridge, engine: str) -> str:
     return engine
 
 
-def _batches(
+def batches_of(
     prompts: PromptSet, batch_size: int | None, n_heads: int, engine: str
 ) -> Iterator[list[int]]:
     """Yield the prompt indices of each batch, of similar lengths so that little is padded."""

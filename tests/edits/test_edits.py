@@ -17,7 +17,8 @@ factors = st.floats(0, 1e6, allow_nan=False)
 text = st.text(min_size=1, max_size=20)
 index = st.integers(0, 40)
 part = st.one_of(
-    st.sampled_from(["high", "medium", "low", "wavelength 4-64", "wavelength 1.5-inf"]),
+    st.sampled_from(["high", "medium", "low", "share 0-0.25"]),
+    st.sampled_from(["wavelength 4-64", "wavelength 1.5-inf"]),
     st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda ab: slice(min(ab), max(ab) + 1)),
 )
 bands = st.one_of(part, st.lists(part, min_size=1, max_size=3))
@@ -46,6 +47,14 @@ any_edit = st.one_of(
     ),
     st.builds(
         sp.RankOne, some_heads, st.sampled_from(["qk", "q", "k"]), st.none(), st.integers(1, 9)
+    ),
+    st.builds(
+        sp.DropDirection,
+        some_heads,
+        st.sampled_from(["qk", "q", "k"]),
+        st.none(),
+        st.sampled_from(["", "same_size", "random", "principal"]),
+        st.integers(0, 9),
     ),
     st.builds(sp.PlantSlash, some_heads, st.integers(0, 99), st.floats(-99, 99)),
 )
@@ -123,12 +132,18 @@ def test_what_can_be_typed(typed, printed):
         ("SetFrequencies(L16H0, fast)", HeadError, "expected a head"),
         ("RankOne(L16H0, of=v)", EditError, "of must be one of qk, q, k; got 'v'"),
         ("RankOne(L16H0, rank=0)", EditError, "rank must be an integer of at least 1"),
+        ("DropDirection(L16H0, of=v)", EditError, "of must be one of qk, q, k; got 'v'"),
+        ("DropDirection(L16H0, control=no)", EditError, "one of same_size, random, principal"),
+        ("DropDirection(L16H0, draw=-1)", EditError, "draw must be an integer from 0 on; got -1"),
+        ("DropDirection(L16H0, direction=3)", EditError, "an Axis"),
         ("RankOne(L16H0, basis='absent.safetensors')", EditError, "no file"),
         ("PlantSlash(L16H0, -3)", OffsetError, "integer from 0"),
         ("PlantSlash(L16H0, [1, 2])", EditError, "one offset"),
-        ("AblateHeads(L16H0, mode=gone)", EditError, "zero, mean, resample; got 'gone'"),
+        ("AblateHeads(L16H0, mode=gone)", EditError, "zero, mean, resample, optimal; got 'gone'"),
         ("AblateHeads(L16H0, mode=mean, reference=7)", EditError, "reference"),
         ("AblateHeads(L16H0, mode=mean, seed=1.5)", EditError, "seed"),
+        ("AblateHeads(L16H0, mode=optimal)", EditError, "go together.*fit_ablation"),
+        ("AblateHeads(L16H0, optimal, constants='absent.safetensors')", EditError, "no file"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("unchecked")

@@ -323,6 +323,32 @@ def test_bases_that_do_not_fit(tiny, tmp_path):
         sp.RankOne("L0H1", basis=tmp_path / "junk.safetensors")
 
 
+def test_components_can_be_written_along_other_directions(tiny, tmp_path):
+    fitted = sp.fit_rank_one(tiny, ["L0H1", "L0H2"], random_tokens(2, 20))
+    turned = sp.Basis(fitted.heads, fitted.q.flip(0), fitted.k.flip(0), provenance={})
+    edit = sp.RankOne("L0H1", basis=fitted, along=turned)
+    qk = read(tiny).qk[0]
+    seen = {}
+    hooks = [(qk.q.name, lambda q, hook: seen.update(q=q.clone()))]
+    with torch.no_grad():
+        tiny.run_with_hooks(random_tokens(1, 9), fwd_hooks=hooks)
+        q = qk.q.read(seen["q"])[0, :, 1].double()
+        with sp.patch(tiny, edit):
+            tiny.run_with_hooks(random_tokens(1, 9), fwd_hooks=hooks)
+    expected = q @ fitted.of(0, [1], "q")[0] @ fitted.of(0, [2], "q")[0].T
+    torch.testing.assert_close(
+        qk.q.read(seen["q"])[0, :, 1].double(), expected, atol=1e-5, rtol=1e-4
+    )
+    with pytest.raises(EditError, match="along needs a basis"):
+        sp.RankOne("L0H1", along=turned)
+    with pytest.raises(EditError, match="the along was fitted for L0H1, L0H2, not for L0H3"):
+        alone = sp.fit_rank_one(tiny, "L0H3", random_tokens(2, 20))
+        logits(tiny, random_tokens(1, 4), sp.RankOne("L0H3", basis=alone, along=turned))
+    for basis, name in ((fitted, "a"), (turned, "b")):
+        basis.save(tmp_path / f"{name}.safetensors")
+    assert sp.parse_edit(str(edit)) == edit
+
+
 # --- refusals ---
 
 

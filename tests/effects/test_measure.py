@@ -1,16 +1,18 @@
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import slashpatch as sp
 from slashpatch.data.files import without_nan
-from slashpatch.effects import controls
-from slashpatch.effects.conditions import conditions
-from slashpatch.effects.head_controls import output_norms
-from slashpatch.effects.inputs import Batch
+from slashpatch.effects.controls import by_name as controls
+from slashpatch.effects.controls.heads import output_norms
+from slashpatch.effects.running.conditions import conditions
+from slashpatch.effects.running.inputs import Batch
+from slashpatch.effects.statistics import beyond_draws, p_value
 from slashpatch.errors import ControlError, EditError, MetricError, OutputError, PromptError
 
 from ..planted import induction_model
@@ -30,7 +32,7 @@ def loss(model, tokens, *edits):
 
 def test_effects_are_those_of_patch(tiny):
     """Compared with a plain loop, on prompts of several lengths, in batches of any size."""
-    prompts = [row[:n] for row, n in zip(random_tokens(5, 14), (14, 9, 14, 6, 9), strict=True)]
+    prompts = [row[:n] for row, n in zip(random_tokens(6, 14), (14, 9, 14, 6, 9, 11), strict=True)]
     edits = ["KnockOut(L0H1, 1)", ["AblateHeads(L0H2)", "ShiftSlash(L1H0, 1)"]]
     found = sp.measure(tiny, edits, ["loss", "kl", "top1"], prompts)
     by_batch = [
@@ -377,3 +379,59 @@ def test_in_the_fused_engine(tiny):
             tiny, "KnockOut(L0H1, 1)", ["loss", "kl", sp.SlashScores("L1H0")], tokens
         )
     pd.testing.assert_frame_equal(plain.frame, fused.frame, atol=1e-5, rtol=1e-3)
+
+
+def test_rows_against_a_control_speak_of_prompts_and_of_draws(planted):
+    found = sp.measure(
+        planted,
+        ["AblateHeads(L0H1)", "KnockOut(L0H0, 1)"],
+        "copying",
+        n_prompts=8,
+        max_tokens=21,
+        controls="matched-heads:6",
+    )
+    values = found.tables["values"].pivot_table(index="edit", columns="prompt", values="value")
+    draws = found.tables["draws"]
+    clean = torch.tensor(values.loc["clean"].to_numpy())
+    for edit, rows in found.frame.groupby("edit"):
+        of_clean, of_control = rows.iloc[0], rows.iloc[1]
+        assert np.isnan(of_clean["p_rank"])
+        drawn = draws[draws["edit"] == edit]["drawn"]
+        effects = torch.tensor(values.loc[edit].to_numpy()) - clean
+        of_draws = torch.stack([torch.tensor(values.loc[one].to_numpy()) for one in drawn]) - clean
+        by_hand = beyond_draws(effects, of_draws)
+        assert of_control["effect"] == pytest.approx(float(by_hand.estimate), abs=1e-6)
+        assert of_control["low"] == pytest.approx(float(by_hand.low), abs=1e-5)
+        assert of_control["high"] == pytest.approx(float(by_hand.high), abs=1e-5)
+        assert of_control["p_rank"] == pytest.approx((1 + 6 * of_control["as_large"]) / 7)
+        # p and q take the draws for fixed.
+        assert of_control["p"] == pytest.approx(float(p_value(effects - of_draws.mean(0))))
+    assert found.frame.iloc[3]["p_rank"] == pytest.approx(1 / 7)
+    (remark,) = found.remarks
+    assert remark == "matched-heads: 6 draws cannot give a p_rank below 0.14; 0.05 needs 19."
+
+
+def test_few_prompts_and_few_draws_are_said(tiny):
+    found = sp.measure(
+        tiny, "KnockOut(L0H1, 1)", "loss", random_tokens(5, 8), controls="random-heads:2"
+    )
+    assert found.remarks == (
+        "5 prompts: too few for intervals and p-values, which need at least 6.",
+        "random-heads: 2 draws cannot give a p_rank below 0.33; 0.05 needs 19, and fewer than 6 "
+        "have no interval.",
+    )
+    assert found.frame[["low", "high", "p", "q"]].isna().all(axis=None)
+    assert found.frame["p_rank"].isna().tolist() == [True, False]
+
+
+def test_controls_without_a_number_draw_19_or_as_many_as_there_are(tiny):
+    assert len(drawn(tiny, "other-offsets", "KnockOut(L0H0, 1)")) == 15
+    assert len(drawn(tiny, "random-heads", "KnockOut(L0H0, 1)")) == 3
+    assert len(drawn(tiny, "other-offsets", "KnockOut(L0H0, (1, 2))")) == 19
+    found = sp.measure(
+        tiny, "KnockOut(L0H1, 1)", "loss", random_tokens(2, 8), controls="random-heads"
+    )
+    assert found.frame["against"].tolist() == ["clean", "random-heads:3"]
+    assert len(found.tables["draws"]) == 3
+    with pytest.raises(ControlError, match="which leaves 0"):
+        drawn(tiny, "random-heads", "AblateHeads('L0H0, L0H1, L0H2, L0H3')")

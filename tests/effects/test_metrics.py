@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch.effects import metrics
+from slashpatch.effects.metrics import by_name as metrics
 from slashpatch.errors import MetricError, PromptError
 
 from ..tiny import D_VOCAB, random_tokens

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import slashpatch as sp
-from slashpatch.effects.logit_metrics import next_token_loss
+from slashpatch.effects.metrics.logits import next_token_loss
 from slashpatch.errors import EditError, HeadError
 
 from ..planted import induction_model

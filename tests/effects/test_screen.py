@@ -14,14 +14,7 @@ import slashpatch as sp
 from slashpatch import bridge
 from slashpatch.data.prompts import PromptSet
 from slashpatch.edits import Edit
-from slashpatch.effects.evaluation import MetricRunner
-from slashpatch.effects.exact_changes import exact_changes, joined, passes
-from slashpatch.effects.gradients import gradients
-from slashpatch.effects.inputs import Batch, prompts_for
-from slashpatch.effects.logit_metrics import next_token_loss
-from slashpatch.effects.result import Result
-from slashpatch.effects.screen import halves
-from slashpatch.effects.screen_choice import (
+from slashpatch.effects.every_head.choice import (
     AUDIT,
     FLAGGED,
     TOP,
@@ -31,9 +24,16 @@ from slashpatch.effects.screen_choice import (
     estimates,
     most_missed,
 )
-from slashpatch.effects.screen_estimates import contributions
-from slashpatch.effects.sweep_run import _Passes
-from slashpatch.effects.sweep_variants import Variant, sweep_variants
+from slashpatch.effects.every_head.estimates import contributions
+from slashpatch.effects.every_head.exact_changes import exact_changes, joined, passes
+from slashpatch.effects.every_head.run import _Passes
+from slashpatch.effects.every_head.variants import Variant, sweep_variants
+from slashpatch.effects.metrics.logits import next_token_loss
+from slashpatch.effects.result import Result
+from slashpatch.effects.running.evaluation import MetricRunner
+from slashpatch.effects.running.gradients import gradients
+from slashpatch.effects.running.inputs import Batch, prompts_for
+from slashpatch.effects.screen import halves
 from slashpatch.errors import EditError, MetricError, PromptError, SweepError
 from slashpatch.patching.fused import fused_where_exact, is_fused
 
@@ -307,9 +307,9 @@ def test_rows_that_are_run_are_those_of_a_sweep_bit_for_bit():
 
 
 def test_a_screen_of_all_rows_is_the_sweep():
-    model = tiny_model(seed=1)
-    swept = sp.sweep(model, "DropBand({head}, high)", **SMALL).frame
-    found = sp.screen(model, "DropBand({head}, high)", verify=100, split=False, **SMALL)
+    model, sizes = tiny_model(seed=1), {**SMALL, "n_prompts": 6}
+    swept = sp.sweep(model, "DropBand({head}, high)", **sizes).frame
+    found = sp.screen(model, "DropBand({head}, high)", verify=100, split=False, **sizes)
     columns = ["name", "edit", "baseline", "edited", "effect", "low", "high", "p", "q"]
     assert found.frame[columns].to_dict() == swept[columns].to_dict()
     assert set(found.frame["why"]) == {TOP}
@@ -621,7 +621,7 @@ def test_q_counts_every_screened_row_where_prompts_are_not_split():
     from slashpatch.effects.statistics import false_discovery
 
     model = tiny_model(seed=1, layers=3)
-    options = {"metric": "loss", "prompts": random_tokens(6, 12), "verify": 3, "audit": 2}
+    options = {"metric": "loss", "prompts": random_tokens(12, 12), "verify": 3, "audit": 2}
     alone = sp.screen(model, split=False, **options).frame
     chosen = alone[alone["why"].isin([TOP, FLAGGED])]
     padded = torch.cat([torch.tensor(chosen["p"].tolist()), torch.ones(12 - len(chosen))])

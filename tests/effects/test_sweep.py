@@ -14,11 +14,11 @@ import torch
 import slashpatch as sp
 from slashpatch.bridge.prefix_cache import PrefixCache
 from slashpatch.data.journal import Journal, row
-from slashpatch.effects.conditions import conditions
-from slashpatch.effects.evaluate import evaluate
-from slashpatch.effects.evaluation import MetricRunner
-from slashpatch.effects.inputs import prompts_for
-from slashpatch.effects.metrics import as_metric
+from slashpatch.effects.metrics.by_name import as_metric
+from slashpatch.effects.running.conditions import conditions
+from slashpatch.effects.running.evaluate import evaluate
+from slashpatch.effects.running.evaluation import MetricRunner
+from slashpatch.effects.running.inputs import prompts_for
 from slashpatch.errors import (
     EditError,
     HeadError,
@@ -48,7 +48,7 @@ def naive(model, edits, metric="copying", prompts=None):
 @pytest.mark.parametrize("ahead", [0, 2**30])
 def test_a_sweep_is_the_naive_loop_bit_for_bit(edit, ahead, monkeypatch):
     """Also where the residual stream is not cached in the clean run but computed when needed."""
-    monkeypatch.setattr("slashpatch.effects.sweep_run._AHEAD_BYTES", ahead)
+    monkeypatch.setattr("slashpatch.effects.every_head.run._AHEAD_BYTES", ahead)
     model = tiny_model(seed=1, layers=3)
     found = sp.sweep(model, edit, **SMALL).frame.sort_values(["layer", "head"])
     expected = naive(model, list(found["edit"]))
@@ -143,7 +143,7 @@ def test_resuming(tmp_path, monkeypatch):
     assert not any(point._forward_hooks for point in model.hook_points())
     unfinished = tmp_path / "sweep.parquet.unfinished"
     assert len(unfinished.read_text().splitlines()) == 1 + 4
-    with pytest.raises(SweepError, match=r"unfinished sweep; resume it \(--resume"):
+    with pytest.raises(SweepError, match=r"unfinished run; resume it \(--resume"):
         sp.sweep(model, path=path, **SMALL)
     with open(unfinished, "a") as file:
         file.write('{"index": 7, "val')  # killed while it wrote
@@ -193,7 +193,7 @@ def test_a_file_of_another_sweep_is_refused(tmp_path, changed, said, finished):
 
 def test_files_that_are_no_sweep(tiny, tmp_path):
     (tmp_path / "sweep.json.unfinished").write_text("hello\n")
-    with pytest.raises(SweepError, match="is no unfinished sweep"):
+    with pytest.raises(SweepError, match="is no unfinished run"):
         sp.sweep(tiny, path=tmp_path / "sweep.json", resume=True, **SMALL)
     with pytest.raises(OutputError, match=r"ends in .parquet, .json"):
         sp.sweep(tiny, path=tmp_path / "sweep.csv", **SMALL)
@@ -250,7 +250,7 @@ def test_rows_that_are_none(tmp_path, line):
     good = row(-1, [1.0, 2.0, 3.0])
     unfinished = tmp_path / "sweep.json.unfinished"
     unfinished.write_text("".join(f"{one}\n" for one in (*map(json.dumps, (header, good)), line)))
-    with pytest.raises(SweepError, match="line 3 of .* is no row of this sweep"):
+    with pytest.raises(SweepError, match="line 3 of .* is no row of this run"):
         sp.sweep(model, path=path, resume=True, **SMALL)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slashpatch as sp
-from slashpatch.effects.evaluate import _units
+from slashpatch.effects.running.evaluate import _units
 from slashpatch.errors import WorkerError
 
 from ..tiny import random_tokens, tiny_model

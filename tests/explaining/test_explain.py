@@ -10,6 +10,7 @@ import slashpatch as sp
 from slashpatch.data.files import without_nan
 from slashpatch.errors import HeadError, OutputError, ScanError
 from slashpatch.explaining.result import verdict
+from slashpatch.maths.resampling import halves
 from slashpatch.reporting.explanation import sparkline
 from slashpatch.scanning.moments import Profile
 
@@ -52,6 +53,8 @@ def test_scores_under_edits_equal_scans_under_edits():
     tokens = random_tokens(2, 20)
     heads = ["L0H1", "L1H2", "L1H3"]
     frame = sp.explain_all(model, heads, tokens).set_index("name")
+    # The offset is picked on the other half of the prompts.
+    measured = [tokens[index] for index in halves(len(tokens), 0)[1]]
     for head in heads:
         offset = int(frame.loc[head, "offset"])
         at = sp.Head.parse(head)
@@ -62,7 +65,7 @@ def test_scores_under_edits_equal_scans_under_edits():
             ("rank_one_qk", sp.RankOne(head)),
         ):
             with sp.patch(model, edit):
-                scan = sp.scan(model, list(tokens), [offset], batch_size=1)
+                scan = sp.scan(model, measured, [offset], batch_size=1)
             expected = float(scan.scores[at.layer, at.head, 0])
             assert frame.loc[head, label] == pytest.approx(expected, abs=1e-6)
 
@@ -173,6 +176,14 @@ def record(planted):
         lambda r: r["profile"].update(measured=3),
         lambda r: r["profile"]["predicted"].__setitem__(0, "x"),
         lambda r: r.update(profile={}),
+        lambda r: r["logit_shares"].pop("both"),
+        lambda r: r["logit_shares"].update(n_offsets=-2),
+        lambda r: r.update(variation=[1, 2]),
+        lambda r: r["variation"].update(sign_q="rare"),
+        lambda r: r["origin"].pop("q"),
+        lambda r: r["origin"]["k"].update(axis="all"),
+        lambda r: r["origin"]["controls"].update(random=[]),
+        lambda r: r["origin"]["dropped"].pop("qk"),
     ],
 )
 def test_damaged_files(record, tmp_path, damage):
@@ -244,3 +255,23 @@ def test_bad_input(tiny):
 def test_sparkline():
     assert sparkline([0, 1, 2]) == "▁▅█"
     assert sparkline([3.0, 3.0]) == "▁▁"
+
+
+def test_offset_and_heads_are_picked_on_other_prompts_than_they_are_measured_on():
+    model = tiny_model(seed=1)
+    tokens = [row[:n] for row, n in zip(random_tokens(4, 20), (20, 9, 12, 15), strict=True)]
+    picking, measured = ([tokens[i] for i in half] for half in halves(4, 5))
+    # No offset that only one of the halves is long enough for.
+    offsets = range(min(16, *(max(map(len, half)) for half in (picking, measured))))
+    picked, estimated = (sp.scan(model, half, offsets) for half in (picking, measured))
+    for head in ("L0H1", "L1H3"):
+        at = sp.Head.parse(head)
+        found = sp.explain(model, head, tokens, seed=5)
+        best = int(picked.scores[at.layer, at.head].argmax())
+        assert found.offset == best
+        assert found.natural == pytest.approx(float(estimated.scores[at.layer, at.head, best]))
+    every = sp.explain_all(model, None, tokens, seed=5, kappa=0.12)
+    assert set(every["name"]) == {str(one.head) for one in picked.slash_heads(0.12)}
+    whole = sp.scan(model, tokens, [2])
+    given = sp.explain(model, "L0H1", tokens, offset=2, seed=5)
+    assert given.natural == pytest.approx(float(whole.scores[0, 1, 0]))

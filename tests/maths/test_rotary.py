@@ -100,6 +100,11 @@ def test_pairs_and_wavelengths():
         i for i in range(8) if 10 <= waves[i] < 60
     )
     assert band_pairs("wavelength 100-inf", THETA) == (5, 6, 7)
+    assert band_pairs("share 0-0.25", THETA) == (0, 1)
+    assert band_pairs("share 0-0.25", THETA.flip(0)) == (7, 6)
+    assert band_pairs("share 0.5-1", THETA) == (4, 5, 6, 7)
+    assert band_pairs("share 0-0.3", THETA) == (0, 1)
+    assert band_pairs("share 0-0.32", THETA) == (0, 1, 2)
     assert band_pairs(["high", slice(7, 8)], THETA) == (0, 1, 2, 7)
     assert band_mask("low", THETA).tolist() == [False] * 6 + [True] * 2
 
@@ -114,6 +119,7 @@ def test_pairs_and_wavelengths():
         (slice(None, 8), "pairs 0-7"),
         ("pairs 3", "pairs 3-3"),
         (["low", "wavelength 8 - 64.5"], "low+wavelength 8-64.5"),
+        (" shares 0 - 0.5+high", "share 0-0.5+high"),
         (("low", "high+medium"), "low+high+medium"),
     ],
 )
@@ -124,7 +130,8 @@ def test_bands_have_one_canonical_text(given, text):
 
 @pytest.mark.parametrize(
     "bad",
-    ["", "hi", "pairs", "pairs 5-2", "pairs -1", "wavelength 9-3", 7, None, [], ["high", 3],
+    ["", "hi", "pairs", "pairs 5-2", "pairs -1", "wavelength 9-3",
+     "share 0-1.5", "share 0.5", "share 0.5-0.5", 7, None, [], ["high", 3],
      slice(3, 3), slice(0, None), slice(0, 8, 2), slice(-3, 2)],
 )  # fmt: skip
 def test_bad_bands(bad):

@@ -15,6 +15,8 @@ from slashpatch.errors import EditError, HeadError, OffsetError, PatchError, Sla
 from ..tiny import N_CTX, bridge, llama, random_tokens, tiny_model
 
 # One edit of each kind, so that `cached = uncached` and the rest hold for all of them.
+_U = torch.eye(32, dtype=torch.float64)[:9] * torch.ones(2, 1, 1)
+AXIS = sp.Axis((0, 1), _U[:, 0], _U[:, 1:], torch.ones(2, 9).double() / 32, torch.ones(2).double())
 EDITS = [
     sp.AblateHeads(["L0H1", "L1H2"]),
     sp.AblateHeads(["L0H1", "L1H3"], mode="mean", reference="random"),
@@ -33,6 +35,8 @@ EDITS = [
     sp.SwapBands(["L0H1", "L0H2", "L1H2"], "high", "low"),
     sp.SetFrequencies(["L0H0", "L1H2"], [0.7, 0.5, 0.0, 0.02]),
     sp.PlantSlash(["L0H1", "L1H3"], 2),
+    sp.DropDirection(["L0H1", "L1H3"], direction=AXIS),
+    sp.DropDirection(["L0H1", "L0H3", "L1H0"], "q", AXIS, "same_size", 3),
 ]
 each_edit = pytest.mark.parametrize("edit", EDITS, ids=str)
 some_edits = st.lists(st.sampled_from(EDITS), min_size=1, max_size=3)

@@ -10,7 +10,9 @@ import torch
 
 from slashpatch.data.heads import Head
 from slashpatch.effects.result import Result
+from slashpatch.explaining.parts import FromAxis, Origin, Variation
 from slashpatch.explaining.result import Explanation
+from slashpatch.maths.logit_shares import LogitShares
 from slashpatch.scanning.moments import Moments
 from slashpatch.scanning.result import Scan
 from slashpatch.scanning.top_keys_result import TopKeys
@@ -121,6 +123,16 @@ def explanation(head="L1H0", of=None, **details):
         provenance=origin(
             prompts=[{"source": "natural text", "n": 4, "digest": "d"}], seed=0, **details
         ),
+        shares=LogitShares(0.8, 0.1, 0.9, 0.75, 0.3, 1.5, 64),
+        variation=Variation(0.1, 0.2, 0.01, 0.0),
+        origin=Origin(
+            0.85,
+            0.72,
+            FromAxis(0.9, 0.0, 0.1, 0.98, 0.97),
+            FromAxis(0.7, 0.2, 0.1, 0.95, 0.9),
+            {"q": 0.1, "k": 0.05, "qk": 0.02},
+            {"same_size": [0.5, 0.6], "random": [0.7], "principal": [0.7, 0.6, 0.65]},
+        ),
     )
 
 
@@ -128,8 +140,35 @@ def _effect(value, width=0.3):
     return {"effect": value, "low": value - width, "high": value + width, "p": 0.01, "q": 0.02}
 
 
+def _pairs_frame():
+    rows = [
+        {"patched": patched, "part": "diagonal", "direction": direction, "n": 4}
+        | {"metric": "logit difference", "baseline": -6.0, "edited": share * 12 - 6}
+        | _effect(12 * share)
+        | {"normalized": share, "normalized_low": share - 0.1, "normalized_high": share + 0.1}
+        for patched, share in (("L1H0@1", 0.7), ("L1H0@1, L2H1.k", 0.9))
+        for direction in ("denoising", "noising")
+    ]
+    return pd.DataFrame(rows)
+
+
+def _direct_frame(edit):
+    rows = [
+        {"edit": edit, "part": part, "metric": "copying", "of": "", "n": 4}
+        | {"baseline": 2.0, "edited": 2.0 + value, **_effect(value)}
+        | dict(zip(("repaired", "repaired_low", "repaired_high"), shares, strict=True))
+        for part, value, shares in (
+            ("direct", 2.0, (float("nan"),) * 3),
+            ("direct, new norm", 1.9, (float("nan"),) * 3),
+            ("total", 0.5, (float("nan"),) * 3),
+            ("repair", -1.5, (0.75, 0.7, 0.8)),
+        )
+    ]
+    return pd.DataFrame(rows)
+
+
 def result(kind, **of):
-    """A result of `measure`, `flow`, `copying`, `paths`, `sweep` or `screen`."""
+    """A result of a kind in `KINDS` of test_notebook.py."""
     edit = "KnockOut(L1H0, 1)"
     details = {
         "confidence": 0.95,
@@ -139,10 +178,17 @@ def result(kind, **of):
     tables, remarks = {}, ("The edit raises the loss.",)
     if kind == "measure":
         base = {"edit": edit, "metric": "copying", "of": "", "n": 4, "baseline": 2.0, "edited": 8.0}
+        no_draws = dict.fromkeys(("p_rank", "as_large"), float("nan"))
         frame = pd.DataFrame(
             [
-                {**base, "against": "clean", **_effect(6.0), "as_large": float("nan")},
-                {**base, "against": "random-heads:2", **_effect(5.9), "as_large": 0.0},
+                {**base, "against": "clean", **_effect(6.0), **no_draws},
+                {
+                    **base,
+                    "against": "random-heads:2",
+                    **_effect(5.9),
+                    "p_rank": 1 / 3,
+                    "as_large": 0.0,
+                },
             ]
         )
         tables["draws"] = pd.DataFrame(
@@ -227,6 +273,60 @@ def result(kind, **of):
         )
         details |= {"metric": "copying", "proxy": None, "split": True}
         tables["audit"] = pd.DataFrame([{"above": 0.5, "missed_at_most": 1, "recall": 1.0}])
+    elif kind == "dose":
+        frame = pd.DataFrame(
+            [
+                {
+                    "dose": float(dose),
+                    "edit": f"ScaleOffsets(L1H0, offsets=1, factor={dose:.1f})",
+                    "metric": "copying",
+                    "against": against,
+                    "n": 4,
+                    "baseline": 2.0,
+                    "edited": 2.0 + value * dose,
+                    **_effect(value * dose),
+                    "p_rank": float("nan") if against == "clean" else 1 / 3,
+                    "as_large": float("nan") if against == "clean" else 0.0,
+                }
+                for against, value in (("clean", 3.0), ("random-heads:2", 2.8))
+                for dose in (0.0, 0.5, 1.0, 2.0)
+            ]
+        )
+        tables["trend"] = pd.DataFrame(
+            [{"metric": "copying", "against": "clean", "n": 4, "spearman": 1.0, "slope": 3.0}]
+        )
+        details |= {"measured": ["ScaleOffsets(L1H0, 1, {})"], "metrics": ["copying"]}
+    elif kind == "circuit":
+        frame = pd.DataFrame(
+            [
+                {
+                    "what": what,
+                    "member": member,
+                    "metric": "copying",
+                    "n": 4,
+                    "value": 3.0,
+                    "share": share,
+                    "low": share - 0.1,
+                    "high": share + 0.1,
+                    "p": 0.1,
+                    "q": 0.2,
+                    "p_rank": 0.05 if what == "faithfulness" else float("nan"),
+                }
+                for what, member, share in (
+                    ("faithfulness", "", 0.9),
+                    ("random sets", "", 0.05),
+                    ("beyond random sets", "", 0.85),
+                    ("left without", "", 0.1),
+                    ("incompleteness", "", 0.1),
+                    ("minimality", "L1H0", 0.8),
+                    ("minimality", "L2H1@3", 0.7),
+                )
+            ]
+        )
+        tables["random_sets"] = pd.DataFrame(
+            {"drawn": ["L1H2, L2H3", "L1H1, L2H0"], "share": [0.1, 0.0]}
+        )
+        details |= {"measured": ["L1H0, L2H1@3"], "metric": "copying"}
     elif kind == "paths":
         frame = pd.DataFrame(
             [
@@ -247,6 +347,42 @@ def result(kind, **of):
             ]
         )
         details |= {"measured": [edit], "metric": "copying"}
+    elif kind == "pairs":
+        frame = _pairs_frame()
+        details |= {"measured": ["L1H0@1", "L1H0@1, L2H1.k"], "metric": "logit difference"}
+    elif kind == "direct":
+        frame = _direct_frame(edit)
+        details |= {"measured": [edit], "metric": "copying"}
+    elif kind == "persistence":
+        frame = pd.DataFrame(
+            [
+                {
+                    "name": f"L{layer}H{head}",
+                    "layer": layer,
+                    "head": head,
+                    "offset": offset,
+                    "n": 4,
+                    "natural": natural,
+                    "natural_low": natural - 0.02,
+                    "natural_high": natural + 0.02,
+                    "random": other,
+                    "random_low": other - 0.01,
+                    "random_high": other + 0.01,
+                    "difference": other - natural,
+                    "low": other - natural - 0.03,
+                    "high": other - natural + 0.03,
+                    "p": 0.01,
+                    "q": 0.02,
+                }
+                for layer, head, offset, natural, other in (
+                    (1, 0, 1, 0.8, 0.7),
+                    (2, 1, 0, 0.3, 0.08),
+                    (0, 3, 2, 0.05, 0.2),
+                    (0, 0, 1, 0.02, 0.01),
+                )
+            ]
+        )
+        details |= {"kappa": 0.1, "kappa_random": 0.05, "against": "random"}
     else:
         frame = pd.DataFrame(
             [

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from slashpatch.reporting.charts import (
+    doses,
     effect_rows,
     effects,
     heads,
     pairs,
     palette,
     parts,
+    persistence,
     rows,
     training,
     training_rows,
@@ -56,8 +58,15 @@ def frames():
         effects.flow: (effect_rows.flow_rows(made["flow"]),),
         effects.lags: (effect_rows.lag_rows(made["copying"]),),
         effects.paths: (effect_rows.path_rows(made["paths"]),),
+        effects.parts: (effect_rows.part_rows(made["direct"]),),
+        persistence.persistence: (persistence.persistence_rows(made["persistence"]),),
         effects.sweep: (effect_rows.sweep_rows(made["sweep"]),),
         effects.screen: (effect_rows.screen_rows(made["screen"]),),
+        doses.dose: (effect_rows.dose_rows(made["dose"], "copying"),),
+        doses.circuit: (
+            effect_rows.circuit_rows(made["circuit"]),
+            effect_rows.circuit_draws(made["circuit"]),
+        ),
         training.training: (training_rows.training_rows(runs),),
         training.phases: (training_rows.phase_rows(diagram),),
         training.checks: (training_rows.check_rows(check_report()),),
@@ -162,8 +171,11 @@ def test_titles_are_no_expressions(title):
     """Vega-Lite puts titles of axes into expressions; a backslash must not end the text there."""
     for chart, kind, of in (
         (effects.paths, "paths", effect_rows.path_rows),
+        (effects.parts, "pairs", effect_rows.part_rows),
         (effects.sweep, "sweep", effect_rows.sweep_rows),
         (effects.screen, "screen", effect_rows.screen_rows),
+        (doses.dose, "dose", lambda result: effect_rows.dose_rows(result, "copying")),
+        (doses.circuit, "circuit", effect_rows.circuit_rows),
         (effects.forest, "measure", lambda result: effect_rows.forest_rows(result, "copying")),
     ):
         made = chart(of(samples.result(kind)), quantity=title)

@@ -20,7 +20,10 @@ from slashpatch.reporting.style import new_figure, styled
 from ..tiny import random_tokens
 from . import samples
 
-KINDS = ("measure", "flow", "copying", "paths", "sweep", "screen")
+KINDS = (
+    *("measure", "flow", "copying", "paths", "pairs", "direct", "persistence"),
+    *("sweep", "screen", "dose", "circuit"),
+)
 #: Elements without an end tag in HTML.
 VOID = {"br", "img"}
 
@@ -58,7 +61,7 @@ def checked(result):
     """The HTML of a result, after tests that hold for all."""
     html = result._repr_html_()
     assert html == result._repr_html_()
-    assert len(html) < 60_000
+    assert len(html) < 70_000
     found = Checked(html)
     tags = {tag for tag, _ in found.elements}
     assert not tags & {"script", "style", "link", "iframe", "object", "foreignobject", "img"}
@@ -221,6 +224,7 @@ def test_every_edit_says_what_it_does(name):
         "ScaleBand": "ScaleBand(L0H0, high, 2)",
         "SetFrequencies": "SetFrequencies(L0H0, (1.0, 0.5))",
         "RankOne": "RankOne(L0H0)",
+        "DropDirection": "DropDirection(L0H0)",
         "PlantSlash": "PlantSlash(L0H0, 1, 2.0)",
     }
     edit = sp.parse_edit(texts[name])
@@ -258,7 +262,7 @@ def test_hostile_texts_stay_text():
     assert shown in checked(result).text
     for kind in KINDS[1:]:
         other = samples.result(kind, model=hostile)
-        columns = {"edit": hostile, "metric": hostile, "reader": hostile}
+        columns = {"edit": hostile, "metric": hostile, "reader": hostile, "patched": hostile}
         columns = {name: value for name, value in columns.items() if name in other.frame}
         details = {**other.provenance, "metric": hostile, "measured": [hostile]}
         frame = other.frame.assign(**columns)

@@ -128,8 +128,8 @@ def test_a_result_without_rows_has_no_plot(kind):
 
 
 def test_results_that_have_no_plot(made):
-    with pytest.raises(PlotError, match="no plot of a result of kind 'dose'.*measure, flow"):
-        dataclasses.replace(made["flow"], kind="dose").plot()
+    with pytest.raises(PlotError, match="no plot of a result of kind 'other'.*measure, flow"):
+        dataclasses.replace(made["flow"], kind="other").plot()
     with pytest.raises(PlotError, match="no measurements yet"):
         dataclasses.replace(made["run"], rows=[]).plot()
 

@@ -265,7 +265,7 @@ def test_phase_diagram(tmp_path, monkeypatch):
         theory.phase_diagram(base, **knobs, path=path)
     with pytest.raises(SweepError, match="unfinished"):
         theory.phase_diagram(base, **knobs, path=path)
-    with pytest.raises(SweepError, match="is of another sweep: its kappa"):
+    with pytest.raises(SweepError, match="is of another run: its kappa"):
         theory.phase_diagram(base, **knobs, path=path, resume=True, kappa=0.2)
     again = theory.phase_diagram(base, **knobs, path=path, resume=True)
     assert len(calls) == 5 + 12 - 4

@@ -99,6 +99,35 @@ def path_rows(result: Result, top: int | None = None) -> pd.DataFrame:
     )
 
 
+def part_rows(result: Result) -> pd.DataFrame:
+    """Return the rows of `activation_patching` or `direct_effect`: row, what, effect, low, high, q.
+
+    `row` is what was patched or edited, `what` the direction or the part. Of activation patching,
+    `effect` is the normalized one.
+    """
+    frame = result.frame
+    if result.kind == "pairs":
+        frame = frame.assign(
+            row=frame["patched"],
+            what=frame["direction"],
+            effect=frame["normalized"],
+            low=frame["normalized_low"],
+            high=frame["normalized_high"],
+        )
+    else:
+        frame = frame[frame["part"] != "direct, new norm"]
+        labels = [f"{row.edit} {row.of}".strip() for row in frame.itertuples()]
+        frame = frame.assign(row=labels, what=frame["part"])
+    return frame[["row", "what", "effect", "low", "high", "q"]].reset_index(drop=True)
+
+
+def quantity_of(result: Result) -> str:
+    """Return what `effect` is in `part_rows`, as the title of an axis."""
+    if result.kind == "pairs":
+        return "logit difference (0: unpatched run, 1: the other run)"
+    return f"effect on {result.provenance['metric']}"
+
+
 def sweep_rows(result: Result) -> pd.DataFrame:
     """Return one row for each head of a sweep or screen: its largest effect over the offsets.
 
@@ -116,3 +145,38 @@ def screen_rows(result: Result) -> pd.DataFrame:
     names = ["name", "estimate", "effect", "low", "high", "why"]
     names += ["offset"] if "offset" in result.frame else []
     return result.frame.loc[result.frame["why"] != "", names].reset_index(drop=True)
+
+
+def dose_rows(result: Result, metric: str) -> pd.DataFrame:
+    """Return one metric's effect by dose: columns series ("edit" or a control), dose, effect, ends.
+
+    A control's effect is the mean over its draws, without an interval (low, high).
+    """
+    import pandas as pd
+
+    frame = result.frame[result.frame["metric"] == metric]
+    clean = frame[frame["against"] == "clean"].set_index("dose")["effect"]
+    parts = []
+    for against, rows in frame.groupby("against", sort=False):
+        part = rows[["dose", "effect", "low", "high"]].assign(series="edit")
+        if against != "clean":
+            # The row against a control holds the effect beyond the mean of its draws.
+            mean = rows["dose"].map(clean) - rows["effect"]
+            part = part.assign(series=against, effect=mean, low=float("nan"), high=float("nan"))
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def circuit_rows(result: Result) -> pd.DataFrame:
+    """Return each share of a circuit: columns row (its label), share, low, high."""
+    frame = result.frame
+    labels = [f"{row.what} {row.member}".strip() for row in frame.itertuples()]
+    return frame[["share", "low", "high"]].assign(row=labels)
+
+
+def circuit_draws(result: Result) -> pd.DataFrame:
+    """Return the share of each random set: columns row (a label of `circuit_rows`), share."""
+    import pandas as pd
+
+    draws = result.tables.get("random_sets", pd.DataFrame(columns=["share"]))
+    return draws[["share"]].assign(row="random sets")

@@ -1,4 +1,4 @@
-"""Charts of measured effects: forest plots, flow, copied lags, paths, sweeps and screens."""
+"""Charts of measured effects: forest plots, flow, copied lags, paths, parts, sweeps, screens."""
 
 from __future__ import annotations
 
@@ -114,6 +114,41 @@ def paths(
     tips = tooltip(path="row:N", effect="effect:Q:+.4f", low="low:Q:+.4f", high="high:Q:+.4f")
     layers = [zero_rule(quantity), *_intervals(source(data), quantity, tips, {})]
     return finished(alt.layer(*layers), description, title, width, alt.Step(ROW_HEIGHT))
+
+
+def parts(
+    data: Rows,
+    *,
+    quantity: str = "effect",
+    width: Width = 420,
+    title: str | None = None,
+    description: str = "Effects with intervals, several for each row, told apart by their marks.",
+) -> alt.LayerChart:
+    """Return several effects with intervals in each row, such as direct, total and repair.
+
+    Args:
+        data: Columns row (its label), what (which of the effects), effect, low, high.
+        quantity: Title of the axis, with its unit.
+        width: In pixels, or "container".
+        title: The title, if any.
+        description: What is seen, for screen readers.
+    """
+    alt = require_altair()
+    rows, quantity = source(data), axis_title(quantity)
+    tips = tooltip(
+        row="row:N", what="what:N", effect="effect:Q:+.4f", low="low:Q:+.4f", high="high:Q:+.4f"
+    )
+    told = kinds("what", seen(rows, "what"))
+    beside = alt.YOffset("what:N", sort=None, scale=alt.Scale(domain=seen(rows, "what")))
+    where = {"y": row_labels(), "yOffset": beside, "tooltip": tips}
+    points = alt.Chart(rows).mark_point(filled=True, size=60, opacity=1)
+    points = points.encode(x=alt.X("effect:Q", title=quantity), **told, **where)
+    rules = alt.Chart(rows).mark_rule(strokeWidth=2)
+    low = alt.X("low:Q", title=quantity)
+    rules = rules.encode(x=low, x2="high:Q", color=told["color"], **where)
+    chart = alt.layer(zero_rule(quantity), points, rules)
+    height = alt.Step(2 * ROW_HEIGHT, **{"for": "position"})
+    return finished(chart, description, title, width, height)
 
 
 def flow(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .parts import Rows, Width
 
 #: Groups of the edits that `explain` tries, in the order of legends.
-GROUPS = ("rank one", "band dropped", "band not rotated")
+GROUPS = ("rank one", "band dropped", "band not rotated", "axis dropped", "its controls")
 
 
 def head_grid(
@@ -153,8 +153,8 @@ def edits_of_explanation(
     """Return the slash score under each edit that `explain` tried, beside the unedited score.
 
     Args:
-        data: Columns label (such as "drop high"), group ("rank one", "band dropped" or "band not
-            rotated"), score, clean (the unedited score, the same in each row).
+        data: Columns label (such as "drop high"), group (one of GROUPS), score, clean (the
+            unedited score, the same in each row).
         width: In pixels, or "container".
         title: The title, if any.
         description: What is seen, for screen readers.

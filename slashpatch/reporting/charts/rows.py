@@ -90,7 +90,7 @@ def edit_rows(explanation: Explanation) -> pd.DataFrame:
     import pandas as pd
 
     names = {"q": "Q at rank one", "k": "K at rank one", "qk": "Q and K at rank one"}
-    groups = (
+    groups: tuple[tuple[str, dict[str, float]], ...] = (
         ("rank one", {names[of]: score for of, score in explanation.rank_one.items()}),
         ("band dropped", {f"drop {band}": score for band, score in explanation.dropped.items()}),
         (
@@ -98,6 +98,21 @@ def edit_rows(explanation: Explanation) -> pd.DataFrame:
             {f"freeze {band}": score for band, score in explanation.frozen.items()},
         ),
     )
+    origin = explanation.origin
+    if origin is not None:
+        groups += (
+            (
+                "axis dropped",
+                {f"drop axis of {of.upper()}": origin.dropped[of] for of in ("q", "k", "qk")},
+            ),
+            (
+                "its controls",
+                {
+                    f"{name.replace('_', ' ')} (mean of {len(draws)})": sum(draws) / len(draws)
+                    for name, draws in origin.controls.items()
+                },
+            ),
+        )
     rows = [
         (label, group, score, explanation.natural)
         for group, scores in groups

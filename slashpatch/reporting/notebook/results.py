@@ -11,7 +11,7 @@ from ..checks import check_lines, counts_of
 from ..effects import TEXTS, TITLES, effect_cells, headings
 from ..explanation_figure import explanation_figure
 from ..figures import effects_figure, paths_figure
-from ..forest import forest_figure
+from ..forest import forest_figure, parts_figure
 from ..tables import number
 from ..theory import training_cells, training_figure
 from .block import Block, Table
@@ -35,7 +35,12 @@ _PICTURES = {
     "flow": "Flow by offset, a curve with its interval for each edit.",
     "copying": "How often each lag is copied, a group of bars for each lag.",
     "paths": "Effect through one input of one later head, the strongest paths with intervals.",
+    "pairs": "Normalized logit difference of each patch with its interval, in both directions.",
+    "direct": "Direct effect, total effect and repair of each edit, with intervals.",
+    "persistence": "Score on natural text against score on random tokens, with both thresholds.",
     "sweep": "Effect of the edit at each head, as a grid of layers by heads.",
+    "dose": "Effect by dose, a curve with its interval as a band, and its controls.",
+    "circuit": "Shares of what all heads do, with intervals; ticks are random sets.",
     "screen": "Effects that were run, as a grid; below, estimated against exact effects.",
 }
 
@@ -70,6 +75,8 @@ def _plain_html(result: Result) -> str:
 def _figure(result: Result) -> Figure:
     if result.kind == "measure":
         return forest_figure(result, metrics=3, rows=_FOREST_ROWS)
+    if result.kind in ("pairs", "direct"):
+        return parts_figure(result, _FOREST_ROWS)
     return paths_figure(result, _ROWS) if result.kind == "paths" else effects_figure(result)
 
 
@@ -117,9 +124,37 @@ def explanation_html(explanation: Explanation) -> str:
                 ranks,
                 caption="rank measures (> share of heads with a smaller value)",
             ),
+            *_why_tables(explanation),
         ],
         [f"Rule (ours): {RULE}"],
     ).html()
+
+
+def _why_tables(explanation: Explanation) -> list[Table]:
+    """Return tables of what the logits depend on, and of what comes from the inputs' axis."""
+    tables = []
+    shares, origin = explanation.shares, explanation.origin
+    if shares is not None:
+        beyond = shares.both - shares.position
+        cells = [shares.position, shares.curve, beyond, 1 - shares.both]
+        caption = (
+            f"shares of the logits' variance, {shares.n_offsets} offsets, rows less their mean"
+        )
+        heading = ["position", "predicted curve", "key token beyond it", "query and key together"]
+        tables.append(
+            Table(heading, [["–" if cell != cell else f"{cell:.0%}" for cell in cells]],
+                  caption=caption)
+        )  # fmt: skip
+    if origin is not None:
+        rows = [
+            [label, *(f"{one:.0%}" for one in (part.axis, part.bias, part.rest)),
+             f"{part.cosine:.3f}", f"{part.leading:.3f}"]
+            for label, part in (("Q", origin.q), ("K", origin.k))
+        ]  # fmt: skip
+        heading = ["mean", "of the axis", "of the bias", "rest", "cosine", "leading direction"]
+        caption = f"origin: the axis has {origin.share:.0%} of the inputs' second moment"
+        tables.append(Table(heading, rows, caption=caption))
+    return tables
 
 
 def report_html(report: Report) -> str:

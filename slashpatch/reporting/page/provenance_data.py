@@ -61,8 +61,9 @@ def definitions() -> list[tuple[str, str, str]]:
         ),
         (
             "interval",
-            "Over prompts, the unit of chance: Student's t at 95 % for scores; bootstrap for "
-            "effects, at the level that is written with them. There is none for a single prompt.",
+            "Over prompts, the unit of chance: Student's t at 95 % for scores; bootstrap-t for "
+            "effects, at the level that is written with them. Effects of fewer than 6 prompts have "
+            "none, nor have scores of a single prompt.",
             OURS,
         ),
         (

@@ -12,61 +12,16 @@ from ...data.heads import Head
 from ...effects.result import Result
 from ...errors import ReportError
 from ..charts import effect_rows
-from .scan_data import number
+from ..charts.persistence import persistence_rows
+from .dose_data import circuit_chart, dose_charts
+from .result_words import ABOUT, ENDS, LABELS, NEEDED, TEXT, TITLES
+from .scan_data import number, records
 
 if TYPE_CHECKING:
     import pandas as pd
 
 #: The largest number of rows of a table on the page, the largest effects first.
 MOST_ROWS = 500
-_TITLES = {
-    "measure": "Effects of edits",
-    "flow": "Flow between tokens",
-    "copying": "Which token is copied",
-    "paths": "Paths of an effect",
-    "sweep": "One edit at every head",
-    "screen": "One edit at every head, screened",
-}
-_ABOUT = {
-    "measure": "Edited minus clean run, paired by prompt; rows against a control hold what is "
-    "beyond the mean of its draws.",
-    "flow": "KL divergence in nats of a prediction when the token Δ before it is replaced.",
-    "copying": "Repeated random tokens: how often the token at a lag in the first copy is the "
-    "likeliest next token.",
-    "paths": "What the edit changes through one input (q, k or v) of one later head alone.",
-    "sweep": "The same edit at one head at a time, the largest effect first.",
-    "screen": "The same edit at one head at a time: estimated by gradients at all, run at those of "
-    "largest estimate (top, flagged) and at some drawn at random (audit).",
-}
-_TEXT = ("edit", "metric", "of", "against", "name", "reader", "input", "why")
-_LABELS = {
-    "name": "head",
-    "offset": "Δ",
-    "as_large": "share of draws at least as large",
-    "n": "prompts",
-    "top1": "how often likeliest",
-    "q": "q",
-    "p": "p",
-}
-#: Columns with an interval, and the columns of its ends.
-_ENDS = {
-    "effect": ("low", "high"),
-    "flow": ("flow_low", "flow_high"),
-    "top1": ("top1_low", "top1_high"),
-    "loss": ("loss_low", "loss_high"),
-}
-#: What a result must have to be shown: columns of text, and columns of numbers.
-_NEEDED = {
-    "measure": (("edit", "metric", "of", "against"), ("effect", "low", "high")),
-    "flow": (("edit",), ("offset", "flow", "flow_low", "flow_high", "effect")),
-    "copying": (("edit",), ("lag", "top1", "top1_low", "top1_high", "effect")),
-    "paths": (("reader", "input"), ("effect", "low", "high", "q")),
-    "sweep": (("name", "edit"), ("layer", "head", "effect", "low", "high", "q")),
-    "screen": (
-        ("name", "edit", "why"),
-        ("layer", "head", "estimate", "effect", "low", "high", "q"),
-    ),
-}
 #: Kinds that have a row for each head.
 _BY_HEAD = ("sweep", "screen")
 _HEAD = re.compile(r"L\d+H\d+")
@@ -79,9 +34,9 @@ _PATHS = 12
 def require_readable(result: Result, shape: tuple[int, int], name: str) -> None:
     """Raise ReportError unless a result has the rows and columns that its kind has."""
     frame, prompts = result.frame, result.provenance.get("prompts")
-    if result.kind not in _NEEDED:
-        raise ReportError(f"{name} is of an unknown kind; expected one of {', '.join(_NEEDED)}")
-    text, numbers = _NEEDED[result.kind]
+    if result.kind not in NEEDED:
+        raise ReportError(f"{name} is of an unknown kind; expected one of {', '.join(NEEDED)}")
+    text, numbers = NEEDED[result.kind]
     wrong = [column for column in (*text, *numbers) if column not in frame]
     wrong += [c for c in numbers if c in frame and not pd_types.is_numeric_dtype(frame[c])]
     if wrong or not len(frame) or not isinstance(prompts, dict):
@@ -90,7 +45,10 @@ def require_readable(result: Result, shape: tuple[int, int], name: str) -> None:
     draws = result.tables.get("draws")
     if draws is not None and not {"edit", "control", "metric", "of", "effect"} <= set(draws):
         raise ReportError(f"{name} is no result of {result.kind}: its table of draws is damaged")
-    if result.kind in _BY_HEAD:
+    sets = result.tables.get("random_sets")
+    if sets is not None and not ("share" in sets and pd_types.is_numeric_dtype(sets["share"])):
+        raise ReportError(f"{name} is no result of {result.kind}: its random sets are damaged")
+    if result.kind in (*_BY_HEAD, "persistence"):
         inside = frame["layer"].between(0, shape[0] - 1) & frame["head"].between(0, shape[1] - 1)
         if not inside.all():
             raise ReportError(f"{name} has heads that the scan's model has not")
@@ -101,12 +59,12 @@ def result_data(result: Result) -> dict[str, Any]:
     origin = result.provenance
     prompts = origin.get("prompts", {})
     about = (
-        f"{_ABOUT[result.kind]} {prompts.get('n', '?')} prompts ({prompts.get('source', '?')}), "
+        f"{ABOUT[result.kind]} {prompts.get('n', '?')} prompts ({prompts.get('source', '?')}), "
         f"{origin.get('confidence', 0.95):.0%} intervals over prompts."
     )
     return {
         "kind": result.kind,
-        "title": f"{_TITLES[result.kind]}: {_subject(result)}",
+        "title": f"{TITLES[result.kind]}: {_subject(result)}",
         "about": about,
         "charts": list(_charts(result)),
         "tables": [table_data(result.frame, "All rows")],
@@ -130,10 +88,19 @@ def _charts(result: Result) -> Iterator[dict[str, Any]]:
     if result.kind == "measure":
         yield from _forests(result)
         return
+    if result.kind == "dose":
+        yield from dose_charts(result)
+        return
+    if result.kind == "circuit":
+        yield circuit_chart(result)
+        return
     rows, spec, title = {
         "flow": (effect_rows.flow_rows, "flow", "Flow by offset"),
         "copying": (effect_rows.lag_rows, "lags", "How often each lag is copied"),
         "paths": (lambda result: effect_rows.path_rows(result, _PATHS), "paths", "Strongest paths"),
+        "pairs": (effect_rows.part_rows, "patched", "What the patched activations carry"),
+        "direct": (effect_rows.part_rows, "direct", "Direct effect, total effect and repair"),
+        "persistence": (persistence_rows, "persistence", "Natural against random"),
         "sweep": (effect_rows.sweep_rows, "sweep", "Effect of the edit at each head"),
         "screen": (effect_rows.sweep_rows, "sweep", "Effect at each head that was run"),
     }[result.kind]
@@ -189,7 +156,9 @@ def _forest_caption(rows: pd.DataFrame, n_draws: int) -> str:
 
 def _caption(result: Result, frame: pd.DataFrame) -> str:
     """Return what a chart shows, with its largest number."""
-    measured = {"flow": "flow", "copying": "top1"}.get(result.kind, "effect")
+    measured = {"flow": "flow", "copying": "top1", "persistence": "natural"}.get(
+        result.kind, "effect"
+    )
     frame = frame[frame[measured].notna()].sort_values(measured, key=abs, ascending=False)
     rows = frame.to_dict(orient="records")
     if not rows:
@@ -205,10 +174,17 @@ def _caption(result: Result, frame: pd.DataFrame) -> str:
         best = {row["edit"]: row for row in reversed(rows)}
         each = [f"{edit}: lag {row['lag']} ({row['top1']:.2f})" for edit, row in best.items()]
         return f"The lag that is copied most often, by edit: {'; '.join(reversed(each))}."
+    if result.kind == "persistence":
+        return (
+            f"Highest on natural text: {top['name']} at Δ={top['offset']}, {top['natural']:.3f}, "
+            f"and {top['random']:.3f} on random tokens. Dashed lines are the thresholds."
+        )
     name = top["name"] if result.kind in _BY_HEAD else top["row"]
-    interval = f" ({top['low']:+.3g} to {top['high']:+.3g} over prompts)"
     what = "Largest single path" if result.kind == "paths" else "Largest"
-    return f"{what}: {name}, {top['effect']:+.3g}{interval if top['low'] == top['low'] else ''}."
+    return (
+        f"{what}: {name}, {top['effect']:+.3g}. Chosen for being the largest, it looks larger than "
+        "it is; where there are prompts enough, a remark has one chosen on other prompts."
+    )
 
 
 def sweep_values(
@@ -234,7 +210,7 @@ def effects_by_head(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     for result in results:
         for name, rows in _rows_by_head(result).items():
             entry = named.setdefault(name, {"charts": [], "tables": []})
-            entry["tables"].append(table_data(rows, f"{_TITLES[result.kind]}: rows of {name}"))
+            entry["tables"].append(table_data(rows, f"{TITLES[result.kind]}: rows of {name}"))
             if result.kind == "measure":
                 entry["charts"] += _forests(result, name)
     return named
@@ -243,7 +219,9 @@ def effects_by_head(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def _rows_by_head(result: Result) -> dict[str, pd.DataFrame]:
     """Return the rows of a result for each head that their edits (or readers) name."""
     frame = result.frame
-    column = {"sweep": "name", "screen": "name", "paths": "reader"}.get(result.kind, "edit")
+    columns = {"sweep": "name", "screen": "name", "persistence": "name"}
+    columns |= {"paths": "reader", "pairs": "patched", "circuit": "member"}
+    column = columns.get(result.kind, "edit")
     names = [set(_HEAD.findall(str(value))) for value in frame[column]]
     found = sorted(set().union(*names), key=Head.parse) if names else []
     return {name: frame[[name in row for row in names]] for name in found}
@@ -251,15 +229,15 @@ def _rows_by_head(result: Result) -> dict[str, pd.DataFrame]:
 
 def table_data(frame: pd.DataFrame, title: str) -> dict[str, Any]:
     """Return a table for the page: columns, at most `MOST_ROWS` rows, and how many are left out."""
-    ends = {end for pair in _ENDS.values() for end in pair}
+    ends = {end for pair in ENDS.values() for end in pair}
     columns = [
         {
             "key": name,
-            "label": _LABELS.get(name, name.replace("_", " ")),
-            "number": name not in _TEXT,
-            "signed": name == "effect",
+            "label": LABELS.get(name, name.replace("_", " ")),
+            "number": name not in TEXT,
+            "signed": name in ("effect", "difference"),
             "share": name == "as_large",
-            "ends": list(_ENDS[name]) if name in _ENDS and _ENDS[name][0] in frame else None,
+            "ends": list(ENDS[name]) if name in ENDS and ENDS[name][0] in frame else None,
         }
         for name in map(str, frame.columns)
         if name not in ends
@@ -273,11 +251,3 @@ def table_data(frame: pd.DataFrame, title: str) -> dict[str, Any]:
         "rows": records(frame.head(MOST_ROWS)),
         "note": f"{left_out} more rows are in the result's own file." if left_out > 0 else "",
     }
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return rows as JSON values, numbers with four significant digits."""
-    return [
-        {str(name): number(value) for name, value in row.items()}
-        for row in frame.to_dict(orient="records")
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from ...maths.bands import named_bands
 from ...scanning.moments import Moments
 from ...scanning.result import Scan
 from .shown_text import visible
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: The number of offsets from which a page leaves some out: it keeps the best offset of each head,
 #: and others with high scores up to this number.
@@ -156,3 +159,11 @@ def number(value: Any, digits: int = 4) -> Any:
     if not math.isfinite(rounded):
         return value
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return rows as JSON values, numbers with four significant digits."""
+    return [
+        {str(name): number(value) for name, value in row.items()}
+        for row in frame.to_dict(orient="records")
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..charts import effects, heads
+from ..charts import doses, effects, heads, persistence
 from ..charts import pairs as of_pairs
 from ..charts.palette import (
     DARK_DIVERGING,
@@ -36,8 +36,15 @@ def specs() -> dict[str, dict[str, Any]]:
         "flow_linear": effects.flow(rows, log=False, width=_WIDTH),
         "lags": effects.lags(rows, width=_WIDTH),
         "paths": effects.paths(rows, width=_LABELLED),
+        "patched": effects.parts(
+            rows, width=_LABELLED, quantity="logit difference (1: the other run)"
+        ),
+        "direct": effects.parts(rows, width=_LABELLED),
+        "persistence": persistence.persistence(rows, width=_WIDTH),
         "sweep": effects.sweep(rows, width=_WIDTH),
         "screen": effects.screen(rows, width=_WIDTH),
+        "dose": doses.dose(rows, width=_WIDTH),
+        "circuit": doses.circuit(rows, draws, width=_LABELLED),
     }
     return {name: chart.to_dict() for name, chart in charts.items()}
 

@@ -113,6 +113,14 @@ function editsFigure(name, explanation) {
     ["band dropped", Object.entries(explanation.score_with_band_dropped).map(([band, score]) => [`${band} dropped`, score])],
     ["band not rotated", Object.entries(explanation.score_with_band_frozen).map(([band, score]) => [`${band} not rotated`, score])],
   ];
+  const origin = explanation.origin;
+  if (origin) {
+    groups.push(
+      ["axis dropped", ["q", "k", "qk"].map((of) => [`axis of ${of.toUpperCase().replace("QK", "Q, K")} dropped`, origin.dropped[of]])],
+      ["its controls", Object.entries(origin.controls).map(([name, draws]) =>
+        [`${name.replace("_", " ")} (mean of ${draws.length})`, draws.reduce((sum, score) => sum + score, 0) / draws.length])],
+    );
+  }
   const rows = groups.flatMap(([group, entries]) => entries.map(([label, score]) => ({ label, group, score, clean })));
   return headFigure("edits", {
     title: "Score under the edits of explain", spec: "edits_of_explanation", sets: { rows },

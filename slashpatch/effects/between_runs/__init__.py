@@ -1,0 +1,1 @@
+"""Pairs of prompts, and activations of one run put into the other."""

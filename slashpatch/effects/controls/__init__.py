@@ -1,0 +1,1 @@
+"""The same edit elsewhere: at other heads, offsets or rotary pairs."""

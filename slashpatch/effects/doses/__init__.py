@@ -1,0 +1,1 @@
+"""An edit with a number: its edits, and the trend of its effect."""

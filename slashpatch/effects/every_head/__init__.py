@@ -1,0 +1,1 @@
+"""An edit at every head: its variants, their passes, estimates by gradients."""

@@ -1,0 +1,1 @@
+"""What is measured of a run: numbers per prompt, from logits or attention."""

@@ -1,0 +1,1 @@
+"""Runs of a model under conditions, on prompts, and what they need."""

@@ -1,0 +1,1 @@
+"""Sets of heads or diagonals: their members, and their shares of an effect."""
