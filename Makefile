@@ -1,11 +1,11 @@
-# make demo | demos | test | test-all | fast | lint | format | bench | bench-gpu | families | docs
+# make demo | demos | test | test-all | fast | lint | format | bench | bench-gpu | evidence | families | docs
 # | gallery | reference | clean.
 # Needs Python >= 3.10 with venv and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demos test test-all fast lint format bench bench-gpu families docs gallery reference clean
+.PHONY: demo demos test test-all fast lint format bench bench-gpu evidence families docs gallery reference clean
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Constraints are the tested versions; where one has no file for this Python, pip says so.
@@ -57,6 +57,9 @@ bench: .venv/developed
 
 bench-gpu: .venv/developed
 	$(BIN)/python benchmarks/gpu.py
+
+evidence: .venv/developed
+	$(BIN)/python benchmarks/evidence.py
 
 families: .venv/developed
 	$(BIN)/python -m tests.zoo

@@ -66,6 +66,11 @@ PAGES = {
         "Pairs direct_effect dose ablations circuit Result copying_losses copied_lags SlashScores "
         "PrefixMatching LogitDifference",
     ),
+    "claims": (
+        "Claims",
+        "What it shows: [evidence](../evidence.md).",
+        "evidence Evidence",
+    ),
     "checking": (
         "Checking",
         "How to: [check your model](../how-to/check.md).",

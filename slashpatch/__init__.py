@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .bridge.workers.options import Workers
     from .checking.check import check
     from .checking.result import Check, Report
+    from .claims.evidence import evidence
+    from .claims.result import Evidence
     from .edits import (
         AblateHeads,
         Axis,
@@ -77,6 +79,8 @@ _HOMES = {
     "bridge.workers.options": "Workers",
     "checking.check": "check",
     "checking.result": "Check Report",
+    "claims.evidence": "evidence",
+    "claims.result": "Evidence",
     "edits": "AblateHeads Axis Basis Constants DropBand DropDirection Edit FreezeBand KeepOnly "
     "KnockOut PlantSlash RankOne ScaleBand ScaleOffsets SetFrequencies ShiftSlash SwapBands "
     "fit_axis fit_rank_one parse_edit",
@@ -125,6 +129,7 @@ __all__ = [
     "DropDirection",
     "Edit",
     "Emergence",
+    "Evidence",
     "Explanation",
     "FreezeBand",
     "Head",
@@ -163,6 +168,7 @@ __all__ = [
     "direct_effect",
     "dose",
     "emergence",
+    "evidence",
     "explain",
     "explain_all",
     "fit_ablation",

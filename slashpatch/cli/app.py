@@ -14,6 +14,7 @@ from .demo import demo
 from .doses import ablations, circuit, dose
 from .effects import copying, flow, measure, sweep
 from .emergence import emergence
+from .evidence import evidence
 from .explain import explain
 from .generate import generate, watch
 from .pairs import direct, pairs
@@ -54,7 +55,7 @@ def _root(
 
 for _command in (
     scan, explain, report, generate, watch, demo, measure, flow, copying, sweep, screen,
-    dose, ablations, circuit, pairs, direct, persistence, emergence, check,
+    dose, ablations, circuit, pairs, direct, persistence, emergence, evidence, check,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(theory, name="theory")

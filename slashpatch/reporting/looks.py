@@ -8,12 +8,15 @@ from typing import Any
 from ..data.display import Look, register
 from .checks import check_table
 from .emergence import LiveHeads, emergence_table
+from .evidence_page import evidence_text
 from .explanation import explanation_report
 from .notebook.emergence import emergence_html
+from .notebook.evidence import evidence_html
 from .notebook.results import explanation_html, report_html, result_html, run_html
 from .notebook.scans import edit_html, monitor_html, scan_html
 from .plots import (
     plot_emergence,
+    plot_evidence,
     plot_explanation,
     plot_monitor,
     plot_report,
@@ -42,3 +45,4 @@ register("checking.result.Report", Look(_plain(check_table), report_html, plot_r
 register("effects.result.Result", Look(None, result_html, plot_result))
 register("theory.run.Run", Look(None, run_html, plot_run))
 register("edits.base.Edit", Look(None, edit_html, None))
+register("claims.result.Evidence", Look(evidence_text, evidence_html, plot_evidence))

@@ -22,6 +22,7 @@ from .charts.palette import theme
 from .charts.parts import require_altair, source, stacked
 from .checks import check_figure
 from .emergence_figure import emergence_figure
+from .evidence_figure import evidence_figure
 from .explanation_figure import explanation_figure
 from .figures import effects_figure, grid_figure, scan_figure
 from .style import shortened
@@ -29,6 +30,7 @@ from .theory import training_figure
 
 if TYPE_CHECKING:
     from ..checking.result import Report
+    from ..claims.result import Evidence
     from ..effects.result import Result
     from ..explaining.result import Explanation
     from ..scanning.emergence_result import Emergence
@@ -235,3 +237,9 @@ def _forests(result: Result, top: int) -> Any:
         )
     return plots[0] if len(plots) == 1 else stacked(*plots)
 
+
+def plot_evidence(found: Evidence, backend: str) -> Any:
+    """Return each test's interval against its threshold, claim by claim."""
+    if backend == "altair":
+        raise PlotError("evidence is drawn by matplotlib only; leave backend out")
+    return _drawn(backend, lambda: evidence_figure(found), lambda: None)

@@ -202,7 +202,7 @@ def test_bad_input_ends_with_one_line_and_code_2(call, model, arguments, message
 
 WITH_MODEL = ["scan", "explain", "generate", "watch", "demo", "measure", "flow", "copying", "sweep",
               "screen", "dose", "ablations", "circuit", "pairs", "direct", "persistence",
-              "check", "report"]  # fmt: skip
+              "evidence", "check", "report"]  # fmt: skip
 OF_ITS_OWN = {
     "report": ("--out", "never.html"),
     "explain": ("L0H1",),
