@@ -287,7 +287,7 @@ def test_what_the_default_model_needs(real):
 def test_one_diagonal_carries_copying_from_prompt_to_prompt(real):
     """The slash of L16H0 is sufficient and necessary for most of it, and its neighbour is not."""
     items = ["L16H0@1", "L16H0@2"]
-    found = sp.activation_patching(real, items, n_prompts=6).frame
+    found = sp.activation_patching(real, items, n_prompts=8).frame
     share = found.set_index(["patched", "direction"])["normalized"]
     for direction in ("denoising", "noising"):
         assert share["L16H0@1", direction] > 0.5
