@@ -81,8 +81,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("task", self.task, TASKS)
-        _one_of("optimizer", self.optimizer, ("gd", "adam"))
+        one_of("task", self.task, TASKS)
+        one_of("optimizer", self.optimizer, ("gd", "adam"))
         for name, (least, most) in _COUNTS.items():
             if getattr(self, name) is not None or name != "n_sequences":
                 self._set(name, as_integer(name, getattr(self, name), least, most))
@@ -102,7 +102,7 @@ class Settings:
     def _check_frequencies(self) -> None:
         given = self.frequencies
         if isinstance(given, str):
-            _one_of("frequencies", given, ("all", *NAMED_BANDS))
+            one_of("frequencies", given, ("all", *NAMED_BANDS))
             if given != "all" and self.n_pairs < 3:
                 raise TheoryError(
                     f"frequencies={given!r} is a third of the pairs; expected n_pairs of at "
@@ -187,7 +187,8 @@ _COUNTS = {
 }
 
 
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raise TheoryError unless a value is one of the known ones."""
     if value not in known:
         raise TheoryError(f"{name} is one of {', '.join(known)}; got {value!r}")
 

@@ -1,0 +1,149 @@
+"""When a quantity changed during training: change points and their order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...errors import TheoryError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ...scanning.emergence_result import Emergence
+
+#: The least changes that count, in the units of each quantity. *Ours*.
+LEAST = {"score": 0.2, "rank": 0.1, "cone": 0.1, "prefix": 0.2, "copying": 1.0}
+#: Induction heads reach this prefix matching by the end, else there is none. *Ours*.
+_INDUCTION = 0.2
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of one quantity over training. See `change_point`.
+
+    Attributes:
+        step: Where it crosses half of its change; NaN if it changed too little.
+        early: Where it crosses a quarter of its change.
+        late: Where it crosses three quarters of its change.
+        before: Its level before.
+        after: Its level after.
+    """
+
+    step: float
+    early: float
+    late: float
+    before: float
+    after: float
+
+
+def change_point(
+    steps: Sequence[int], values: Sequence[float], least: float, falls: bool = False
+) -> Change:
+    """Return when a quantity rose (or fell) to its final level, for the last time. *Ours*.
+
+    The level after is the mean of the last tenth of the measurements; the level before is the
+    lowest (highest, if it falls) value measured, which may lie after the first step. The change
+    point is where the quantity last crosses the middle of the two, linearly between measurements.
+
+    Raises TheoryError for fewer than two measurements, or other numbers of steps and values.
+    """
+    at, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    if len(at) < 2 or len(at) != len(y):
+        raise TheoryError(
+            f"a change point needs two or more measurements; got {len(at)} steps and {len(y)} "
+            "values"
+        )
+    y = -y if falls else y
+    sign = -1.0 if falls else 1.0
+    after = float(y[-max(1, len(y) // 10) :].mean())
+    lowest = int(np.nanargmin(y))
+    before = float(y[lowest])
+    size = after - before
+    if not size >= least:
+        return Change(math.nan, math.nan, math.nan, sign * before, sign * after)
+    crossings = [
+        _last_crossing(at[lowest:], y[lowest:], before + share * size)
+        for share in (0.25, 0.5, 0.75)
+    ]
+    return Change(crossings[1], crossings[0], crossings[2], sign * before, sign * after)
+
+
+def _last_crossing(steps: np.ndarray, values: np.ndarray, level: float) -> float:
+    """Return where values last rise above a level, linearly between measurements."""
+    below = np.flatnonzero(~(values >= level))
+    last = int(below[-1])
+    if last + 1 == len(values):  # the very last value dips: its mean with others is above
+        last = int(below[below < len(values) - 1][-1]) if len(below) > 1 else last - 1
+    rise = values[last + 1] - values[last]
+    share = 0.5 if rise <= 0 else (level - values[last]) / rise
+    return float(steps[last] + min(max(share, 0.0), 1.0) * (steps[last + 1] - steps[last]))
+
+
+def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
+    """Return when slashes, rank one, the cone, induction and copying appeared in a run.
+
+    Rows (definitions *ours*):
+
+    - first slash: the head with the highest slash score, at any offset from 1, on held-out text;
+    - slash below induction: the head with the highest score at an offset from 1, in a layer below
+      the induction head's (below the last layer if there is none); and the same head and offset on
+      random tokens;
+    - r1 and cone of that head's queries and keys, and the cone of its layer's input;
+    - induction: the head with the highest prefix matching at the end;
+    - copying: the loss on the second copy of random tokens, which falls.
+
+    Args:
+        text: Measurements on held-out text, with prefix matching and copying loss.
+        random: Measurements on uniform random tokens.
+
+    Returns:
+        Columns: quantity, head, offset (−1 where it has none), before, after, early, step, late.
+    """
+    import pandas as pd
+
+    last = text.best(1)[lambda rows: rows["step"] == rows["step"].max()].reset_index(drop=True)
+    ends = text.frame[text.frame["step"] == text.steps[-1]].reset_index(drop=True)
+    induction = ends.loc[ends["prefix_matching"].idxmax()]
+    found_one = float(induction["prefix_matching"]) >= _INDUCTION
+    n_layers = int(text.provenance["layers_heads_vocabulary"][0])
+    top = int(induction["layer"]) if found_one else n_layers - 1
+    first = last.loc[last["score"].idxmax()]
+    rows = [_row("first slash", text, first["name"], f"score_{first['offset']}", "score")]
+    below = last[last["layer"] < top]
+    if len(below):
+        feeding = below.loc[below["score"].idxmax()]
+        name, column = str(feeding["name"]), f"score_{feeding['offset']}"
+        rows.append(_row("slash below induction", text, name, column, "score"))
+        rows.append(_row("the same on random tokens", random, name, column, "score"))
+        rows += [
+            _row(f"{label} of its {what}", text, name, f"{label_column}_{end}", kind)
+            for label, label_column, kind in (("r1", "r1", "rank"), ("cone", "cone", "cone"))
+            for what, end in (("queries", "q"), ("keys", "k"))
+        ]
+        rows.append(_row("cone of its layer's input", text, name, "cone_x", "cone"))
+    rows.append(_row("induction", text, induction["name"], "prefix_matching", "prefix"))
+    rows.append(_row("copying loss", text, induction["name"], "copying_loss", "copying"))
+    return pd.DataFrame(rows)
+
+
+def _row(
+    quantity: str, found: Emergence, name: object, column: str, kind: str
+) -> dict[str, object]:
+    values = found.frame[found.frame["name"] == name][column].tolist()
+    change = change_point(found.steps, values, LEAST[kind], falls=kind == "copying")
+    offset = int(column.removeprefix("score_")) if column.startswith("score_") else -1
+    return {
+        "quantity": quantity,
+        "head": "" if kind == "copying" else str(name),
+        "offset": offset,
+        "before": change.before,
+        "after": change.after,
+        "early": change.early,
+        "step": change.step,
+        "late": change.late,
+    }

@@ -1,0 +1,307 @@
+"""train_text: a small language model learns from text, and is measured while it does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from ...bridge.loading import load
+from ...data.files import require_writable, write_json
+from ...data.progress import busy, progress_over
+from ...edits import parse_edit
+from ...errors import OutputError, TheoryError
+from ...patching.patch import patch
+from ...scanning.callback import SlashCallback
+from .corpus import Rows, Sequences, new_tokenizer, python_text, split, token_ids, windows
+from .model import CentredEmbeddings, new_model
+from .patterns import PatternCallback
+from .run import CHECKPOINTS, MODEL, PATTERNS, RANDOM, SETTINGS, TEXT, TOKENIZER, TextRun
+from .settings import TextSettings
+from .weights import copy_weights, plain_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+#: Held-out sequences of each evaluation, and prompts of each measurement.
+_N_HELD_OUT, _N_PROMPTS = 64, 8
+_WARMUP, _DECAY, _WEIGHT_DECAY = 50, 0.3, 0.1
+#: Offsets of the slash scores.
+_OFFSETS = range(16)
+
+
+def train_text(
+    folder: str | os.PathLike[str],
+    settings: TextSettings | None = None,
+    *,
+    resume: bool = False,
+    watch: bool = False,
+    threads: int | None = None,
+    progress: bool | None = None,
+    **knobs: Any,
+) -> TextRun:
+    """Train a small Llama on the text that comes with Python, and measure its heads meanwhile.
+
+    Transformers' model and Trainer, AdamW, next-token loss; about four minutes on two CPU cores at
+    the default settings. Every `every` steps the held-out loss is taken, and `SlashCallback`
+    measures slash scores, r1, the cone, band shares, prefix matching and the copying loss, on
+    held-out text and on uniform random tokens.
+
+    Args:
+        folder: Where everything about the run is written; see `TextRun`.
+        settings: A `TextSettings`; or give its fields by name.
+        resume: Continue a run in the folder that was interrupted, from its last checkpoint. On the
+            same machine, with as many threads, the final weights are bit for bit those of a run
+            that was not. A finished run is loaded.
+        watch: Whether to draw the heads on the terminal as they change.
+        threads: Threads of torch meanwhile; None leaves their number as it is.
+        progress: Whether to show a progress bar; None: on a terminal only.
+        **knobs: Fields of `TextSettings`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        TheoryError: Invalid settings, a folder with another run, or a loss that is not finite.
+    """
+    settings = _settings(settings, knobs)
+    root = Path(folder)
+    _require_folder(root, settings, resume)
+    if (root / MODEL).exists():
+        return TextRun.load(root)
+    with _threads(threads), torch.inference_mode(False), torch.enable_grad(), _quiet_trainer():
+        _train(root, settings, watch, progress)
+    return TextRun.load(root)
+
+
+def _settings(settings: TextSettings | None, knobs: dict[str, Any]) -> TextSettings:
+    if settings is None:
+        known = [field.name for field in dataclasses.fields(TextSettings)]
+        unknown = sorted(set(knobs) - set(known))
+        if unknown:
+            raise TheoryError(
+                f"no setting {', '.join(unknown)}; expected some of {', '.join(known)}"
+            )
+        return TextSettings(**knobs)
+    if knobs:
+        raise TheoryError("give a TextSettings or its fields, not both")
+    if not isinstance(settings, TextSettings):
+        raise TheoryError(f"expected a TextSettings, or its fields by name; got {settings!r}")
+    return settings
+
+
+def _require_folder(root: Path, settings: TextSettings, resume: bool) -> None:
+    """Raise TheoryError for a folder with anything but this run; begin a new one in it."""
+    named = root / SETTINGS
+    if not named.exists():
+        if root.exists() and any(root.iterdir()):
+            raise TheoryError(f"{str(root)!r} holds something else already; choose a new folder")
+        _make(root)
+        write_json(named, settings.to_dict())
+        return
+    saved = TextRun.settings_of(root)
+    for name, value in settings.to_dict().items():
+        if saved.to_dict()[name] != value:
+            raise TheoryError(
+                f"{str(root)!r} holds a run whose {name} is {saved.to_dict()[name]!r}, here it is "
+                f"{value!r}; choose another folder"
+            )
+    if not resume:
+        raise TheoryError(
+            f"{str(root)!r} holds this run already; continue or load it with resume (--resume), or "
+            "choose another folder"
+        )
+
+
+def _make(folder: Path) -> None:
+    """Make a folder that files can be written to. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {str(folder)!r}: {error}") from None
+    require_writable(folder / SETTINGS)
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if number is None else number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _quiet_trainer() -> Iterator[None]:
+    """Keep the notes and bars of Transformers' own off the terminal."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _tokenizer(root: Path, texts: list[str], settings: TextSettings) -> PreTrainedTokenizerFast:
+    """Return the run's tokenizer, trained the first time and read afterwards."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = root / TOKENIZER
+    if not folder.exists():
+        with busy("training a tokenizer"):
+            made = new_tokenizer(texts, settings.vocabulary, settings.length)
+        unfinished = root / "tokenizer.unfinished"
+        made.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _train(root: Path, settings: TextSettings, watch: bool, progress: bool | None) -> None:
+    from transformers import PrinterCallback, TrainingArguments
+
+    from .trainer import PlainTrainer
+
+    with busy("reading the text"):
+        training, held_out = split(python_text())
+        tokenizer = _tokenizer(root, training, settings)
+        ids = token_ids(tokenizer, training)
+        rows = windows(ids, settings.length)
+        held = windows(token_ids(tokenizer, held_out), settings.length)
+    draw = torch.Generator().manual_seed(0)
+    held = held[torch.randperm(len(held), generator=draw)[: _N_HELD_OUT + _N_PROMPTS]]
+    model = new_model(settings)
+    edits = [parse_edit(text) for text in settings.edits]
+    bridge = load(model, tokenizer=tokenizer) if edits else None
+    checkpoint = _last_checkpoint(root / CHECKPOINTS)
+    arguments = TrainingArguments(
+        output_dir=str(root / CHECKPOINTS),
+        use_cpu=True,
+        report_to=[],
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        train_sampling_strategy="sequential",  # the sequences are in random order already
+        learning_rate=settings.learning_rate,
+        adam_beta2=0.95,
+        weight_decay=_WEIGHT_DECAY,
+        warmup_steps=min(_WARMUP, settings.steps // 4),
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={
+            "num_decay_steps": round(_DECAY * settings.steps),
+            "decay_type": "linear",
+            "min_lr_ratio": 0.1,
+        },
+        logging_steps=settings.every,
+        eval_strategy="steps",
+        eval_steps=settings.every,
+        eval_on_start=checkpoint is None,
+        save_strategy="steps",
+        save_steps=4 * settings.every,
+        save_total_limit=2,
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+    callbacks: list[Any] = [_Bar(False if watch else progress)]
+    if settings.centred:
+        counts = torch.bincount(ids, minlength=settings.vocabulary).float()
+        callbacks.append(CentredEmbeddings(counts / counts.sum()))
+    callbacks += _measurements(root, settings, held[_N_HELD_OUT:], bridge, watch)
+    trainer = PlainTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Sequences(rows, settings),
+        eval_dataset=Rows(held[:_N_HELD_OUT]),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # which would print each loss
+    with patch(bridge, *edits) if bridge is not None else contextlib.nullcontext():
+        done = trainer.train(resume_from_checkpoint=checkpoint)
+    if not torch.isfinite(torch.tensor(done.training_loss)):
+        raise TheoryError(
+            f"the loss is {done.training_loss}; expected a finite number. Use a lower "
+            f"learning_rate than {settings.learning_rate:g}"
+        )
+    _finish(root, settings, model, tokenizer)
+
+
+def _measurements(
+    root: Path, settings: TextSettings, prompts: Any, bridge: Any, watch: bool
+) -> list[Any]:
+    """Return the callbacks that measure: held-out text, random tokens, and patterns to look at."""
+    rope = settings.positions == "rope"
+    measures = ["rank", "cone", *(["bands"] if rope else []), "prefix", "copying"]
+    shared = {"every": settings.every, "offsets": _OFFSETS, "bridge": bridge, "overwrite": True}
+    return [
+        SlashCallback(prompts=prompts, measures=measures, path=root / TEXT, live=watch, **shared),
+        SlashCallback(
+            random_tokens=True,
+            n_prompts=_N_PROMPTS,
+            max_tokens=settings.length,
+            measures=measures[:-2],
+            path=root / RANDOM,
+            live=False,
+            **shared,
+        ),
+        PatternCallback(root / PATTERNS, settings, bridge),
+    ]
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written whole, and delete those that were not.
+
+    The Trainer writes `trainer_state.json` last.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    for path in found:
+        try:
+            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError, KeyError):
+            step = None
+        if step == int(path.name.split("-")[1]):
+            return str(path)
+        shutil.rmtree(path)
+    return None
+
+
+def _finish(
+    root: Path, settings: TextSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Write the final model, whole or not at all, and delete the checkpoints."""
+    final = new_model(settings)
+    copy_weights(final, plain_weights(model))
+    unfinished = root / "model.unfinished"
+    final.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(root / MODEL)
+    shutil.rmtree(root / CHECKPOINTS, ignore_errors=True)
+
+
+class _Bar(TrainerCallback):
+    """A progress bar over the steps."""
+
+    def __init__(self, show: bool | None) -> None:
+        self.show = show
+        self.steps: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        left = range(state.global_step, state.max_steps)
+        self.steps = iter(progress_over(left, "training", show=self.show))
+        next(self.steps, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        next(self.steps, None)
