@@ -1,4 +1,4 @@
-"""`slashpatch theory train` and `slashpatch theory phase`."""
+"""`slashpatch theory`: train, phase, and text in a file of its own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ..data.files import require_output
 from ..errors import TheoryError
 from .options import JsonOption, KappaOption, PlotOption, SeedOption
 from .output import FIGURE_SUFFIXES, new_console, print_json, print_written
+from .text import text
 
 theory = typer.Typer(
-    help="Train a shallow RoPE transformer from scratch: when do slash heads emerge?",
+    help="Train models from scratch: when do slash heads emerge?",
     no_args_is_help=True,
 )
+theory.command()(text)
 
 
 class Task(str, Enum):

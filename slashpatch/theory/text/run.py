@@ -83,6 +83,13 @@ class TextRun:
         """
         return changes(self.text, self.random)
 
+    def table(self) -> str:
+        """Return the changes as plain text."""
+        return display.text(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
     def plot(self, backend: str = "matplotlib", *, kappa: float = 0.3) -> Any:
         """Return the measurements on held-out text over steps, as `Emergence.plot` does."""
         return display.plot(self.text, backend, kappa=kappa)
