@@ -1,8 +1,8 @@
-"""Runs on text: three seeds of every setting, the tables of docs/emergence.md, and the animation.
+"""Runs on text: three seeds of every setting, the tables of docs/emergence.md, animation, model.
 
 `python benchmarks/emergence.py FOLDER` trains what FOLDER lacks (each run is resumable), then
-writes the tables. Two processes can share the work: `--part 0/2` and `--part 1/2` train only, without
-writing. Hours of processor time in all: see docs/emergence.md.
+writes the tables. Two processes can share the work: `--part 0/2` and `--part 1/2` train only.
+Hours of processor time in all: see docs/emergence.md.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import math
 import time
 from pathlib import Path
 
-from common import machine, read_results, write_results, write_table
+from common import machine, write_results, write_table
 
 SEEDS = (0, 1, 2)
 KAPPA = 0.3
@@ -230,7 +230,18 @@ def write(root):
     pictures = Path(__file__).parents[1] / "docs" / "pictures"
     save_figure(runs["default"][0].plot(), pictures / "learning.png")
     save_animation(runs["default"][0], pictures / "learning.gif")
-    assert read_results("emergence")
+    save_model(runs["default"][0])
+
+
+def save_model(run):
+    """Write a run's model in half precision, 2 MB, for the tests: tests/text_model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = Path(__file__).parents[1] / "tests" / "text_model"
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float16)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(run.folder / "model").save_pretrained(target)
 
 
 if __name__ == "__main__":
