@@ -78,9 +78,10 @@ PAGES = {
     ),
     "theory": (
         "Theory",
-        "What it shows: [slash heads from scratch](../theory.md).",
+        "What it shows: [slash heads from scratch](../theory.md), [slashes while a model "
+        "learns](../emergence.md).",
         "theory theory.train theory.phase_diagram theory.Settings theory.Run "
-        "theory.ShallowTransformer",
+        "theory.ShallowTransformer theory.train_text theory.TextSettings theory.TextRun",
     ),
     "reporting": (
         "Reporting",

@@ -1,6 +1,6 @@
 """The second real model: 1 million parameters that learnt from text, in tests/text_model.
 
-`benchmarks/emergence.py` made it. One head, L1H3, reads the previous token; L2H3 finds earlier copies.
+`benchmarks/emergence.py` made it. L1H3 reads the previous token; L2H3 finds earlier copies.
 """
 
 from pathlib import Path
