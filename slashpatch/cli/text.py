@@ -71,7 +71,10 @@ def text(
 ) -> None:
     """Train a small Llama on Python's own text: when do slashes, induction and copying appear?"""
     require_output(plot, FIGURE_SUFFIXES)
-    require_output(animation, (".gif", ".mp4"))
+    if animation is not None:
+        from ..reporting.animation import require_animation
+
+        require_animation(animation)
     from ..theory import TextSettings, train_text
 
     settings = TextSettings(

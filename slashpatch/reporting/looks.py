@@ -12,7 +12,13 @@ from .evidence_page import evidence_text
 from .explanation import explanation_report
 from .notebook.emergence import emergence_html
 from .notebook.evidence import evidence_html
-from .notebook.results import explanation_html, report_html, result_html, run_html
+from .notebook.results import (
+    explanation_html,
+    report_html,
+    result_html,
+    run_html,
+    text_run_html,
+)
 from .notebook.scans import edit_html, monitor_html, scan_html
 from .plots import (
     plot_emergence,
@@ -23,8 +29,10 @@ from .plots import (
     plot_result,
     plot_run,
     plot_scan,
+    plot_text_run,
 )
 from .tables import plain, scan_table
+from .text_run_figure import text_run_table
 
 
 def _plain(look: Callable[..., Any]) -> Callable[..., str]:
@@ -44,5 +52,6 @@ register(
 register("checking.result.Report", Look(_plain(check_table), report_html, plot_report))
 register("effects.result.Result", Look(None, result_html, plot_result))
 register("theory.run.Run", Look(None, run_html, plot_run))
+register("theory.text.run.TextRun", Look(_plain(text_run_table), text_run_html, plot_text_run))
 register("edits.base.Edit", Look(None, edit_html, None))
 register("claims.result.Evidence", Look(evidence_text, evidence_html, plot_evidence))

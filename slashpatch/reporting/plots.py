@@ -26,6 +26,7 @@ from .evidence_figure import evidence_figure
 from .explanation_figure import explanation_figure
 from .figures import effects_figure, grid_figure, scan_figure
 from .style import shortened
+from .text_run_figure import text_run_figure
 from .theory import training_figure
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ..scanning.monitor import SlashMonitor
     from ..scanning.result import Scan
     from ..theory import Run
+    from ..theory.text.run import TextRun
 
 BACKENDS = ("matplotlib", "altair")
 
@@ -92,6 +94,14 @@ def plot_emergence(
         return training.emergence(data, kappa=kappa, log_steps=log_steps, title=title)
 
     return _drawn(backend, lambda: emergence_figure(found, kappa, log_steps), chart)
+
+
+def plot_text_run(run: TextRun, backend: str, kappa: float = 0.3) -> Any:
+    """Return what changed during a run on text; with Altair, its heads on held-out text."""
+    require_kappa(kappa)
+    if backend == "altair":
+        return plot_emergence(run.text, backend, kappa)
+    return _drawn(backend, lambda: text_run_figure(run, kappa), lambda: None)
 
 
 def plot_monitor(monitor: SlashMonitor, backend: str) -> Any:

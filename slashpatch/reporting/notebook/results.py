@@ -13,6 +13,7 @@ from ..explanation_figure import explanation_figure
 from ..figures import effects_figure, paths_figure
 from ..forest import forest_figure, parts_figure
 from ..tables import number
+from ..text_run_figure import change_cells, text_run_figure, text_run_title
 from ..theory import training_cells, training_figure
 from .block import Block, Table
 from .svg import inline_svg
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ...effects.result import Result
     from ...explaining.result import Explanation
     from ...theory import Run
+    from ...theory.text.run import TextRun
 
 #: How many rows a table and a forest plot have, and how many remarks are shown.
 _ROWS, _FOREST_ROWS, _REMARKS = 12, 10, 6
@@ -183,3 +185,13 @@ def run_html(run: Run, kappa: float = 0.3) -> str:
     label = "Slash score and layer 2's attention by training step, and the predicted profile."
     picture = inline_svg(lambda: training_figure([run], kappa), label)
     return Block(title, [line, reached], [picture], [Table(columns, rows, ())]).html()
+
+
+def text_run_html(run: TextRun) -> str:
+    """Return the curves of a run on text, and when they changed."""
+    titles, rows = change_cells(run)
+    label = "Slash scores, rank one, cone, prefix matching and losses by training step."
+    picture = inline_svg(lambda: text_run_figure(run), label)
+    return Block(
+        text_run_title(run), pictures=[picture], tables=[Table(titles, rows, (0, 1))]
+    ).html()

@@ -87,15 +87,20 @@ class TextRun:
         """Return the changes as plain text."""
         return display.text(self)
 
-    def __str__(self) -> str:
-        return self.table()
-
     def plot(self, backend: str = "matplotlib", *, kappa: float = 0.3) -> Any:
-        """Return the measurements on held-out text over steps, as `Emergence.plot` does."""
-        return display.plot(self.text, backend, kappa=kappa)
+        """Return the curves of what changed, each with the step at which it did, as a figure.
+
+        With "altair": a chart of the measurements on held-out text, as `Emergence.plot` draws it.
+        `kappa` is drawn as a rule. Raises PlotError for another backend, ExtraError if Altair is
+        not installed.
+        """
+        return display.plot(self, backend, kappa=kappa)
 
     def _repr_html_(self) -> str:
-        return display.html(self.text)
+        return display.html(self)
+
+    def __str__(self) -> str:
+        return self.table()
 
     def __repr__(self) -> str:
         return f"<TextRun {str(self.folder)!r}: {self.settings.steps} steps>"
