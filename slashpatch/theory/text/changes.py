@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 LEAST = {"score": 0.2, "rank": 0.1, "cone": 0.1, "prefix": 0.2, "copying": 1.0}
 #: Induction heads reach this prefix matching by the end, else there is none. *Ours*.
 _INDUCTION = 0.2
+#: Quantities of one head, with the column of `Emergence.frame` and the kind of change.
+_OF_ITS_QUERIES_AND_KEYS = (
+    ("r1 of its queries", "r1_q", "rank"),
+    ("r1 of its keys", "r1_k", "rank"),
+    ("cone of its queries", "cone_q", "cone"),
+    ("cone of its keys", "cone_k", "cone"),
+    ("cone of its layer's input", "cone_x", "cone"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
     - slash below induction: the head with the highest score at an offset from 1, in a layer below
       the induction head's (below the last layer if there is none); and the same head and offset on
       random tokens;
-    - r1 and cone of that head's queries and keys, and the cone of its layer's input;
+    - r1 and cone of that head's queries and keys, and the cone of its layer's input, where these
+      were measured;
     - induction: the head with the highest prefix matching at the end;
     - copying: the loss on the second copy of random tokens, which falls.
 
@@ -121,11 +130,10 @@ def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
         rows.append(_row("slash below induction", text, name, column, "score"))
         rows.append(_row("the same on random tokens", random, name, column, "score"))
         rows += [
-            _row(f"{label} of its {what}", text, name, f"{label_column}_{end}", kind)
-            for label, label_column, kind in (("r1", "r1", "rank"), ("cone", "cone", "cone"))
-            for what, end in (("queries", "q"), ("keys", "k"))
+            _row(quantity, text, name, measured, kind)
+            for quantity, measured, kind in _OF_ITS_QUERIES_AND_KEYS
+            if measured in text.frame
         ]
-        rows.append(_row("cone of its layer's input", text, name, "cone_x", "cone"))
     rows.append(_row("induction", text, induction["name"], "prefix_matching", "prefix"))
     rows.append(_row("copying loss", text, induction["name"], "copying_loss", "copying"))
     return pd.DataFrame(rows)

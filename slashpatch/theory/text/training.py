@@ -242,9 +242,14 @@ def _train(root: Path, settings: TextSettings, watch: bool, progress: bool | Non
 def _measurements(
     root: Path, settings: TextSettings, prompts: Any, bridge: Any, watch: bool
 ) -> list[Any]:
-    """Return the callbacks that measure: held-out text, random tokens, and patterns to look at."""
-    rope = settings.positions == "rope"
-    measures = ["rank", "cone", *(["bands"] if rope else []), "prefix", "copying"]
+    """Return the callbacks that measure: held-out text, random tokens, and patterns to look at.
+
+    Where edits give heads keys of their own, queries and keys are not measured: `scan` refuses to.
+    """
+    measures = ["prefix", "copying"]
+    if not any(parse_edit(text).uses_per_head_keys for text in settings.edits):
+        bands = ["bands"] if settings.positions == "rope" else []
+        measures = ["rank", "cone", *bands, *measures]
     shared = {"every": settings.every, "offsets": _OFFSETS, "bridge": bridge, "overwrite": True}
     return [
         SlashCallback(prompts=prompts, measures=measures, path=root / TEXT, live=watch, **shared),
