@@ -45,7 +45,7 @@ def margins_by_cutoff(
 
     Raises:
         OffsetError: An offset outside the profile, or a profile of one offset.
-        BandError: Values of another number than the pairs, or a negative amplitude.
+        BandError: A negative amplitude.
     """
     if not 0 <= at < n_offsets or n_offsets < 2:
         raise OffsetError(
@@ -53,8 +53,8 @@ def margins_by_cutoff(
             f"{n_offsets}"
         )
     theta, order = inv_freq.double().sort(descending=True, stable=True)
-    amplitude = _in_order("amplitudes", torch.ones_like(theta), amplitudes, order)
-    phase = _in_order("phases", -theta * at, phases, order)
+    amplitude = torch.ones_like(theta) if amplitudes is None else amplitudes.double()[order]
+    phase = -theta * at if phases is None else phases.double()[order]
     if not bool((amplitude >= 0).all()):
         raise BandError("amplitudes are at least 0; turn a negative cosine by a phase of π")
     angle = theta[:, None] * torch.arange(n_offsets) + phase[:, None]
@@ -66,18 +66,6 @@ def margins_by_cutoff(
         others = torch.cat([profiles[:, :at], profiles[:, at + 1 :]], dim=1).amax(1)
         found[first, first:] = (profiles[:, at] - others) / (totals[first + 1 :] - totals[first])
     return found
-
-
-def _in_order(name: str, default: Tensor, given: Tensor | None, order: Tensor) -> Tensor:
-    """Return the values of pairs in another order, or the default, which is in that order."""
-    if given is None:
-        return default
-    if given.shape != order.shape:
-        raise BandError(
-            f"{name} need a value for each of the {len(order)} pairs; got shape "
-            f"{list(given.shape)}"
-        )
-    return given.double()[order]
 
 
 def profile_score(profile: Float[Tensor, "offset"], at: int) -> float:

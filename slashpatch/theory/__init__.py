@@ -7,10 +7,11 @@ values, learning rates and thresholds here are *ours*: we know the paper's abstr
 construction. `Settings` can switch off each condition.
 """
 
+from .margins import frequency_margins
 from .model import ShallowTransformer
 from .phase import phase_diagram
 from .run import Run
 from .settings import Settings
 from .training import train
 
-__all__ = ["Run", "Settings", "ShallowTransformer", "phase_diagram", "train"]
+__all__ = ["Run", "Settings", "ShallowTransformer", "frequency_margins", "phase_diagram", "train"]
