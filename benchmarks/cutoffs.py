@@ -8,7 +8,8 @@ writes the tables of docs/theory-frequencies.md.
 import itertools
 
 import torch
-from common import HERE, machine, write_table
+from common import HERE, machine, rank_correlation, write_table
+from cutoffs_heads import N_TOKENS, drop_table, head_table
 
 from slashpatch.data.heads import Head
 
@@ -21,20 +22,9 @@ GENTLE = {"learning_rate": 5.0, "steps": 1000}
 OFFSETS = (1, 3)
 SEEDS = (0, 1, 2)
 KAPPA = 0.3
-#: Positions of the sequences of training, and tokens of the prompts of the real model.
-LENGTH, N_TOKENS = 64, 256
+#: Positions of the sequences of training.
+LENGTH = 64
 HEAD = Head(16, 0)
-#: What is dropped of a head's frequencies, and what is left, by name.
-CUTS = (
-    ("all", "", "share 0-1"),
-    ("highest half", "share 0.5-1", "share 0-0.5"),
-    ("highest quarter", "share 0.25-1", "share 0-0.25"),
-    ("highest eighth", "share 0.125-1", "share 0-0.125"),
-    ("all but the highest eighth", "share 0-0.125", "share 0.125-1"),
-    ("all but the highest quarter", "share 0-0.25", "share 0.25-1"),
-    ("lowest half", "share 0-0.5", "share 0.5-1"),
-)
-KEPT = HERE.parent / "build" / "cutoffs"
 #: What is kept of each training run.
 MEASURED = ("steps", "score", "matching", "margin", "outside", "longer", "alike", "amplitude", "r1")
 
@@ -107,22 +97,8 @@ def with_predictors(frame):
             frame.loc[rows, "in_theory"] = float(margins[first, last])
             needed = needed_amplitude(THETAS[first : last + 1], offset, LENGTH)
             frame.loc[rows, "needed"] = needed
-    frame["bound"] = 1 - THETAS[frame["first"].to_numpy()].cos().numpy()
+    frame["bound"] = 1 - THETAS[frame["first"].tolist()].cos().numpy()
     return frame
-
-
-def rank_correlation(x, y, draws=4000):
-    """Spearman's correlation, and its 95 % interval by bootstrap over the entries, as text."""
-    import numpy as np
-    from scipy.stats import spearmanr
-
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    generator = np.random.default_rng(0)
-    chosen = generator.integers(len(x), size=(draws, len(x)))
-    with np.errstate(invalid="ignore"):
-        resampled = [spearmanr(x[some], y[some])[0] for some in chosen]
-    low, high = np.nanquantile(resampled, (0.025, 0.975))
-    return f"{spearmanr(x, y)[0]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def correlation_table(frame):
@@ -146,34 +122,30 @@ def correlation_table(frame):
 
 def training_table(frame, gentle):
     """Ranges by their highest frequency: what theory says, and how many runs form a slash."""
-    lines = [
-        "| highest θ | sets | margin | needed amplitude (nats) | "
-        + " | ".join(
-            f"Δ={offset}: runs with score ≥ 0.5 | out of distribution too" for offset in OFFSETS
-        )
-        + " |",
-        "|---|--:|---|---|" + "--:|--:|" * len(OFFSETS),
-    ]
-    parts = [
-        (f"{theta:.2g}, {how}", frame[(frame["first"] == at) & (alone == (frame["last"] == at))])
-        for at, theta in enumerate(THETAS[:3].tolist())
-        for how, alone in (("alone", True), ("with lower ones", False))
-    ]
-    parts[4:4] = [
-        ("0.32, with lower ones, gentle", gentle[(gentle["first"] == 1) & (gentle["last"] > 1)])
-    ]
-    parts += [
-        ("0.1, with lower ones, gentle", gentle[(gentle["first"] == 2) & (gentle["last"] > 2)]),
-        ("0.032", frame[frame["first"] == 3]),
-        ("0.01 and below", frame[frame["first"] > 3]),
-    ]
-    for name, rows in parts:
-        ranges = [span(rows["in_theory"], ".2g"), span(rows["needed"], ".2g")]
-        cells = [str(rows.groupby(["first", "last"]).ngroups), *ranges]
+    lines = ["| highest θ | sets | margin | needed amplitude | Δ=1 | Δ=3 |"]
+    lines.append("|---|--:|---|---|---|---|")
+    first, alone = frame["first"], frame["first"] == frame["last"]
+    softly = gentle[gentle["first"] < gentle["last"]]
+    parts = {
+        "1, alone": frame[(first == 0) & alone],
+        "1 and lower ones": frame[(first == 0) & ~alone],
+        "0.32, alone": frame[(first == 1) & alone],
+        "0.32 and lower ones": frame[(first == 1) & ~alone],
+        "the same, gently": softly[softly["first"] == 1],
+        "0.1, alone": frame[(first == 2) & alone],
+        "0.1 and lower ones": frame[(first == 2) & ~alone],
+        "the same again, gently": softly[softly["first"] == 2],
+        "0.032": frame[first == 3],
+        "0.01 and below": frame[first > 3],
+    }
+    for name, rows in parts.items():
+        cells = [str(rows.groupby(["first", "last"]).ngroups)]
+        cells += [span(rows["in_theory"], ".2g"), span(rows["needed"], ",.0f")]
         for offset in OFFSETS:
             some = rows[rows["offset"] == offset]
-            both = (some["score"] >= 0.5) & (some["outside"] >= 0.5)
-            cells += [f"{(some['score'] >= 0.5).sum()} of {len(some)}", str(both.sum())]
+            inside, outside = (some[name] >= 0.5 for name in ("score", "outside"))
+            counts = (inside.sum(), outside.sum(), (inside & outside).sum())
+            cells.append(f"{', '.join(map(str, counts))} of {len(some)}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -205,97 +177,6 @@ def length_table(frame):
     return lines
 
 
-def head_table(scan):
-    """Margins of slash heads and of all others, each at its best offset from 1."""
-    import slashpatch as sp
-    from slashpatch.maths.bands import band_pairs
-    from slashpatch.maths.interference import margins_by_cutoff, profile_score
-    from slashpatch.maths.resampling import mean_inference
-
-    moments = scan.require_moments()
-    best = scan.scores[:, :, 1:].max(-1)
-    kept = {
-        "all": "high+medium+low",
-        "without low": "high+medium",
-        "high alone": "high",
-        "without high": "medium+low",
-        "low alone": "low",
-    }
-    margins = {name: [] for name in kept}
-    alike = []
-    for layer, head in itertools.product(*map(range, best.values.shape)):
-        theta = moments.rotary(layer).inv_freq
-        at = int(best.indices[layer, head]) + 1
-        amplitude, phase = moments.amplitude_and_phase(sp.Head(layer, head))
-        for name, band in kept.items():
-            some = list(band_pairs(band, theta))
-            found = margins_by_cutoff(theta[some], at, N_TOKENS, amplitude[some], phase[some])
-            margins[name].append(float(found[0, -1]))
-        alike.append(profile_score(moments.profile(sp.Head(layer, head)).predicted, at))
-    scores = best.values.flatten()
-    slash = scores >= 0.1
-    groups = {"slash heads": slash, "all others": ~slash}
-    titles = " | ".join(f"{len(scores[some])} {name}" for name, some in groups.items())
-    lines = [f"| frequencies | {titles} |", "|---|---|---|"]
-    for name, values in margins.items():
-        cells = []
-        for some in groups.values():
-            sample = torch.tensor(values, dtype=torch.float64)[some]
-            low, high, _ = mean_inference(sample)
-            share = f"{(sample > 0).sum()} of {len(sample)} above 0"
-            cells.append(f"{sample.mean():.3f} [{low:.3f}, {high:.3f}], {share}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    x = torch.tensor(margins["all"])
-    said = [f"margin {rank_correlation(x, scores)}"]
-    said += [f"score of the predicted profile {rank_correlation(alike, scores)}"]
-    return [
-        *lines,
-        "",
-        "Spearman's correlation with the measured score, over all heads (95 % "
-        f"interval by bootstrap over heads): {', '.join(said)}.",
-    ]
-
-
-def drop_table(model, scan):
-    """Measured scores of three slash heads with a part of their frequencies dropped."""
-    import slashpatch as sp
-    from slashpatch.maths.bands import band_pairs
-    from slashpatch.maths.interference import margins_by_cutoff, profile_score
-
-    moments = scan.require_moments()
-    lines = ["| head | kept frequencies | margin | score if all tokens were alike | measured |"]
-    lines.append("|---|---|--:|--:|--:|")
-    alike, measured = [], []
-    for found in scan.slash_heads(0.1, 1)[:3]:
-        head, at = found.head, found.offset
-        theta = moments.rotary(head.layer).inv_freq
-        amplitude, phase = moments.amplitude_and_phase(head)
-        for name, dropped, kept in CUTS:
-            some = list(band_pairs(kept, theta))
-            margins = margins_by_cutoff(theta[some], at, N_TOKENS, amplitude[some], phase[some])
-            angle = torch.arange(N_TOKENS)[:, None] * theta[some] + phase[some]
-            alike.append(profile_score((amplitude[some] * angle.cos()).sum(-1), at))
-            with sp.patch(model, *([sp.DropBand(head, dropped)] if dropped else [])):
-                again = sp.scan(
-                    model,
-                    offsets=[at],
-                    n_prompts=4,
-                    max_tokens=N_TOKENS,
-                    moments=False,
-                    progress=False,
-                )
-            measured.append(float(again.scores[head.layer, head.head, 0]))
-            margin = float(margins[0, -1])
-            cells = f"{name} | {margin:.3f} | {alike[-1]:.2f} | {measured[-1]:.2f}"
-            lines.append(f"| {head}, Δ={at} | {cells} |")
-            print(lines[-1], flush=True)
-    return [
-        *lines,
-        "",
-        f"Spearman's correlation of the last two columns: {rank_correlation(alike, measured)}.",
-    ]
-
-
 def main():
     """Train, measure, and write the picture and the tables."""
     import slashpatch as sp
@@ -324,7 +205,13 @@ def main():
         f"Δ=1 in {HEAD} of SmolLM2, its own amplitudes and phases": own,
     }
     save_figure(margins_figure(panels), HERE.parent / "docs" / "pictures" / "cutoffs.png")
-    head = [f"{machine()['processor']}, torch {torch.__version__}.", ""]
+    head = [
+        f"{machine()['processor']}, torch {torch.__version__}; sequences of {LENGTH} positions, "
+        f"{len(SEEDS)} seeds, 500 steps at the default rate of 20, gently: "
+        f"{GENTLE['steps']} steps at {GENTLE['learning_rate']:g}. Below Δ: runs with a slash score "
+        "of at least 0.5 in training, out of distribution, and both. Needed amplitude in nats.",
+        "",
+    ]
     page = "theory-frequencies"
     write_table(page, "training", head + training_table(frame, gentle))
     write_table(page, "correlations", correlation_table(frame))

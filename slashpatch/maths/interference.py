@@ -4,9 +4,10 @@ A head whose queries are all alike, and whose keys are, has the logit Σ_l A_l c
 offset δ (arXiv 2601.08297). The margin is this profile at the head's offset minus the largest value
 at any other (`slashpatch.maths.spectrum.margin`), here divided by Σ_l A_l. All of this is *ours*.
 
-A bound for an offset Δ ≥ 1, whatever amplitudes and phases are. The mean of the profile at Δ−1 and
-Δ+1 is Σ_l A_l cos θ_l cos(θ_l Δ + φ_l), so the margin is at most Σ_l A_l (1 − cos θ_l), which is at
-most (1 − cos θ) Σ_l A_l for the highest frequency θ. A set of low frequencies has about θ²/2.
+A bound for an offset Δ ≥ 1 that has a neighbour on each side, whatever amplitudes and phases are.
+The mean of the profile at Δ−1 and Δ+1 is Σ_l A_l cos θ_l cos(θ_l Δ + φ_l), so the undivided margin
+is at most Σ_l A_l (1 − cos θ_l), and the normalised one at most 1 − cos θ for the highest frequency
+θ (up to π). Of low frequencies that is about θ²/2.
 """
 
 from __future__ import annotations

@@ -108,6 +108,11 @@ def test_the_needed_amplitude_gives_the_score_and_less_does_not(first, at):
     assert profile_score(0.99 * needed * unit, at) < 0.5
 
 
+def test_low_frequencies_need_the_amplitude_of_the_bound():
+    for theta in (POWERS[3:], POWERS[5:6]):
+        assert needed_amplitude(theta, 1, 64) > math.log(2) / (1 - math.cos(float(theta[0])))
+
+
 def test_what_is_refused():
     for at, n in ((0, 1), (5, 5), (-1, 5)):
         with pytest.raises(OffsetError, match="at least two offsets"):
