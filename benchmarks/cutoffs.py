@@ -25,6 +25,7 @@ KAPPA = 0.3
 #: Positions of the sequences of training.
 LENGTH = 64
 HEAD = Head(16, 0)
+KEPT = HERE.parent / "build" / "cutoffs"
 #: What is kept of each training run.
 MEASURED = ("steps", "score", "matching", "margin", "outside", "longer", "alike", "amplitude", "r1")
 

@@ -25,12 +25,10 @@ CUTS = (
     ("all but the highest quarter", "share 0-0.25", "share 0.25-1"),
     ("lowest half", "share 0-0.5", "share 0.5-1"),
 )
-KEPT = HERE.parent / "build" / "cutoffs"
 
 
 def head_table(scan):
     """Margins of slash heads and of all others, each at its best offset from 1."""
-
     moments = scan.require_moments()
     best = scan.scores[:, :, 1:].max(-1)
     kept = {
@@ -77,7 +75,6 @@ def head_table(scan):
 
 def drop_table(model, scan):
     """Measured scores of three slash heads with a part of their frequencies dropped."""
-
     moments = scan.require_moments()
     lines = ["| head | kept frequencies | margin | score if all tokens were alike | measured |"]
     lines.append("|---|---|--:|--:|--:|")
