@@ -87,6 +87,20 @@ def write_table(page, part, lines, by=""):
     path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
+def rank_correlation(x, y, draws=4000):
+    """Spearman's correlation, and its 95 % interval by bootstrap over the entries, as text."""
+    import numpy as np
+    from scipy.stats import spearmanr
+
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(len(x), size=(draws, len(x)))
+    with np.errstate(invalid="ignore"):
+        resampled = [spearmanr(x[some], y[some])[0] for some in chosen]
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
+    return f"{spearmanr(x, y)[0]:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def setting(provenance):
     """One line that says on which machine, with which versions and which model."""
     versions, here = provenance["versions"], machine()

@@ -78,10 +78,12 @@ PAGES = {
     ),
     "theory": (
         "Theory",
-        "What it shows: [slash heads from scratch](../theory.md), [slashes while a model "
-        "learns](../emergence.md).",
-        "theory theory.train theory.phase_diagram theory.Settings theory.Run "
-        "theory.ShallowTransformer theory.train_text theory.TextSettings theory.TextRun",
+        "What it shows: [slash heads from scratch](../theory.md), "
+        "[ranges of frequencies](../theory-frequencies.md), "
+        "[slashes while a model learns](../emergence.md).",
+        "theory theory.train theory.phase_diagram theory.frequency_margins theory.Settings "
+        "theory.Run theory.ShallowTransformer theory.train_text theory.TextSettings "
+        "theory.TextRun",
     ),
     "reporting": (
         "Reporting",
@@ -89,7 +91,8 @@ PAGES = {
         "show themselves in notebooks. How to: [show results](../how-to/report.md).",
         "report reporting.figures.scan_figure reporting.figures.profile_figure "
         "reporting.figures.effects_figure reporting.figures.paths_figure "
-        "reporting.figures.losses_figure reporting.figures.save_figure",
+        "reporting.figures.losses_figure reporting.margins_figure.margins_figure "
+        "reporting.figures.save_figure",
     ),
     "errors": (
         "Errors",

@@ -12,6 +12,7 @@ construction. `Settings` can switch off each condition.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .margins import frequency_margins
 from .model import ShallowTransformer
 from .phase import phase_diagram
 from .run import Run
@@ -29,6 +30,7 @@ __all__ = [
     "ShallowTransformer",
     "TextRun",
     "TextSettings",
+    "frequency_margins",
     "phase_diagram",
     "train",
     "train_text",
