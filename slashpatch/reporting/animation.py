@@ -58,10 +58,10 @@ def save_animation(
     """Write a film of a run on text, a frame for each measured step: .gif, or .mp4 with ffmpeg.
 
     It shows each head's attention on `<s>` and random tokens that come twice (colours go with the
-    square root of the attention), curves of the run up to the step, and what appeared last,
-    according to `run.changes()`. A head is framed in one colour while its prefix matching is 0.2 or
-    more, else in another while its slash score on held-out text is κ or more at some offset from 1
-    on. The last frame stays for three seconds.
+    square root of the attention), curves of the run up to the step, and what appeared last
+    according to `run.changes()`, with the step of half of its change. A head is framed in one
+    colour while its prefix matching is 0.2 or more, else in another while its slash score on
+    held-out text is κ or more at some offset from 1 on. The last frame stays for three seconds.
 
     Args:
         run: A finished run.
@@ -199,7 +199,7 @@ def _sayings(changes: pd.DataFrame) -> list[tuple[float, str]]:
         if row["quantity"] in _SAYS and not math.isnan(row["step"]):
             said.setdefault(_SAYS[row["quantity"]].format(**row), float(row["step"]))
     ordered = sorted(said.items(), key=lambda item: item[1])
-    return [(step, f"{text} (step {step:,.0f})") for text, step in ordered]
+    return [(step, f"{text} (half-way at step {step:,.0f})") for text, step in ordered]
 
 
 def _empty(n_layers: int, n_heads: int) -> Figure:
@@ -239,12 +239,13 @@ def _draw_curves(part: Any, run: TextRun, kappa: float) -> Sequence[Axes]:
     scores.set_title("slash score and prefix matching")
     scores.set_ylim(0, 1.02)
     losses.set_title("loss (nats)")
-    losses.set_ylim(0, 1.05 * max(max(line.get_ydata()) for line in losses.lines))
+    highest = max(max(line.get_ydata()) for line in losses.lines)
+    losses.set_ylim(0, 1.45 * highest)  # the legend stands above the curves
     losses.set_xlim(run.text.steps[0], max(run.text.steps[-1], run.text.steps[0] + 1))
     losses.set_xlabel("training step")
-    for axis, place in ((scores, "upper left"), (losses, "lower left")):
+    for axis in (scores, losses):
         axis.grid(alpha=0.3)
-        axis.legend(loc=place)
+        axis.legend(loc="upper left")
     return scores, losses
 
 
