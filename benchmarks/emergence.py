@@ -202,8 +202,8 @@ def main():
 def write(root):
     """Write the tables, the pictures and results.json from the runs that are finished."""
     import torch
-    from slashpatch.reporting.animation import save_animation
 
+    from slashpatch.reporting.animation import save_animation
     from slashpatch.reporting.figures import save_figure
     from slashpatch.theory import TextRun
 

@@ -58,10 +58,10 @@ def save_animation(
     """Write a film of a run on text, a frame for each measured step: .gif, or .mp4 with ffmpeg.
 
     It shows each head's attention on `<s>` and random tokens that come twice (colours go with the
-    square root of the attention), curves of the run up to the step, and what appeared last,
-    according to `run.changes()`. A head is framed in one colour while its prefix matching is 0.2 or
-    more, else in another while its slash score on held-out text is κ or more at some offset from 1
-    on. The last frame stays for three seconds.
+    square root of the attention), curves of the run up to the step, and what appeared last
+    according to `run.changes()`, with the step of half of its change. A head is framed in one
+    colour while its prefix matching is 0.2 or more, else in another while its slash score on
+    held-out text is κ or more at some offset from 1 on. The last frame stays for three seconds.
 
     Args:
         run: A finished run.
@@ -142,10 +142,10 @@ class Film:
             self.heads[name] = axis
             self._images[name] = _draw_pattern(axis, self._patterns[self.steps[0]][layer, head])
         grid.supxlabel(_NOTE, fontsize=8)
-        self._curves = _draw_curves(right, run, kappa)
+        self._curves = _draw_curves(right, run)
         self._lines = [(line, *line.get_data()) for axis in self._curves for line in axis.lines]
         self._cursors = [axis.axvline(0, color=ink(), lw=1) for axis in self._curves]
-        self._color = ink()
+        self._color, self._size = ink(), min(8.0, 48 / n_heads)
         self.turn(self.steps[-1])
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")  # nothing moves from frame to frame
@@ -156,8 +156,8 @@ class Film:
             layer, head = (int(part) for part in name[1:].split("H"))
             self._images[name].set_data(self._patterns[step][layer, head].sqrt())
             label, color = self._marks[step, name]
-            title = f"{name} {label}".strip()
-            axis.set_title(title, loc="left", color=color or self._color, fontsize=8, pad=3)
+            style: Any = {"loc": "left", "fontsize": self._size, "pad": 3}
+            axis.set_title(f"{name} {label}".strip(), color=color or self._color, **style)
             for spine in axis.spines.values():
                 spine.set(visible=True, color=color or "lightgray", linewidth=2.5 if color else 0.8)
         for line, x, y in self._lines:
@@ -199,7 +199,7 @@ def _sayings(changes: pd.DataFrame) -> list[tuple[float, str]]:
         if row["quantity"] in _SAYS and not math.isnan(row["step"]):
             said.setdefault(_SAYS[row["quantity"]].format(**row), float(row["step"]))
     ordered = sorted(said.items(), key=lambda item: item[1])
-    return [(step, f"{text} (step {step:,.0f})") for text, step in ordered]
+    return [(step, f"{text} (half-way at step {step:,.0f})") for text, step in ordered]
 
 
 def _empty(n_layers: int, n_heads: int) -> Figure:
@@ -215,7 +215,7 @@ def _draw_pattern(axis: Axes, pattern: Float[Any, "query key"]) -> Any:
     return axis.imshow(pattern, vmin=0, vmax=1, cmap=SCORES, interpolation="none")
 
 
-def _draw_curves(part: Any, run: TextRun, kappa: float) -> Sequence[Axes]:
+def _draw_curves(part: Any, run: TextRun) -> Sequence[Axes]:
     """Draw scores above and losses below, with all their steps."""
     scores, losses = part.subplots(2, 1, sharex=True)
     drawn: set[str] = set()
@@ -239,12 +239,12 @@ def _draw_curves(part: Any, run: TextRun, kappa: float) -> Sequence[Axes]:
     scores.set_title("slash score and prefix matching")
     scores.set_ylim(0, 1.02)
     losses.set_title("loss (nats)")
-    losses.set_ylim(0, 1.05 * max(max(line.get_ydata()) for line in losses.lines))
+    losses.set_ylim(0, 1.45 * losses.dataLim.y1)  # the legend stands above the curves
     losses.set_xlim(run.text.steps[0], max(run.text.steps[-1], run.text.steps[0] + 1))
     losses.set_xlabel("training step")
-    for axis, place in ((scores, "upper left"), (losses, "lower left")):
+    for axis in (scores, losses):
         axis.grid(alpha=0.3)
-        axis.legend(loc=place)
+        axis.legend(loc="upper left")
     return scores, losses
 
 

@@ -49,10 +49,10 @@ def test_the_caption_says_the_step_and_what_appeared_last(film):
 
     assert said(0) == "step 0"
     assert said(10) == "step 10"
-    assert said(20) == "step 20   slash in L0H1 at Δ = 1 (step 15)"
+    assert said(20) == "step 20   slash in L0H1 at Δ = 1 (half-way at step 15)"
     assert said(30) == said(20).replace("step 20", "step 30")
-    assert said(40) == "step 40   L1H0 finds the earlier copy (step 35)"
-    assert said(50) == "step 50   the copying loss falls (step 45)"
+    assert said(40) == "step 40   L1H0 finds the earlier copy (half-way at step 35)"
+    assert said(50) == "step 50   the copying loss falls (half-way at step 45)"
 
 
 def test_heads_are_framed_while_they_slash_or_match(film):
