@@ -7,10 +7,24 @@ values, learning rates and thresholds here are *ours*: we know the paper's abstr
 construction. `Settings` can switch off each condition.
 """
 
+from .agreement import agreement
+from .comparison import compare, draw_settings
 from .model import ShallowTransformer
 from .phase import phase_diagram
+from .prediction import Prediction, predict
 from .run import Run
 from .settings import Settings
 from .training import train
 
-__all__ = ["Run", "Settings", "ShallowTransformer", "phase_diagram", "train"]
+__all__ = [
+    "Prediction",
+    "Run",
+    "Settings",
+    "ShallowTransformer",
+    "agreement",
+    "compare",
+    "draw_settings",
+    "phase_diagram",
+    "predict",
+    "train",
+]

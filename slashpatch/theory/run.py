@@ -81,12 +81,7 @@ class Run:
         threshold = as_number("kappa", kappa, 0.0, 1.0)
         if name not in self.rows[0]:
             raise TheoryError(f"no column {name!r}; expected one of {', '.join(self.rows[0])}")
-        steps: float | int = math.inf
-        for row in reversed(self.rows):
-            if not row[name] >= threshold:
-                break
-            steps = row["step"]
-        return steps
+        return lasting_step(self.rows, name, threshold)
 
     def read(
         self, length: int | None = None, out_of_distribution: bool = False, seed: int = 0
@@ -169,6 +164,28 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()[:32]
 
 
+def lasting_step(rows: list[dict[str, float | int]], column: str, threshold: float) -> float | int:
+    """Return the step from which a column stays at the threshold or above; infinite if never."""
+    steps: float | int = math.inf
+    for row in reversed(rows):
+        if not row[column] >= threshold:
+            break
+        steps = row["step"]
+    return steps
+
+
+def offset_of_slash(rows: list[dict[str, float | int]], threshold: float) -> int | None:
+    """Return the offset of the highest slash score of the last row; None below the threshold."""
+    scores = {key: score for key, score in rows[-1].items() if key.startswith("score_")}
+    highest = max(scores, key=lambda key: scores[key])
+    return int(highest.removeprefix("score_")) if scores[highest] >= threshold else None
+
+
+def measured_offsets(settings: Settings) -> range:
+    """Return the offsets whose slash scores are measured: 0 to 7, and on to the task's own."""
+    return range(min(max(_OFFSETS, settings.offset + 1), settings.length))
+
+
 def measurement_examples(settings: Settings) -> Examples:
     """Return the sequences for measurements during training; training does not use them."""
     return sample(settings, _N_SEQUENCES, seeded(settings.seed, "reading"))
@@ -180,8 +197,7 @@ def measure(
     """Return one row of `Run.history`."""
     with torch.no_grad():
         result = model.forward(settings, examples)
-    n = min(max(_OFFSETS, settings.offset + 1), settings.length)
-    scores = slash_scores(result.slash[:, None], range(n))[:, 0].mean(0)
+    scores = slash_scores(result.slash[:, None], measured_offsets(settings))[:, 0].mean(0)
     on_answer = (result.matching * examples.keys).sum(-1)[examples.asked]
     row: dict[str, float | int] = {"step": step, "loss": float(result.loss)}
     row |= {f"score_{offset}": float(score) for offset, score in enumerate(scores)}
