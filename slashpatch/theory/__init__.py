@@ -12,7 +12,7 @@ from .comparison import compare, draw_settings
 from .model import ShallowTransformer
 from .phase import phase_diagram
 from .prediction import Prediction, predict
-from .run import Run
+from .run import Run, Slash
 from .settings import Settings
 from .training import train
 
@@ -21,6 +21,7 @@ __all__ = [
     "Run",
     "Settings",
     "ShallowTransformer",
+    "Slash",
     "agreement",
     "compare",
     "draw_settings",

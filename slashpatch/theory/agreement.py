@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..errors import TheoryError
 from .data import seeded
+from .run import Slash
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +23,7 @@ def agreement(
     """Return how well predictions agree with measurements, in the table that `compare` returns.
 
     Args:
-        frame: The table.
+        frame: The table, or some of its rows.
         by: "predicted" or "closed_form": whose steps and offsets.
         n_resamples: Resamples of the settings, each with all its seeds, for 95 % percentile
             intervals.
@@ -31,68 +33,84 @@ def agreement(
         Columns `measure`, `value`, `low`, `high`, and `n`, the number of runs that it is over.
         `r2`: 1 − SS_res/SS_tot of log(step), the prediction taken as it is, over runs in which both
         have a step. `median_error`: of |predicted − measured| / measured, over the same runs.
-        `slash_right`: share of runs in which both or neither have a step. `offset_right`: share of
-        right offsets, over runs with a slash at some offset in either. `task_offset`: the same
-        share for the guess that the slash stands at the task's offset. Then numbers of runs: `both`
-        have a step, only the prediction (`predicted_only`), only training (`measured_only`),
-        `neither`. *Ours*.
+        `r2_first`, `median_error_first`: the same for `first_step`. `slash_right`: share of runs in
+        which both or neither have a step. `offset_right`, `final_offset_right`: share of runs with
+        the right (final) offset, among those with a slash in either. `task_offset`: share of the
+        runs with a measured slash in which it forms at the task's offset. Then numbers of runs:
+        `both` have a step, only the prediction (`predicted_only`), only training (`measured_only`),
+        `neither`. NaN where there is no run. *Ours*.
 
     Raises:
-        TheoryError: An unknown `by`.
+        TheoryError: An unknown `by`, or an empty table.
     """
     import pandas as pd
 
     if by not in ("predicted", "closed_form"):
         raise TheoryError(f"by is 'predicted' or 'closed_form'; got {by!r}")
-    columns = [f"{by}_step", "measured_step", f"{by}_offset", "measured_offset", "offset"]
-    runs = torch.tensor(frame[columns].fillna(-1).to_numpy(float))
-    settings = torch.tensor(frame["setting"].to_numpy())
+    if not len(frame):
+        raise TheoryError("the table has no runs; expected at least one")
+    names = [f"{kind}_{name}" for name in Slash._fields for kind in (by, "measured")]
+    table = frame[[*names, "offset"]].fillna(-1)
+    runs = torch.tensor(table.to_numpy(float), dtype=torch.float64)
+    settings = torch.tensor(frame["setting"].to_numpy(int))
     groups = [(settings == one).nonzero()[:, 0] for one in settings.unique()]
-    found, n = _agreement(runs)
     shape = (n_resamples, len(groups))
     picked = torch.randint(len(groups), shape, generator=seeded(seed, "agreement"))
-    resampled = [_agreement(runs[torch.cat([groups[i] for i in row])])[0] for row in picked]
+    resampled = [_measures(runs[torch.cat([groups[i] for i in row])]) for row in picked]
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     records = []
-    for measure, value in found.items():
-        values = torch.tensor([one[measure] for one in resampled], dtype=torch.float64)
-        low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        records.append((measure, value, low, high, n[measure]))
-    both, said, seen = _steps(runs)
+    for name, (value, n) in _measures(runs).items():
+        values = torch.tensor([one[name][0] for one in resampled], dtype=torch.float64)
+        low, high = values.nanquantile(ends).tolist()
+        records.append((name, value, low, high, n))
+    said, seen = _has_step(runs)
     counts = {
-        "both": both,
+        "both": said & seen,
         "predicted_only": said & ~seen,
         "measured_only": seen & ~said,
         "neither": ~said & ~seen,
     }
     nan = float("nan")
-    records += [(name, int(one.sum()), nan, nan, len(runs)) for name, one in counts.items()]
+    records += [(name, float(one.sum()), nan, nan, len(runs)) for name, one in counts.items()]
     return pd.DataFrame(records, columns=["measure", "value", "low", "high", "n"])
 
 
-def _steps(runs: Float[Tensor, "run column"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which runs have a step in both, in the prediction, and in training."""
-    said, seen = runs[:, 0].isfinite(), runs[:, 1].isfinite()
-    return said & seen, said, seen
+def _has_step(runs: Float[Tensor, "run column"]) -> tuple[Tensor, Tensor]:
+    """Return in which runs the prediction has a step, and in which training has."""
+    return runs[:, 0].isfinite(), runs[:, 1].isfinite()
 
 
-def _agreement(runs: Float[Tensor, "run column"]) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the measures, NaN where there is no run, and the number of runs of each."""
-    both, said, seen = _steps(runs)
-    predicted, measured = runs[both, 0].clamp(min=1), runs[both, 1].clamp(min=1)
-    residual = (predicted.log() - measured.log()).square().sum()
-    total = (measured.log() - measured.log().mean()).square().sum()
-    slash = (runs[:, 2] >= 0) | (runs[:, 3] >= 0)
-    at = runs[slash]
-    values = {
-        "r2": 1 - residual / total,
-        "median_error": ((predicted - measured).abs() / measured).quantile(0.5)
-        if both.any()
-        else torch.tensor(torch.nan),
-        "slash_right": (said == seen).double().mean(),
-        "offset_right": (at[:, 2] == at[:, 3]).double().mean(),
-        "task_offset": (at[:, 4] == at[:, 3]).double().mean(),
+def _measures(runs: Float[Tensor, "run column"]) -> dict[str, tuple[float, int]]:
+    """Return each measure and the number of runs that it is over."""
+    step, first, offset, final = (runs[:, at : at + 2].T for at in (0, 2, 4, 6))
+    (r2, error, n), (r2_first, error_first, n_first) = _errors(*step), _errors(*first)
+    said, seen = _has_step(runs)
+    return {
+        "r2": (r2, n),
+        "median_error": (error, n),
+        "r2_first": (r2_first, n_first),
+        "median_error_first": (error_first, n_first),
+        "slash_right": (float((said == seen).double().mean()), len(runs)),
+        "offset_right": _share(offset[0], offset[1]),
+        "final_offset_right": _share(final[0], final[1]),
+        "task_offset": _share(runs[:, 8].where(offset[1] >= 0, -1.0), offset[1]),
     }
-    n_both, n_slash = int(both.sum()), int(slash.sum())
-    n = {"r2": n_both, "median_error": n_both, "slash_right": len(runs)}
-    n |= {"offset_right": n_slash, "task_offset": n_slash}
-    return {name: float(value) for name, value in values.items()}, n
+
+
+def _errors(
+    predicted: Float[Tensor, "batch"], measured: Float[Tensor, "batch"]
+) -> tuple[float, float, int]:
+    """Return R² of log steps, the median relative error, and the number of runs with both."""
+    both = predicted.isfinite() & measured.isfinite()
+    said, seen = predicted[both].clamp(min=1), measured[both].clamp(min=1)
+    if not len(seen):
+        return math.nan, math.nan, 0
+    total = (seen.log() - seen.log().mean()).square().sum()
+    r2 = 1 - (said.log() - seen.log()).square().sum() / total
+    return float(r2), float(((said - seen).abs() / seen).quantile(0.5)), len(seen)
+
+
+def _share(said: Float[Tensor, "batch"], seen: Float[Tensor, "batch"]) -> tuple[float, int]:
+    """Return the share of equal offsets among runs with a slash in either, and their number."""
+    slash = (said >= 0) | (seen >= 0)
+    return float((said == seen)[slash].double().mean()), int(slash.sum())

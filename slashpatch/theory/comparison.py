@@ -14,19 +14,15 @@ from ..errors import TheoryError
 from .data import seeded
 from .many_runs import Measured, Table, cell, table_of_runs
 from .prediction import predict
-from .run import Run, offset_of_slash
+from .run import Run, Slash, read_slash
 from .settings import Settings, as_integer, as_number
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _COMPARED = (
-    "measured_step",
-    "measured_offset",
-    "predicted_step",
-    "predicted_offset",
-    "closed_form_step",
-    "closed_form_offset",
+    *(f"{by}_{name}" for by in ("measured", "predicted", "closed_form") for name in Slash._fields),
+    "fastest_rate",
 )
 #: The settings that are drawn.
 _DRAWN = ("cone", "frequencies", "n_pairs", "base", "vocabulary", "length", "segment", "offset",
@@ -98,10 +94,12 @@ def compare(
         progress: Whether to show a progress bar; None: on a terminal only.
 
     Returns:
-        A row for each of the settings and seeds: `setting` (its index), the settings that
-        `draw_settings` draws, `seed`, and step and offset as measured (`Run.time_to(kappa)`, offset
-        of the highest slash score at the end), as predicted (`Prediction`), and as the closed form
-        says. Steps are infinite, and offsets NaN, where there is no slash.
+        A row for each of the settings and seeds: `setting` (its index), `seed`, and the settings
+        that `draw_settings` draws. Then `step`, `first_step`, `offset` and `final_offset` of
+        `slashpatch.theory.Slash`: measured in training (`measured_step`, …), predicted
+        (`predicted_step`, …) and by the closed form (`closed_form_step`, …). Steps are infinite,
+        and offsets NaN, where there is no slash. `fastest_rate` is the largest of
+        `Prediction.rates`.
 
     Raises:
         TheoryError: No or invalid settings, or those that `predict` refuses.
@@ -121,11 +119,13 @@ def compare(
 
     def measure(run: Run) -> list[float]:
         found = predict(run.settings, kappa=kappa)
-        return [
-            float(run.time_to(kappa)), _number(offset_of_slash(run.rows, kappa)),
-            float(found.step), _number(found.offset),
-            float(found.closed_form_step), _number(found.closed_form_offset),
-        ]  # fmt: skip
+        seen = read_slash(run.rows, run.settings.offset, kappa)
+        numbers = [
+            -1.0 if value is None else float(value)
+            for slash in (seen, found.slash, found.closed_form)
+            for value in slash
+        ]
+        return [*numbers, max(found.rates)]
 
     def build(measured: Measured) -> pd.DataFrame:
         import pandas as pd
@@ -144,8 +144,3 @@ def compare(
     return table_of_runs(
         todo, Table(header, len(_COMPARED), measure, build), path, resume, progress
     )
-
-
-def _number(offset: int | None) -> float:
-    """Return an offset as a number; −1 for none."""
-    return -1.0 if offset is None else float(offset)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import TheoryError
 from .model import ShallowTransformer
 from .reduced import ReducedLoss, pattern
-from .run import lasting_step, measured_offsets, offset_of_slash
+from .run import Slash, measured_offsets, read_slash
 from .settings import Settings, as_number, as_settings
 from .training import one_thread, recorded
 
@@ -36,26 +36,38 @@ class Prediction:
     Attributes:
         settings: The settings of the training run.
         kappa: The threshold of the slash score.
-        step: The step at which the slash score at the task's offset reaches κ and stays there, as
-            `Run.time_to` would measure it; infinite if not within `settings.steps`.
-        offset: The offset with the highest slash score at the end, among those that training
-            measures; None if that score is below κ.
         rates: For each pair, the rate per step at which its mean query and mean key grow while
             attention is uniform: they grow by the factor 1 + rate.
-        closed_form_step: `step` if all pairs kept growing at these rates.
-        closed_form_offset: `offset` under the same condition.
         rows: Predicted slash scores `score_0`, `score_1`, … and matching strength of layer 2, at
             the steps at which training measures them.
+        closed_form_rows: The scores if all pairs kept growing at `rates`.
     """
 
     settings: Settings
     kappa: float
-    step: float | int
-    offset: int | None
     rates: tuple[float, ...]
-    closed_form_step: float | int
-    closed_form_offset: int | None
     rows: list[dict[str, float | int]]
+    closed_form_rows: list[dict[str, float | int]]
+
+    @property
+    def slash(self) -> Slash:
+        """When and where the slash forms within `settings.steps`."""
+        return read_slash(self.rows, self.settings.offset, self.kappa)
+
+    @property
+    def closed_form(self) -> Slash:
+        """The same if all pairs kept growing at `rates`: less exact, but a formula."""
+        return read_slash(self.closed_form_rows, self.settings.offset, self.kappa)
+
+    @property
+    def step(self) -> float | int:
+        """`Run.time_to(kappa)`, predicted; infinite if not within `settings.steps`."""
+        return self.slash.step
+
+    @property
+    def offset(self) -> int | None:
+        """The offset at which a slash forms first, of those that training measures; or None."""
+        return self.slash.offset
 
 
 def predict(
@@ -85,20 +97,8 @@ def predict(
             )
     with one_thread(), torch.no_grad():
         flow = _Flow(settings)
-        rates = flow.rates()
-        closed = flow.closed_form()
-        rows = flow.integrate()
-    column = f"score_{settings.offset}"
-    return Prediction(
-        settings,
-        kappa,
-        lasting_step(rows, column, kappa),
-        offset_of_slash(rows, kappa),
-        tuple(rates.tolist()),
-        lasting_step(closed, column, kappa),
-        offset_of_slash(closed, kappa),
-        rows,
-    )
+        rates = tuple(flow.rates().tolist())
+        return Prediction(settings, kappa, rates, flow.integrate(), flow.closed_form())
 
 
 class _Flow:

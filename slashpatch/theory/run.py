@@ -8,7 +8,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -174,11 +174,39 @@ def lasting_step(rows: list[dict[str, float | int]], column: str, threshold: flo
     return steps
 
 
-def offset_of_slash(rows: list[dict[str, float | int]], threshold: float) -> int | None:
-    """Return the offset of the highest slash score of the last row; None below the threshold."""
-    scores = {key: score for key, score in rows[-1].items() if key.startswith("score_")}
-    highest = max(scores, key=lambda key: scores[key])
-    return int(highest.removeprefix("score_")) if scores[highest] >= threshold else None
+class Slash(NamedTuple):
+    """When and where a slash forms, as recorded slash scores show it for a threshold κ. *Ours*.
+
+    Attributes:
+        step: The step from which the score at the task's offset stays at κ or above
+            (`Run.time_to`); infinite if there is none.
+        first_step: The first step at which it is there; infinite if there is none.
+        offset: The offset at which a slash forms first: that of the highest score at the first step
+            at which any score reaches κ. None if none does.
+        final_offset: The offset of the highest score at the end; None if it is below κ.
+    """
+
+    step: float | int
+    first_step: float | int
+    offset: int | None
+    final_offset: int | None
+
+
+def read_slash(rows: list[dict[str, float | int]], offset: int, kappa: float) -> Slash:
+    """Return when and where recorded slash scores show a slash; `offset` is the task's."""
+    column = f"score_{offset}"
+    first = next((row["step"] for row in rows if row[column] >= kappa), math.inf)
+    at = [(row, _highest(row)) for row in rows]
+    formed = next((highest for row, highest in at if row[f"score_{highest}"] >= kappa), None)
+    row, highest = at[-1]
+    final = highest if row[f"score_{highest}"] >= kappa else None
+    return Slash(lasting_step(rows, column, kappa), first, formed, final)
+
+
+def _highest(row: dict[str, float | int]) -> int:
+    """Return the offset of a row's highest slash score."""
+    scores = {key: score for key, score in row.items() if key.startswith("score_")}
+    return int(max(scores, key=lambda key: scores[key]).removeprefix("score_"))
 
 
 def measured_offsets(settings: Settings) -> range:
