@@ -78,9 +78,11 @@ PAGES = {
     ),
     "theory": (
         "Theory",
-        "What it shows: [slash heads from scratch](../theory.md).",
+        "What it shows: [slash heads from scratch](../theory.md), "
+        "[predicting when](../theory-prediction.md).",
         "theory theory.train theory.phase_diagram theory.Settings theory.Run "
-        "theory.ShallowTransformer",
+        "theory.ShallowTransformer theory.predict theory.Prediction theory.Slash "
+        "theory.draw_settings theory.compare theory.agreement",
     ),
     "reporting": (
         "Reporting",

@@ -72,5 +72,5 @@ def predict(
         )
 
 
-def _when(step: float, steps: int) -> str:
+def _when(step: float | int, steps: int) -> str:
     return f"after {step:.0f} steps" if math.isfinite(step) else f"not within {steps} steps"

@@ -14,8 +14,10 @@ from slashpatch.maths.spectrum import predicted_profile
 from slashpatch.theory.data import sample, seeded
 from slashpatch.theory.prediction import _Flow
 from slashpatch.theory.reduced import ReducedLoss, pattern
+from slashpatch.theory.run import read_slash
 
-SMALL = {"vocabulary": 32, "length": 32, "segment": 8, "n_pairs": 6, "batch_size": 16}
+SMALL = {"vocabulary": 32, "length": 32, "segment": 8, "n_pairs": 6, "batch_size": 16,
+         "learning_rate": 8.0}  # fmt: skip
 
 
 def alike(settings, size=30.0):
@@ -40,7 +42,7 @@ def test_the_reduced_loss_is_the_models_if_all_tokens_are_alike(matching, offset
     torch.testing.assert_close(found.slash[0].double(), pattern(profile), atol=1e-5, rtol=1e-3)
     reduced = ReducedLoss(settings)
     expected = float(reduced(profile, torch.tensor(matching, dtype=torch.float64)))
-    assert float(found.loss) == pytest.approx(expected, abs=0.01)
+    assert float(found.loss) == pytest.approx(expected, abs=0.02)
 
 
 def test_the_reduced_gradient_is_the_models():
@@ -79,9 +81,10 @@ def test_early_growth_is_the_closed_form():
     flow = _Flow(settings)
     for closed, whole in zip(flow.closed_form(), flow.integrate(0.0), strict=True):
         for column in ("score_0", "score_1", "score_5"):
-            assert closed[column] == pytest.approx(whole[column], rel=1e-3)
+            assert closed[column] == pytest.approx(whole[column], rel=0.01)
     pairs = theory.predict(settings).rates
-    assert len(pairs) == 6 and min(pairs) > 0
+    assert len(pairs) == 6
+    assert min(pairs) > 0
     # Growth along the rising direction, in one step.
     force, _ = flow._force(flow._profile(flow.q, flow.k), 1.0)
     turn = torch.exp(1j * force.angle())
@@ -103,7 +106,7 @@ def test_forces_that_are_kept_while_logits_hardly_move_change_nothing():
     [
         {},
         {"offset": 3, "seed": 1},
-        {"frequencies": "high", "learning_rate": 8.0},
+        {"frequencies": "high", "learning_rate": 5.0},
         {"frequencies": (2.0, 1.1, 0.7, 0.3), "cone": 0.8},
     ],
 )
@@ -115,7 +118,8 @@ def test_the_step_and_the_offset_are_those_of_training(knobs):
     assert found.offset == found.settings.offset
     assert [row["step"] for row in found.rows] == [row["step"] for row in run.rows]
     assert set(found.rows[0]) - {"matching_strength"} <= set(run.rows[0])
-    assert found.closed_form_step >= found.step
+    assert found.step <= found.closed_form.step < math.inf
+    assert found.closed_form.offset == found.offset
 
 
 def test_no_slash():
@@ -130,7 +134,7 @@ def test_what_the_prediction_depends_on():
     assert predicted(batch_size=4, n_sequences=8).rows == base.rows
     assert predicted(seed=5).rows != base.rows
     assert predicted(seed=5).rates == pytest.approx(base.rates, rel=0.01)
-    twice = predicted(learning_rate=40.0)
+    twice = predicted(learning_rate=16.0)
     assert twice.rates == pytest.approx([2 * rate for rate in base.rates])
     assert twice.step < base.step < predicted(cone=0.5).step
     assert theory.predict(**SMALL, steps=200, kappa=0.3).step <= base.step
@@ -144,8 +148,6 @@ def test_what_the_prediction_depends_on():
         ({"kappa": 2}, "kappa is a number from 0 to 1"),
         ({"cones": 1}, "no setting cones"),
         ({"settings": theory.Settings(), "cone": 1.0}, "not both"),
-        ({"settings": 3}, "expected a Settings"),
-        ({"learning_rate": 1e8}, "not finite. Use a lower learning_rate than 1e"),
     ],
 )
 def test_refusals(knobs, said):
@@ -153,14 +155,37 @@ def test_refusals(knobs, said):
         theory.predict(**knobs)
 
 
+def test_a_gradient_that_is_not_finite_is_refused(monkeypatch):
+    monkeypatch.setattr(ReducedLoss, "gradient", lambda self, profile, m: (profile * math.nan, 0.0))
+    with pytest.raises(TheoryError, match="not finite. Use a lower learning_rate than 8"):
+        predicted(seed=9)
+
+
+def test_when_and_where_recorded_scores_show_a_slash():
+    def rows(*scores):
+        return [{"step": 2 * at, "score_0": a, "score_1": b, "x": 9.0}
+                for at, (a, b) in enumerate(scores)]  # fmt: skip
+
+    inf = math.inf
+    passes_twice = rows((0.1, 0.1), (0.2, 0.6), (0.7, 0.1), (0.1, 0.5), (0.0, 0.9))
+    assert read_slash(passes_twice, 1, 0.5) == (6, 2, 1, 1)
+    moves_on = rows((0.1, 0.1), (0.2, 0.6), (0.7, 0.1))
+    assert read_slash(moves_on, 1, 0.5) == (inf, 2, 1, 0)
+    assert read_slash(moves_on, 0, 0.5) == (4, 4, 1, 0)
+    assert read_slash(rows((0.1, 0.4)), 1, 0.5) == (inf, inf, None, None)
+
+
 def test_drawn_settings():
     drawn = theory.draw_settings(60, 3)
-    assert drawn == theory.draw_settings(70, 3)[:60] and drawn != theory.draw_settings(60, 4)
+    assert drawn == theory.draw_settings(70, 3)[:60]
+    assert drawn != theory.draw_settings(60, 4)
     assert len(set(drawn)) == 60
     assert {one.offset for one in drawn} == {1, 2, 3, 4}
     named = [one.frequencies for one in drawn if isinstance(one.frequencies, str)]
-    assert set(named) == {"all", "high", "medium", "low"} and 15 < len(named) < 45
-    assert max(one.cone for one in drawn) > 1.8 and min(one.cone for one in drawn) < 0.2
+    assert set(named) == {"all", "high", "medium", "low"}
+    assert 15 < len(named) < 45
+    assert max(one.cone for one in drawn) > 1.8
+    assert min(one.cone for one in drawn) < 0.2
     with pytest.raises(TheoryError, match="n is an integer"):
         theory.draw_settings(0, 1)
 
@@ -169,12 +194,14 @@ def test_a_comparison_resumes(tmp_path, monkeypatch):
     settings = [theory.Settings(**SMALL, steps=60, frequencies=band) for band in ("all", "low")]
     knobs = {"seeds": (0, 1), "progress": False}
     frame = theory.compare(settings, **knobs)
-    assert frame["setting"].tolist() == [0, 0, 1, 1] and frame["seed"].tolist() == [0, 1] * 2
+    assert frame["setting"].tolist() == [0, 0, 1, 1]
+    assert frame["seed"].tolist() == [0, 1] * 2
     for row in frame.itertuples():
         setting = dataclasses.replace(settings[row.setting], seed=row.seed)
         assert row.measured_step == theory.train(setting, progress=False).time_to(0.5)
         found = theory.predict(setting)
-        assert (row.predicted_step, row.closed_form_step) == (found.step, found.closed_form_step)
+        assert (row.predicted_step, row.fastest_rate) == (found.step, max(found.rates))
+        assert row.closed_form_step == found.closed_form.step
         assert row.measured_first_step <= row.measured_step
     assert frame["measured_offset"].tolist()[:2] == [1, 1]
     assert frame["measured_offset"].isna().tolist()[2:] == [True, True]
@@ -207,7 +234,6 @@ def test_a_comparison_resumes(tmp_path, monkeypatch):
     [
         ([], (0,), "needs a list of Settings"),
         ([theory.Settings()], (), "at least one seed"),
-        (["a"], (0,), "needs a list of Settings"),
         ([theory.Settings(optimizer="adam")], (0,), "derived for optimizer='gd'"),
     ],
 )
@@ -221,8 +247,11 @@ def compared(rows):
     names = ["setting", "offset", "predicted_step", "measured_step", "predicted_offset",
              "measured_offset"]  # fmt: skip
     frame = pd.DataFrame(rows, columns=names)
-    for name in ("closed_form_step", "closed_form_offset"):
-        frame[name] = frame[name.replace("closed_form", "measured")]
+    for by in ("measured", "predicted"):
+        frame[f"{by}_first_step"] = frame[f"{by}_step"] / 2
+        frame[f"{by}_final_offset"] = frame["measured_offset"]
+    for name in ("step", "first_step", "offset", "final_offset"):
+        frame[f"closed_form_{name}"] = frame[f"measured_{name}"]
     return frame
 
 
@@ -238,7 +267,7 @@ def test_agreement():
             (4, 1, inf, inf, nan, nan),
         ]
     )
-    found = theory.agreement(frame).set_index("measure")
+    found = theory.agreement(frame, n_resamples=200).set_index("measure")
     value = found["value"]
     logs = [math.log(step) for step in (10, 40, 100)]
     mean = sum(logs) / 3
@@ -247,15 +276,18 @@ def test_agreement():
     assert value["median_error"] == 0
     assert (value["slash_right"], found["n"]["slash_right"]) == (pytest.approx(4 / 6), 6)
     assert (value["offset_right"], found["n"]["offset_right"]) == (pytest.approx(2 / 5), 5)
-    assert value["task_offset"] == pytest.approx(3 / 5)
+    assert (value["task_offset"], found["n"]["task_offset"]) == (pytest.approx(3 / 4), 4)
+    assert value["final_offset_right"] == 1
+    assert value["r2_first"] == pytest.approx(value["r2"])
     cases = ("both", "predicted_only", "measured_only", "neither")
     assert [value[name] for name in cases] == [3, 1, 1, 1]
     assert found["low"]["slash_right"] < value["slash_right"] < found["high"]["slash_right"]
-    closed = theory.agreement(frame, "closed_form").set_index("measure")["value"]
+    closed = theory.agreement(frame, "closed_form", 10).set_index("measure")["value"]
     assert (closed["r2"], closed["offset_right"]) == (1, 1)
-    nothing = theory.agreement(frame[5:]).set_index("measure")["value"]
-    assert math.isnan(nothing["r2"]) and math.isnan(nothing["offset_right"])
-    with pytest.raises(TheoryError, match="by is one of"):
+    nothing = theory.agreement(frame[5:], n_resamples=10).set_index("measure")["value"]
+    assert math.isnan(nothing["r2"])
+    assert math.isnan(nothing["offset_right"])
+    with pytest.raises(TheoryError, match="by is 'predicted' or"):
         theory.agreement(frame, "other")
     with pytest.raises(TheoryError, match="no runs"):
         theory.agreement(frame[:0])
