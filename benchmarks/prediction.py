@@ -170,7 +170,7 @@ def draw(frame):
 
     @styled
     def figure():
-        found = new_figure(5.4, 4.8)
+        found = new_figure(5.4, 5.4)
         axes = found.subplots()
         steps = frame[["measured_step", "predicted_step"]]
         none = 1400
@@ -186,7 +186,9 @@ def draw(frame):
         }
         for index, (name, rows) in enumerate(cases.items()):
             at = inside[rows]
-            label = f"{name}: {len(at)} runs"
+            if at.empty:
+                continue
+            label = f"{name}: {len(at)}"
             axes.scatter(at["measured_step"], at["predicted_step"], 16, alpha=0.6,
                          marker="os^Dv"[index], label=label)  # fmt: skip
         least = 0.8 * inside.to_numpy().min()
@@ -195,8 +197,8 @@ def draw(frame):
                  ylabel="predicted step (upper edge: none in 1000)")  # fmt: skip
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(plain_numbers())
-        axes.set_title(f"{N_SETTINGS} settings drawn at random, {len(SEEDS)} seeds")
-        axes.legend(loc="upper left")
+        axes.set_title(f"{N_SETTINGS} settings drawn at random, {len(SEEDS)} seeds: number of runs")
+        found.legend(loc="outside lower center", ncols=2)
         return found
 
     save_figure(figure(), PICTURE)
