@@ -93,6 +93,15 @@ def test_early_growth_is_the_closed_form():
     torch.testing.assert_close((q + turn * k).abs() / before, 1 + torch.tensor(pairs).double())
 
 
+def test_64_pairs_of_start_positions_stand_for_all(monkeypatch):
+    for settings in (theory.Settings(), theory.Settings(length=60, segment=6, offset=2)):
+        few = _Flow(settings).rates()
+        with monkeypatch.context() as patch:
+            patch.setattr("slashpatch.theory.reduced._N_STARTS", 4096)
+            many = _Flow(settings).rates()
+        assert float((few - many).abs().max() / many.max()) < 0.01
+
+
 def test_forces_that_are_kept_while_logits_hardly_move_change_nothing():
     flow = _Flow(theory.Settings(**SMALL, steps=100))
     column = "score_1"
