@@ -99,7 +99,7 @@ def test_64_pairs_of_start_positions_stand_for_all(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("slashpatch.theory.reduced._N_STARTS", 4096)
             many = _Flow(settings).rates()
-        assert float((few - many).abs().max() / many.max()) < 0.01
+        assert float((few - many).abs().max() / many.max()) < 0.02
 
 
 def test_forces_that_are_kept_while_logits_hardly_move_change_nothing():
