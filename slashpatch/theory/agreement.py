@@ -35,8 +35,9 @@ def agreement(
         have a step. `median_error`: of |predicted − measured| / measured, over the same runs.
         `r2_first`, `median_error_first`: the same for `first_step`. `slash_right`: share of runs in
         which both or neither have a step. `offset_right`, `final_offset_right`: share of runs with
-        the right (final) offset, among those with a slash in either. `task_offset`: share of the
-        runs with a measured slash in which it forms at the task's offset. Then numbers of runs:
+        the right (final) offset, among those with a slash in either. `offset_right_where_measured`:
+        the same among those with a measured slash. `task_offset`: share of these in which it forms
+        at the task's offset. Then numbers of runs:
         `both` have a step, only the prediction (`predicted_only`), only training (`measured_only`),
         `neither`. NaN where there is no run. *Ours*.
 
@@ -92,6 +93,7 @@ def _measures(runs: Float[Tensor, "run column"]) -> dict[str, tuple[float, int]]
         "median_error_first": (error_first, n_first),
         "slash_right": (float((said == seen).double().mean()), len(runs)),
         "offset_right": _share(offset[0], offset[1]),
+        "offset_right_where_measured": _share(offset[0].where(offset[1] >= 0, -1.0), offset[1]),
         "final_offset_right": _share(final[0], final[1]),
         "task_offset": _share(runs[:, 8].where(offset[1] >= 0, -1.0), offset[1]),
     }

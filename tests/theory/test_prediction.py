@@ -285,6 +285,7 @@ def test_agreement():
     assert value["median_error"] == 0
     assert (value["slash_right"], found["n"]["slash_right"]) == (pytest.approx(4 / 6), 6)
     assert (value["offset_right"], found["n"]["offset_right"]) == (pytest.approx(2 / 5), 5)
+    assert value["offset_right_where_measured"] == pytest.approx(2 / 4)
     assert (value["task_offset"], found["n"]["task_offset"]) == (pytest.approx(3 / 4), 4)
     assert value["final_offset_right"] == 1
     assert value["r2_first"] == pytest.approx(value["r2"])
