@@ -79,11 +79,14 @@ PAGES = {
     "theory": (
         "Theory",
         "What it shows: [slash heads from scratch](../theory.md), "
+        "What it shows: [slash heads from scratch](../theory.md), "
+        "[predicting when](../theory-prediction.md), "
         "[ranges of frequencies](../theory-frequencies.md), "
         "[slashes while a model learns](../emergence.md).",
         "theory theory.train theory.phase_diagram theory.frequency_margins theory.Settings "
-        "theory.Run theory.ShallowTransformer theory.train_text theory.TextSettings "
-        "theory.TextRun",
+        "theory.Run theory.ShallowTransformer theory.predict theory.Prediction theory.Slash "
+        "theory.draw_settings theory.compare theory.agreement theory.train_text "
+        "theory.TextSettings theory.TextRun",
     ),
     "reporting": (
         "Reporting",

@@ -19,6 +19,7 @@ from .explain import explain
 from .generate import generate, watch
 from .pairs import direct, pairs
 from .persistence import persistence
+from .prediction import predict
 from .report import report
 from .scan import scan
 from .screen import screen
@@ -58,6 +59,7 @@ for _command in (
     dose, ablations, circuit, pairs, direct, persistence, emergence, evidence, check,
 ):  # fmt: skip
     app.command()(_command)
+theory.command()(predict)
 app.add_typer(theory, name="theory")
 
 

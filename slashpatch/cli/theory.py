@@ -48,6 +48,7 @@ RateOption = Annotated[
     float | None,
     typer.Option("--learning-rate", help="Learning rate. Default: depends on task and optimizer."),
 ]
+LengthOption = Annotated[int, typer.Option(min=4, help="Tokens of a sequence.")]
 StepsOption = Annotated[int, typer.Option(min=0, help="Number of training steps.")]
 SeedsOption = Annotated[int, typer.Option(min=1, help="Number of seeds, counted up from --seed.")]
 
@@ -61,7 +62,7 @@ def train(
     optimizer: OptimizerOption = Optimizer.gd,
     learning_rate: RateOption = None,
     steps: StepsOption = 500,
-    length: Annotated[int, typer.Option(min=4, help="Tokens of a sequence.")] = 64,
+    length: LengthOption = 64,
     seeds: SeedsOption = 3,
     kappa: KappaOption = 0.3,
     out: Annotated[
@@ -94,7 +95,7 @@ def train(
             task=task.value,
             offset=offset,
             cone=cone,
-            frequencies=_frequencies(frequencies),
+            frequencies=as_frequencies(frequencies),
             length=length,
             optimizer=optimizer.value,
             learning_rate=learning_rate,
@@ -193,7 +194,7 @@ def phase(
     print_written(console, out, plot)
 
 
-def _frequencies(text: str) -> str | tuple[float, ...]:
+def as_frequencies(text: str) -> str | tuple[float, ...]:
     """Return the name of a band, or frequencies θ."""
     parts = [part.strip() for part in text.split(",")]
     try:

@@ -13,9 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .margins import frequency_margins
+from .agreement import agreement
+from .comparison import compare, draw_settings
 from .model import ShallowTransformer
 from .phase import phase_diagram
-from .run import Run
+from .prediction import Prediction, predict
+from .run import Run, Slash
 from .settings import Settings
 from .training import train
 
@@ -25,13 +28,19 @@ if TYPE_CHECKING:
     from .text.training import train_text
 
 __all__ = [
+    "Prediction",
     "Run",
     "Settings",
     "ShallowTransformer",
+    "Slash",
     "TextRun",
     "TextSettings",
+    "agreement",
+    "compare",
+    "draw_settings",
     "frequency_margins",
     "phase_diagram",
+    "predict",
     "train",
     "train_text",
 ]

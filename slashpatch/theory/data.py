@@ -74,15 +74,26 @@ def embed(
     return x
 
 
-def _starts(
+def starts(
+    settings: Settings, u_first: Float[Tensor, "batch"], u_gap: Float[Tensor, "batch"]
+) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+    """Return start positions of a sequence's two halves, from numbers uniform in [0, 1).
+
+    The first is uniform over all that leave room, and so is the gap after it.
+    """
+    half = settings.least_length // 2
+    slack = settings.length - 2 * half
+    first = (u_first * (slack + 1)).long()
+    return first, first + half + (u_gap * (slack - first + 1)).long()
+
+
+def _drawn_starts(
     settings: Settings, n: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch 1"]]:
     """Return the random start positions of a sequence's two halves, with a random gap between."""
-    half = settings.least_length // 2
-    slack = settings.length - 2 * half
-    first = (torch.rand(n, generator=generator, dtype=torch.float64) * (slack + 1)).long()
-    gap = torch.rand(n, generator=generator, dtype=torch.float64) * (slack - first + 1)
-    return first[:, None], (first + half + gap.long())[:, None]
+    u_first, u_gap = (torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(2))
+    first, second = starts(settings, u_first, u_gap)
+    return first[:, None], second[:, None]
 
 
 def _copying(
@@ -96,7 +107,7 @@ def _copying(
     At each position of the second segment, the target is the token `offset` positions further on.
     """
     n, size = segment.shape
-    first, second = _starts(settings, n, generator)
+    first, second = _drawn_starts(settings, n, generator)
     steps = torch.arange(size)
     tokens = others.scatter(1, first + steps, segment).scatter(1, second + steps, segment)
     asked = torch.arange(size - settings.offset)
@@ -123,7 +134,7 @@ def _regression(
     labels = torch.randn(n, size, generator=generator, dtype=torch.float32)
     order = torch.rand(n, size, generator=generator).argsort(1)
     steps = torch.arange(size) * (settings.offset + 1)
-    first, second = (start + steps for start in _starts(settings, n, generator))
+    first, second = (start + steps for start in _drawn_starts(settings, n, generator))
     rows = torch.arange(n)[:, None]
     reordered = segment.gather(1, order)
     x = embed(settings, others.scatter(1, first, segment).scatter(1, second, reordered))

@@ -6,15 +6,12 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import TABLE_SUFFIXES, require_output, write_table
-from ..data.journal import Journal
-from ..data.progress import progress_over
 from ..errors import TheoryError
+from .many_runs import Measured, Table, cell, table_of_runs
+from .run import Run
 from .settings import Settings, as_number
-from .training import train
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,67 +73,32 @@ def phase_diagram(
     seeds = list(seeds)
     if not seeds:
         raise TheoryError("no seeds were given; expected at least one")
-    if resume and path is None:
-        raise TheoryError("resume needs a path: the file whose diagram is to be continued")
     todo = [
         dataclasses.replace(base, **{rows[0]: row, columns[0]: column}, seed=seed)
         for row, column, seed in itertools.product(rows[1], columns[1], seeds)
     ]
     if len(set(todo)) < len(todo):
         raise TheoryError("two runs have the same settings and seed; leave one of them out")
-    if path is None:
-        return _frame(todo, rows[0], columns[0], _train_all(todo, None, kappa, progress))
-    target = Path(path)
-    require_output(target, TABLE_SUFFIXES)
-    runs = [{name: _as_json(value) for name, value in run.to_dict().items()} for run in todo]
-    header = {"kappa": kappa, "runs": runs}
-    unfinished = target.with_name(target.name + ".unfinished")
-    with Journal(unfinished, header, resume, range(len(todo)), len(_MEASURED)) as journal:
-        frame = _frame(todo, rows[0], columns[0], _train_all(todo, journal, kappa, progress))
-        write_table(frame, target)
-        journal.remove()
-    return frame
 
-
-def _as_json(value: Any) -> Any:
-    """Return a value as JSON returns it: tuples become lists."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _train_all(
-    todo: list[Settings], journal: Journal | None, kappa: float | int, progress: bool | None
-) -> dict[int, list[float]]:
-    """Train the runs that the journal does not have; return the measurements of all by index."""
-    finished = {} if journal is None else journal.rows
-    left = [index for index in range(len(todo)) if index not in finished]
-    for index in progress_over(left, "training", show=progress):
-        run = train(todo[index], progress=False)
+    def read(run: Run) -> list[float]:
         last = run.rows[-1]
-        new = {index: [float(run.time_to(kappa)), run.score, last["matching"], last["margin"]]}
-        if journal is None:
-            finished.update(new)
-        else:
-            journal.write(new)
-    return finished
+        return [float(run.time_to(kappa)), run.score, last["matching"], last["margin"]]
+
+    def frame(measured: Measured) -> pd.DataFrame:
+        return _frame(todo, rows[0], columns[0], measured)
+
+    table = Table({"kappa": kappa}, len(_MEASURED), read, frame)
+    return table_of_runs(todo, table, path, resume, progress)
 
 
-def _frame(
-    todo: list[Settings], row: str, column: str, measured: dict[int, list[float]]
-) -> pd.DataFrame:
+def _frame(todo: list[Settings], row: str, column: str, measured: Measured) -> pd.DataFrame:
     import pandas as pd
 
     records = []
     for index, run in enumerate(todo):
-        record = {row: _cell(getattr(run, row)), column: _cell(getattr(run, column))}
+        record = {row: cell(getattr(run, row)), column: cell(getattr(run, column))}
         record["seed"] = run.seed
         record |= dict(zip(_MEASURED, measured[index], strict=True))
         record.setdefault("steps", run.steps)
         records.append(record)
     return pd.DataFrame(records)
-
-
-def _cell(value: Any) -> Any:
-    """Return a setting's value as a cell of a table."""
-    if value is None:
-        return "default"
-    return ", ".join(map(repr, value)) if isinstance(value, tuple) else value

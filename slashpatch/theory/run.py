@@ -8,7 +8,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -81,12 +81,7 @@ class Run:
         threshold = as_number("kappa", kappa, 0.0, 1.0)
         if name not in self.rows[0]:
             raise TheoryError(f"no column {name!r}; expected one of {', '.join(self.rows[0])}")
-        steps: float | int = math.inf
-        for row in reversed(self.rows):
-            if not row[name] >= threshold:
-                break
-            steps = row["step"]
-        return steps
+        return lasting_step(self.rows, name, threshold)
 
     def read(
         self, length: int | None = None, out_of_distribution: bool = False, seed: int = 0
@@ -169,6 +164,56 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()[:32]
 
 
+def lasting_step(rows: list[dict[str, float | int]], column: str, threshold: float) -> float | int:
+    """Return the step from which a column stays at the threshold or above; infinite if never."""
+    steps: float | int = math.inf
+    for row in reversed(rows):
+        if not row[column] >= threshold:
+            break
+        steps = row["step"]
+    return steps
+
+
+class Slash(NamedTuple):
+    """When and where a slash forms, as recorded slash scores show it for a threshold κ. *Ours*.
+
+    Attributes:
+        step: The step from which the score at the task's offset stays at κ or above
+            (`Run.time_to`); infinite if there is none.
+        first_step: The first step at which it is there; infinite if there is none.
+        offset: The offset at which a slash forms first: that of the highest score at the first step
+            at which any score reaches κ. None if none does.
+        final_offset: The offset of the highest score at the end; None if it is below κ.
+    """
+
+    step: float | int
+    first_step: float | int
+    offset: int | None
+    final_offset: int | None
+
+
+def read_slash(rows: list[dict[str, float | int]], offset: int, kappa: float) -> Slash:
+    """Return when and where recorded slash scores show a slash; `offset` is the task's."""
+    column = f"score_{offset}"
+    first = next((row["step"] for row in rows if row[column] >= kappa), math.inf)
+    at = [(row, _highest(row)) for row in rows]
+    formed = next((highest for row, highest in at if row[f"score_{highest}"] >= kappa), None)
+    row, highest = at[-1]
+    final = highest if row[f"score_{highest}"] >= kappa else None
+    return Slash(lasting_step(rows, column, kappa), first, formed, final)
+
+
+def _highest(row: dict[str, float | int]) -> int:
+    """Return the offset of a row's highest slash score."""
+    scores = {key: score for key, score in row.items() if key.startswith("score_")}
+    return int(max(scores, key=lambda key: scores[key]).removeprefix("score_"))
+
+
+def measured_offsets(settings: Settings) -> range:
+    """Return the offsets whose slash scores are measured: 0 to 7, and on to the task's own."""
+    return range(min(max(_OFFSETS, settings.offset + 1), settings.length))
+
+
 def measurement_examples(settings: Settings) -> Examples:
     """Return the sequences for measurements during training; training does not use them."""
     return sample(settings, _N_SEQUENCES, seeded(settings.seed, "reading"))
@@ -180,8 +225,7 @@ def measure(
     """Return one row of `Run.history`."""
     with torch.no_grad():
         result = model.forward(settings, examples)
-    n = min(max(_OFFSETS, settings.offset + 1), settings.length)
-    scores = slash_scores(result.slash[:, None], range(n))[:, 0].mean(0)
+    scores = slash_scores(result.slash[:, None], measured_offsets(settings))[:, 0].mean(0)
     on_answer = (result.matching * examples.keys).sum(-1)[examples.asked]
     row: dict[str, float | int] = {"step": step, "loss": float(result.loss)}
     row |= {f"score_{offset}": float(score) for offset, score in enumerate(scores)}

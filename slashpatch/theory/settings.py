@@ -193,6 +193,23 @@ def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise TheoryError(f"{name} is one of {', '.join(known)}; got {value!r}")
 
 
+def as_settings(settings: Settings | None, knobs: dict[str, Any]) -> Settings:
+    """Return the settings, given whole or by their fields. Raises TheoryError for others."""
+    if settings is None:
+        known = [field.name for field in dataclasses.fields(Settings)]
+        unknown = sorted(set(knobs) - set(known))
+        if unknown:
+            raise TheoryError(
+                f"no setting {', '.join(unknown)}; expected some of {', '.join(known)}"
+            )
+        return Settings(**knobs)
+    if knobs:
+        raise TheoryError("give a Settings or its fields, not both")
+    if not isinstance(settings, Settings):
+        raise TheoryError(f"expected a Settings, or its fields by name; got {settings!r}")
+    return settings
+
+
 def as_integer(name: str, value: Any, least: int, most: int) -> int:
     """Return an integer in [least, most]. Raises TheoryError for any other value."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from ..errors import TheoryError
 from .data import sample, seeded
 from .model import ShallowTransformer
 from .run import Run, measure, measurement_examples
-from .settings import Settings
+from .settings import Settings, as_settings
 
 #: Number of recorded steps in each doubling of the step count.
 _PER_DOUBLING = 16
@@ -50,18 +49,7 @@ def train(
         TheoryError: Invalid settings, a checkpoint with other settings, or a loss that is not
             finite.
     """
-    if settings is None:
-        known = [field.name for field in dataclasses.fields(Settings)]
-        unknown = sorted(set(knobs) - set(known))
-        if unknown:
-            raise TheoryError(
-                f"no setting {', '.join(unknown)}; expected some of {', '.join(known)}"
-            )
-        settings = Settings(**knobs)
-    elif knobs:
-        raise TheoryError("give a Settings or its fields, not both")
-    elif not isinstance(settings, Settings):
-        raise TheoryError(f"expected a Settings, or its fields by name; got {settings!r}")
+    settings = as_settings(settings, knobs)
     if checkpoint is not None:
         if not str(checkpoint).endswith(".safetensors"):
             raise TheoryError(
@@ -70,7 +58,7 @@ def train(
         require_writable(checkpoint)
     if resume and checkpoint is None:
         raise TheoryError("resume needs a checkpoint: the file to continue from")
-    with _one_thread(), torch.inference_mode(False), torch.enable_grad():
+    with one_thread(), torch.inference_mode(False), torch.enable_grad():
         if resume and checkpoint is not None and os.path.exists(checkpoint):
             run = _resumed(settings, checkpoint)
         else:
@@ -80,7 +68,7 @@ def train(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Use one thread: operations here are so small that more threads make them slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -121,9 +109,9 @@ def _train(run: Run, checkpoint: Any, progress: bool | None) -> None:
     steps = range(run.step, settings.steps + 1)
     for step in progress_over(steps, "training", show=progress):
         run.step = step
-        if step == settings.steps or _recorded(step):
+        if step == settings.steps or recorded(step):
             # A resumed run may have recorded its last step, which a whole run would not record.
-            run.rows[:] = [row for row in run.rows if row["step"] < step and _recorded(row["step"])]
+            run.rows[:] = [row for row in run.rows if row["step"] < step and recorded(row["step"])]
             run.rows.append(measure(settings, run.model, held_out, step))
         if checkpoint is not None and (step == settings.steps or step & (step - 1) == 0):
             _store_state(run, optimizer, parameters, data)
@@ -195,7 +183,7 @@ def _detached(run: Run) -> Run:
     return Run(run.settings, model, run.step, run.rows, run.state)
 
 
-def _recorded(step: float | int) -> bool:
+def recorded(step: float | int) -> bool:
     """Return whether measurements are taken at a step: up to 16 at each, then 16 per doubling."""
     if step < _PER_DOUBLING:
         return True

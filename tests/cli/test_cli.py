@@ -699,9 +699,30 @@ def test_theory(call, tmp_path):
     assert all(path.stat().st_size for path in names.values())
 
 
+def test_theory_predict(call):
+    arguments = ("theory", "predict", "--length", 40, "--frequencies", "high", "--steps", 80)
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    assert "the slash score at Δ=1 passes 0.5" in out
+    assert "seed 2: after " in out
+    assert out.count("a slash forms at Δ=1") == 3
+    code, out, _ = call(*arguments, "--cone", 0, "--seeds", 1)
+    assert code == 0
+    assert "seed 0: not within 80 steps; no slash forms; closed form: not within 80 steps" in out
+    code, out, _ = call(*arguments, "--seeds", 1, "--seed", 3, "--kappa", 0.3, "--json")
+    record = json.loads(out)
+    (run,) = record["runs"]
+    assert (code, run["seed"], record["kappa"]) == (0, 3, 0.3)
+    assert run["slash"]["step"] <= run["closed_form"]["step"] < 80
+    assert len(run["rates"]) == 6
+    assert run["history"][-1]["step"] == record["settings"]["steps"] == 80
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("predict", "--offset", 16), "beyond a segment"),
+        (("predict", "--kappa", 2), "kappa is a number from 0 to 1"),
         (("train", "--cone", -1), "cone is a number from 0 to 2"),
         (("train", "--frequencies", ","), "no θ is left"),
         (("train", "--offset", 40), "beyond a segment"),

@@ -250,7 +250,7 @@ def test_phase_diagram(tmp_path, monkeypatch):
     without = frame[(frame["cone"] == 0) | (frame["frequencies"] == "low")]
     assert without["time_to_slash"].tolist() == [math.inf] * 8
     path = tmp_path / "phase.parquet"
-    import slashpatch.theory.phase as module
+    import slashpatch.theory.many_runs as module
 
     train, calls = module.train, []
 
