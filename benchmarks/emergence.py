@@ -19,7 +19,8 @@ ALL_HEADS = "(" + ", ".join(f"L{layer}H{head}" for layer in range(3) for head in
 SETTINGS = {
     "default": {},
     "no diagonal Δ = 1 in any head": {"edits": [f"KnockOut({ALL_HEADS}, offsets=1)"]},
-    "slash planted in L1H0": {"edits": ["PlantSlash(L1H0, offset=1, strength=4.0)"]},
+    # Its score is 0.86 from step 0 on, over 128 tokens.
+    "slash planted in L1H0": {"edits": ["PlantSlash(L1H0, offset=1, strength=64.0)"]},
     "low frequencies": {"frequencies": "low"},
     "centred embeddings": {"centred": True},
     "learned positions (GPT-2)": {"positions": "learned"},
