@@ -138,6 +138,37 @@ def order_table(tables):
     return lines
 
 
+def rank_table(runs):
+    """Rank one, cone and bands of the slash head below induction, beside all other heads."""
+    lines = [
+        "| step | slash score | r1 of queries, keys | other heads | cosine of queries, keys to their "
+        "mean | other heads | high, medium, low band |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = [run.changes().set_index("quantity").loc["slash below induction"] for run in runs]
+    last = runs[0].text.steps[-1]
+    for step in (0, 25, 100, 500, 1000, last):
+        cells = {}
+        for run, row in zip(runs, names, strict=True):
+            frame = run.text.frame[run.text.frame["step"] == step].set_index("name")
+            head, others = frame.loc[row["head"]], frame.drop(index=row["head"])
+            cells.setdefault("score", []).append(float(head[f"score_{row['offset']}"]))
+            for column in ("r1_q", "r1_k", "cone_q", "cone_k"):
+                cells.setdefault(column, []).append(float(head[column]))
+                cells.setdefault(f"others {column}", []).append(float(others[column].mean()))
+            for band in ("high", "medium", "low"):
+                cells.setdefault(band, []).append(float(head[f"band_{band}"]))
+        groups = ("score",), ("r1_q", "r1_k"), ("others r1_q", "others r1_k")
+        groups += (
+            ("cone_q", "cone_k"),
+            ("others cone_q", "others cone_k"),
+            ("high", "medium", "low"),
+        )
+        texts = [", ".join(level(cells[name]) for name in group) for group in groups]
+        lines.append(f"| {step} | {' | '.join(texts)} |")
+    return lines
+
+
 def settings_table(runs):
     lines = [
         "| setting | seeds | slash heads at the end, by offset | first slash at step | its score "
@@ -227,6 +258,7 @@ def write(root):
     write_results("emergence", {"settings": figures, "seconds": seconds}, {})
     write_table("emergence", "default", head + default_table(tables))
     write_table("emergence", "order", order_table(tables))
+    write_table("emergence", "rank", rank_table(runs["default"]))
     write_table("emergence", "settings", lines)
     pictures = Path(__file__).parents[1] / "docs" / "pictures"
     save_figure(runs["default"][0].plot(), pictures / "learning.png")
