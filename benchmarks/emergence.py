@@ -141,8 +141,8 @@ def order_table(tables):
 def rank_table(runs):
     """Rank one, cone and bands of the slash head below induction, beside all other heads."""
     lines = [
-        "| step | slash score | r1 of queries, keys | other heads | cosine of queries, keys to their "
-        "mean | other heads | high, medium, low band |",
+        "| step | slash score | r1 of queries, keys | other heads | cosine of queries, keys to "
+        "their mean | other heads | high, medium, low band |",
         "|---|---|---|---|---|---|---|",
     ]
     names = [run.changes().set_index("quantity").loc["slash below induction"] for run in runs]
