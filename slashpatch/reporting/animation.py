@@ -132,7 +132,8 @@ class Film:
         self._said = _sayings(run.changes())
         n_layers, n_heads = self._patterns[self.steps[0]].shape[:2]
         self.figure = _empty(n_layers, n_heads)
-        grid, right = self.figure.subfigures(1, 2, width_ratios=(5, 3))
+        parts: Any = self.figure.subfigures(1, 2, width_ratios=(5, 3))
+        grid, right = parts
         self.caption = self.figure.suptitle("", x=0.012, ha="left", fontsize=12)
         self.heads: dict[str, Axes] = {}
         self._images: dict[str, Any] = {}
@@ -143,7 +144,9 @@ class Film:
             self._images[name] = _draw_pattern(axis, self._patterns[self.steps[0]][layer, head])
         grid.supxlabel(_NOTE, fontsize=8)
         self._curves = _draw_curves(right, run)
-        self._lines = [(line, *line.get_data()) for axis in self._curves for line in axis.lines]
+        self._lines: list[tuple[Any, Any, Any]] = [
+            (line, *line.get_data()) for axis in self._curves for line in axis.lines
+        ]
         self._cursors = [axis.axvline(0, color=ink(), lw=1) for axis in self._curves]
         self._color, self._size = ink(), min(8.0, 48 / n_heads)
         self.turn(self.steps[-1])
@@ -197,7 +200,8 @@ def _sayings(changes: pd.DataFrame) -> list[tuple[float, str]]:
     said: dict[str, float] = {}
     for row in changes.to_dict(orient="records"):
         if row["quantity"] in _SAYS and not math.isnan(row["step"]):
-            said.setdefault(_SAYS[row["quantity"]].format(**row), float(row["step"]))
+            text = _SAYS[row["quantity"]].format(head=row["head"], offset=row["offset"])
+            said.setdefault(text, float(row["step"]))
     ordered = sorted(said.items(), key=lambda item: item[1])
     return [(step, f"{text} (half-way at step {step:,.0f})") for text, step in ordered]
 
@@ -280,7 +284,7 @@ def _write_gif(
 def _write_mp4(file: Path, film: Film, steps: Iterator[int], rate: float) -> None:
     from matplotlib.animation import FFMpegWriter
 
-    writer = FFMpegWriter(fps=rate)
+    writer = FFMpegWriter(fps=rate)  # type: ignore[arg-type]  # it takes fractions too
     try:
         with writer.saving(film.figure, str(file), _DPI):
             for step in steps:
