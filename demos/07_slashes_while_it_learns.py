@@ -83,14 +83,14 @@ shown(figure, "07_patterns.png")
 # %% [markdown]
 # ## 4. What such a short run does not reach
 #
-# Slash heads are the first part of copying: one brings each token to the next position, and a head
-# in a later layer finds it there. The second part is missing here: the table says "no change" for
-# induction and for the copying loss, which is as high as that of a model that cannot copy. The
-# slash itself stands in the last layer, where no later head can read what it brings; the layers
-# below have none that passes 0.3. So this run shows that slashes come early, and by themselves; it
-# does not show that induction needs them. [Slashes while a language model
-# learns](../docs/emergence.md) trains longer and larger models, with several seeds, and takes the
-# conditions away one at a time.
+# Slash heads are the first part of copying: one brings each token to the next position, and a
+# head in a later layer finds it there. The second part is missing here: the table says "no
+# change" for induction and for the copying loss, which is as high as that of a model that cannot
+# copy. The slash itself stands in the last layer, where no later head can read what it brings;
+# the layers below have none that passes 0.3. On random tokens it is weaker than on text. So this
+# run shows that slashes come early, and by themselves; it does not show that induction needs
+# them. [Slashes while a language model learns](../docs/emergence.md) trains longer and larger
+# models, with several seeds, and takes the conditions away one at a time.
 
 # %%
 folder.cleanup()
