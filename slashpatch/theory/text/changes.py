@@ -117,15 +117,15 @@ def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
 
     last = text.best(1)[lambda rows: rows["step"] == rows["step"].max()].reset_index(drop=True)
     ends = text.frame[text.frame["step"] == text.steps[-1]].reset_index(drop=True)
-    induction = ends.loc[ends["prefix_matching"].idxmax()]
+    induction = ends.iloc[int(ends["prefix_matching"].argmax())]
     found_one = float(induction["prefix_matching"]) >= _INDUCTION
     n_layers = int(text.provenance["layers_heads_vocabulary"][0])
     top = int(induction["layer"]) if found_one else n_layers - 1
-    first = last.loc[last["score"].idxmax()]
+    first = last.iloc[int(last["score"].argmax())]
     rows = [_row("first slash", text, first["name"], f"score_{first['offset']}", "score")]
     below = last[last["layer"] < top]
     if len(below):
-        feeding = below.loc[below["score"].idxmax()]
+        feeding = below.iloc[int(below["score"].argmax())]
         name, column = str(feeding["name"]), f"score_{feeding['offset']}"
         rows.append(_row("slash below induction", text, name, column, "score"))
         rows.append(_row("the same on random tokens", random, name, column, "score"))
