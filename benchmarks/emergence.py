@@ -123,18 +123,8 @@ def order_table(tables):
         pairs = [(table.loc[first, "step"], table.loc[then, "step"]) for table in tables]
         known = [(a, b) for a, b in pairs if a == a and b == b]
         ratios = [math.log(b / a) for a, b in known]
-        if len(ratios) > 1:
-            from scipy.stats import t
-
-            mean = sum(ratios) / len(ratios)
-            half = t.ppf(0.975, len(ratios) - 1) * _deviation(ratios) / len(ratios) ** 0.5
-            factor = (
-                f"{math.exp(mean):.2f} [{math.exp(mean - half):.2f}, {math.exp(mean + half):.2f}]"
-            )
-        else:
-            factor = "–"
         in_order = f"{sum(a < b for a, b in known)} of {len(known)}"
-        lines.append(f"| {first} | {then} | {in_order} | {factor} |")
+        lines.append(f"| {first} | {then} | {in_order} | {factor(ratios, len(ratios))} |")
     return lines
 
 
@@ -209,6 +199,44 @@ def settings_table(runs):
     return lines, figures
 
 
+def paired_table(runs):
+    """Steps of induction and of the fall of the copying loss, divided by the default's, by seed."""
+    lines = [
+        "| setting | induction later by a factor of | copying later by a factor of |",
+        "|---|---|---|",
+    ]
+    plain = {
+        run.settings.seed: run.changes().set_index("quantity")["step"] for run in runs["default"]
+    }
+    for name, found in runs.items():
+        cells = []
+        for quantity in ("induction", "copying loss"):
+            ratios = [
+                math.log(run.changes().set_index("quantity")["step"][quantity]
+                         / plain[run.settings.seed][quantity])
+                for run in found
+            ]  # fmt: skip
+            cells.append(factor([ratio for ratio in ratios if ratio == ratio], len(ratios)))
+        if name != "default" and cells != ["–", "–"]:
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def factor(logarithms, n):
+    """The geometric mean of ratios with Student's interval; how many there are of n, if fewer."""
+    if not logarithms:
+        return "–"
+    mean = sum(logarithms) / len(logarithms)
+    some = "" if len(logarithms) == n else f" in {len(logarithms)} of {n}"
+    if len(logarithms) < 2:
+        return f"{math.exp(mean):.2f}{some or ' (one seed)'}"
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(logarithms) - 1) * _deviation(logarithms) / len(logarithms) ** 0.5
+    low, high = math.exp(mean - half), math.exp(mean + half)
+    return f"{math.exp(mean):.2f} [{low:.2f}, {high:.2f}]{some}"
+
+
 def slashes(run):
     """How many heads end as slash heads (κ = 0.3), by offset from 1: `3 at Δ=1, 1 at Δ=2`."""
     best = run.text.best(1)
@@ -260,6 +288,7 @@ def write(root):
     write_table("emergence", "order", order_table(tables))
     write_table("emergence", "rank", rank_table(runs["default"]))
     write_table("emergence", "settings", lines)
+    write_table("emergence", "paired", paired_table(runs))
     pictures = Path(__file__).parents[1] / "docs" / "pictures"
     save_figure(runs["default"][0].plot(), pictures / "learning.png")
     save_animation(runs["default"][0], pictures / "learning.gif")
