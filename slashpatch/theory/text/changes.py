@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from ...scanning.emergence_result import Emergence
 
-#: The least changes that count, in the units of each quantity. *Ours*. As the learning rate goes down,
-#: the copying loss falls a little without any copying: by up to 1.6 nats in docs/emergence.md.
+#: The least changes that count, in the units of each quantity. *Ours*. As the learning rate goes
+#: down, the copying loss falls without any copying too: by up to 1.6 nats in docs/emergence.md.
 LEAST = {"score": 0.2, "rank": 0.1, "cone": 0.1, "prefix": 0.2, "copying": 2.0}
 #: Induction heads reach this prefix matching by the end, else there is none. *Ours*.
 _INDUCTION = 0.2
