@@ -12,9 +12,9 @@ construction. `Settings` can switch off each condition.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .margins import frequency_margins
 from .agreement import agreement
 from .comparison import compare, draw_settings
+from .margins import frequency_margins
 from .model import ShallowTransformer
 from .phase import phase_diagram
 from .prediction import Prediction, predict
