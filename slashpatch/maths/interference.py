@@ -4,7 +4,7 @@ A head whose queries are all alike, and whose keys are, has the logit Σ_l A_l c
 offset δ (arXiv 2601.08297). The margin is this profile at the head's offset minus the largest value
 at any other (`slashpatch.maths.spectrum.margin`), here divided by Σ_l A_l. All of this is *ours*.
 
-A bound for an offset Δ ≥ 1 that has a neighbour on each side, whatever amplitudes and phases are.
+A bound for an offset Δ that has a neighbour on each side, whatever amplitudes and phases are.
 The mean of the profile at Δ−1 and Δ+1 is Σ_l A_l cos θ_l cos(θ_l Δ + φ_l), so the undivided margin
 is at most Σ_l A_l (1 − cos θ_l), and the normalised one at most 1 − cos θ for the highest frequency
 θ (up to π). Of low frequencies that is about θ²/2.
@@ -92,15 +92,21 @@ def needed_amplitude(
     the logit of `at`, and the score only grows with the amplitude. Infinite if no amplitude up to
     `MOST` gives that score, as where another offset has the same logit. By the bound above and
     the convexity of exp, a score of 1/2 on long prompts needs about ln 2 / (1 − cos θ) at least.
-    Raises OffsetError for an offset outside the profile.
+    Raises OffsetError for an offset outside the profile, BandError for no frequencies or a score
+    outside [0, 1].
     """
+    if not len(inv_freq) or not 0 <= score <= 1:
+        raise BandError(
+            "expected at least one frequency and a slash score from 0 to 1; got "
+            f"{len(inv_freq)} frequencies and {score}"
+        )
     theta = inv_freq.double()
     unit = (theta[:, None] * (torch.arange(n_offsets) - at)).cos().mean(0)
     low, high = 0.0, 1.0
     while profile_score(high * unit, at) < score:
-        low, high = high, 2 * high
-        if high > MOST:
+        if high >= MOST:
             return float("inf")
+        low, high = high, min(2 * high, MOST)
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if profile_score(middle * unit, at) < score else (low, middle)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import TheoryError
 from .data import seeded
 from .run import Slash
+from .settings import as_integer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,10 +40,12 @@ def agreement(
         the same among those with a measured slash. `task_offset`: share of these in which it forms
         at the task's offset. Then numbers of runs:
         `both` have a step, only the prediction (`predicted_only`), only training (`measured_only`),
-        `neither`. NaN where there is no run. *Ours*.
+        `neither`. NaN where there is no run; R² also if all measured steps are equal. A step that
+        is missing, as infinite ones are in a .json file, counts as none. *Ours*.
 
     Raises:
-        TheoryError: An unknown `by`, or an empty table.
+        TheoryError: An unknown `by`, `n_resamples` below 1, an empty table, or one that lacks
+            columns of `compare`.
     """
     import pandas as pd
 
@@ -50,8 +53,13 @@ def agreement(
         raise TheoryError(f"by is 'predicted' or 'closed_form'; got {by!r}")
     if not len(frame):
         raise TheoryError("the table has no runs; expected at least one")
+    n_resamples = as_integer("n_resamples", n_resamples, 1, 10**6)
     names = [f"{kind}_{name}" for name in Slash._fields for kind in (by, "measured")]
-    table = frame[[*names, "offset"]].fillna(-1)
+    lacking = sorted({*names, "offset", "setting"} - set(frame.columns))
+    if lacking:
+        raise TheoryError(f"expected a table that compare returns; it lacks {', '.join(lacking)}")
+    absent = {name: math.inf if name.endswith("step") else -1 for name in names}
+    table = frame[[*names, "offset"]].fillna(absent)
     runs = torch.tensor(table.to_numpy(float), dtype=torch.float64)
     settings = torch.tensor(frame["setting"].to_numpy(int))
     groups = [(settings == one).nonzero()[:, 0] for one in settings.unique()]
@@ -108,8 +116,9 @@ def _errors(
     if not len(seen):
         return math.nan, math.nan, 0
     total = (seen.log() - seen.log().mean()).square().sum()
-    r2 = 1 - (said.log() - seen.log()).square().sum() / total
-    return float(r2), float(((said - seen).abs() / seen).quantile(0.5)), len(seen)
+    rest = (said.log() - seen.log()).square().sum()
+    r2 = float(1 - rest / total) if total > 0 else math.nan
+    return r2, float(((said - seen).abs() / seen).quantile(0.5)), len(seen)
 
 
 def _share(said: Float[Tensor, "batch"], seen: Float[Tensor, "batch"]) -> tuple[float, int]:

@@ -102,7 +102,7 @@ def compare(
         `Prediction.rates`.
 
     Raises:
-        TheoryError: No or invalid settings, or those that `predict` refuses.
+        TheoryError: No or invalid settings, those that `predict` refuses, or the same run twice.
         SweepError: An unfinished file of another comparison.
         OutputError: A path that cannot be written.
     """
@@ -116,6 +116,8 @@ def compare(
     for one in given:
         predict(dataclasses.replace(one, steps=0), kappa=kappa)  # refuses what cannot be predicted
     todo = [dataclasses.replace(one, seed=seed) for one in given for seed in seeds]
+    if len(set(todo)) < len(todo):
+        raise TheoryError("two runs have the same settings and seed; leave one of them out")
 
     def measure(run: Run) -> list[float]:
         found = predict(run.settings, kappa=kappa)

@@ -182,10 +182,12 @@ class _Flow:
             profile = self._profile(q, k)
             if step in recorded_steps:
                 rows.append(self._row(step, profile, matching))
-            moved = at is None or max(
-                float((profile - at[0]).abs().max()), abs(matching - at[1])
-            ) > tolerance  # fmt: skip
-            if moved or tolerance == 0:
+            # Written so that NaN counts as moved: the new force is then refused.
+            still = at is not None and (
+                float((profile - at[0]).abs().max()) <= tolerance
+                and abs(matching - at[1]) <= tolerance
+            )
+            if not still:
                 force, pull = self._force(profile, matching)
                 at = (profile, matching)
             q, k = q + self.rate * force * k, k + self.rate * force.conj() * q

@@ -709,6 +709,9 @@ def test_theory_predict(call):
     code, out, _ = call(*arguments, "--cone", 0, "--seeds", 1)
     assert code == 0
     assert "seed 0: not within 80 steps; no slash forms; closed form: not within 80 steps" in out
+    code, out, _ = call(*arguments, "--cone", 0, "--seeds", 1, "--json")
+    none = {"step": None, "first_step": None, "offset": None, "final_offset": None}
+    assert json.loads(out)["runs"][0]["slash"] == none
     code, out, _ = call(*arguments, "--seeds", 1, "--seed", 3, "--kappa", 0.3, "--json")
     record = json.loads(out)
     (run,) = record["runs"]

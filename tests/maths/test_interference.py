@@ -108,6 +108,13 @@ def test_the_needed_amplitude_gives_the_score_and_less_does_not(first, at):
     assert profile_score(0.99 * needed * unit, at) < 0.5
 
 
+def test_amplitudes_up_to_the_most_are_tried(monkeypatch):
+    needed = needed_amplitude(POWERS, 1, 64)
+    for factor, expected in ((1.01, needed), (0.99, math.inf)):
+        monkeypatch.setattr("slashpatch.maths.interference.MOST", factor * needed)
+        assert needed_amplitude(POWERS, 1, 64) == pytest.approx(expected)
+
+
 def test_low_frequencies_need_the_amplitude_of_the_bound():
     for theta in (POWERS[3:], POWERS[5:6]):
         assert needed_amplitude(theta, 1, 64) > math.log(2) / (1 - math.cos(float(theta[0])))
@@ -123,3 +130,6 @@ def test_what_is_refused():
         margins_by_cutoff(POWERS, 1, 9, -torch.ones(8))
     with pytest.raises(OffsetError):
         needed_amplitude(POWERS, 64, 64)
+    for theta, score in ((POWERS[:0], 0.5), (POWERS, math.nan), (POWERS, 1.5)):
+        with pytest.raises(BandError, match="at least one frequency and a slash score"):
+            needed_amplitude(theta, 1, 64, score)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from slashpatch import theory
+from slashpatch.data.files import write_table
 from slashpatch.errors import SweepError, TheoryError
 from slashpatch.maths.spectrum import predicted_profile
 from slashpatch.theory.data import sample, seeded
@@ -64,6 +65,10 @@ def test_the_reduced_gradient_is_the_models():
     assert -float(by_m.diagonal().sum()) == pytest.approx(pull, rel=0.1)
     # What a diagonal entry gains, the others of its row lose.
     assert float(by_m.sum(1).abs().max()) < 1e-6
+    seen, diagonal = settings.seen, float(by_m.diagonal().sum())
+    others = float(by_m[:seen, :seen].sum()) - diagonal
+    difference = settings.slower_rate * (diagonal / seen - others / (seen * (seen - 1)))
+    assert difference == pytest.approx(flow.matching_rate * diagonal, rel=1e-3)
     # Means over tokens of training move with cone² + 1/seen.
     moved = by_q[: settings.seen].mean(0) + settings.cone * by_q[-1]
     found = -torch.complex(*moved.double().chunk(2)) * settings.rate
@@ -170,6 +175,19 @@ def test_a_gradient_that_is_not_finite_is_refused(monkeypatch):
         predicted(seed=9)
 
 
+def test_logits_that_are_no_numbers_are_refused(monkeypatch):
+    flow = _Flow(theory.Settings(**SMALL, steps=3))
+    profile, calls = flow._profile, []
+
+    def breaks(q, k):
+        calls.append(1)
+        return profile(q, k) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(flow, "_profile", breaks)
+    with pytest.raises(TheoryError, match="not finite"):
+        flow.integrate(1e9)
+
+
 def test_when_and_where_recorded_scores_show_a_slash():
     def rows(*scores):
         return [{"step": 2 * at, "score_0": a, "score_1": b, "x": 9.0}
@@ -232,6 +250,12 @@ def test_a_comparison_resumes(tmp_path, monkeypatch):
         theory.compare(settings, **knobs, path=path, resume=True, kappa=0.2)
     with pytest.raises(SweepError, match="is of another run: its runs"):
         theory.compare(settings[::-1], **knobs, path=path, resume=True)
+    unfinished = tmp_path / "compared.parquet.unfinished"
+    lines = unfinished.read_text()
+    unfinished.write_text(lines.replace('"index": 1', '"index": 3'))
+    with pytest.raises(SweepError, match="line 3 of .* is no row of this run"):
+        theory.compare(settings, **knobs, path=path, resume=True)
+    unfinished.write_text(lines + '{"ind')  # killed while it wrote a line
     again = theory.compare(settings, **knobs, path=path, resume=True)
     assert len(calls) == 3 + 2
     pd.testing.assert_frame_equal(again, frame)
@@ -244,6 +268,7 @@ def test_a_comparison_resumes(tmp_path, monkeypatch):
         ([], (0,), "needs a list of Settings"),
         ([theory.Settings()], (), "at least one seed"),
         ([theory.Settings(optimizer="adam")], (0,), "derived for optimizer='gd'"),
+        ([theory.Settings(steps=0)], (1, 1), "the same settings and seed"),
     ],
 )
 def test_refused_comparisons(settings, seeds, said):
@@ -301,3 +326,33 @@ def test_agreement():
         theory.agreement(frame, "other")
     with pytest.raises(TheoryError, match="no runs"):
         theory.agreement(frame[:0])
+    with pytest.raises(TheoryError, match="it lacks measured_step, offset"):
+        theory.agreement(frame.drop(columns=["offset", "measured_step"]))
+    with pytest.raises(TheoryError, match="n_resamples is an integer"):
+        theory.agreement(frame, n_resamples=0)
+    one = theory.agreement(frame[1:2], n_resamples=2).set_index("measure")["value"]
+    assert math.isnan(one["r2"])  # a single step has no variance
+    assert one["median_error"] == 0.5
+
+
+def test_wrong_predictions_have_bad_agreement():
+    steps = [10.0, 30.0, 100.0, 300.0, 900.0]
+    turned = [(at, 1, said, seen, 2.0, 1.0)
+              for at, (said, seen) in enumerate(zip(steps[::-1], steps, strict=True))]  # fmt: skip
+    value = theory.agreement(compared(turned), n_resamples=20).set_index("measure")["value"]
+    assert value["r2"] < -2
+    assert value["median_error"] > 0.8
+    assert value["offset_right"] == 0
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_agreement_of_a_table_read_back_is_the_same(tmp_path, suffix):
+    rows = [(0, 1, 10.0, 12.0, 1.0, 1.0), (1, 1, 20.0, math.inf, 1.0, math.nan),
+            (2, 2, math.inf, math.inf, math.nan, math.nan),
+            (3, 2, 90.0, 60.0, 2.0, 2.0)]  # fmt: skip
+    frame, path = compared(rows), tmp_path / f"compared.{suffix}"
+    write_table(frame, path)
+    again = getattr(pd, f"read_{suffix}")(path)
+    found, expected = (theory.agreement(one, n_resamples=20) for one in (again, frame))
+    pd.testing.assert_frame_equal(found, expected)
+    assert expected.set_index("measure")["value"]["predicted_only"] == 1
