@@ -260,7 +260,7 @@ def test_change_points_of_sigmoids(seed, middle, width):
     steps = np.arange(0, 1001, 10)
     noise = np.random.default_rng(seed).normal(0, 0.005, len(steps))
     values = 1 / (1 + np.exp(-(steps / 1000 - middle) / width)) + noise
-    found = change_point(list(steps), list(values), 0.2)
+    found = change_point(steps.tolist(), values.tolist(), 0.2)
     if math.isnan(found.step):
         assert values[-10:].mean() - values.min() < 0.2
         return
