@@ -34,7 +34,7 @@ ORDER = (
     ("cone of its layer's input", "slash below induction"),
     ("r1 of its queries", "slash below induction"),
     ("r1 of its keys", "slash below induction"),
-    ("first slash", "induction"),
+    ("strongest slash", "induction"),
     ("slash below induction", "induction"),
     ("induction", "copying loss"),
 )
@@ -161,7 +161,7 @@ def rank_table(runs):
 
 def settings_table(runs):
     lines = [
-        "| setting | seeds | slash heads at the end, by offset | first slash at step | its score "
+        "| setting | seeds | slash heads at the end, by offset | strongest slash at step | its score "
         "| on random tokens | induction at step | prefix matching | copying loss | held-out loss |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -169,7 +169,7 @@ def settings_table(runs):
     for name, found in runs.items():
         tables = [run.changes().set_index("quantity") for run in found]
         offsets = [slashes(run) for run in found]
-        first = [table.loc["first slash"] for table in tables]
+        first = [table.loc["strongest slash"] for table in tables]
         outside = [
             float(run.random.frame[lambda f: f["step"] == f["step"].max()]
                   .set_index("name").loc[row["head"], f"score_{row['offset']}"])

@@ -39,7 +39,7 @@ def test_demo_runs_and_saves_its_figures_beside_it(demo, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert ("first slash" if demo.stem.startswith("07") else "L16H0") in done.stdout
+    assert ("strongest slash" if demo.stem.startswith("07") else "L16H0") in done.stdout
     assert list(tmp_path.glob("*.png"))
 
 

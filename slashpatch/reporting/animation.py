@@ -40,7 +40,7 @@ _NOTE = (
 )
 #: What the film says when a quantity changes.
 _SAYS = {
-    "first slash": "slash in {head} at Δ = {offset}",
+    "strongest slash": "slash in {head} at Δ = {offset}",
     "slash below induction": "slash in {head} at Δ = {offset}",
     "induction": "{head} finds the earlier copy",
     "copying loss": "the copying loss falls",
@@ -229,7 +229,7 @@ def _draw_curves(part: Any, run: TextRun) -> Sequence[Axes]:
             continue
         slash = f"slash, {change['head']} Δ={change['offset']}"
         label, color, dashes, axis = {
-            "first slash": (slash, _SLASH, "-", scores),
+            "strongest slash": (slash, _SLASH, "-", scores),
             "slash below induction": (slash, _SLASH, "--", scores),
             "induction": (f"induction, {change['head']}", _INDUCTION, "-", scores),
             "copying loss": ("repeated random tokens", _COPYING, "-", losses),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: The panels of the figure, from top to bottom, and the quantities in each.
 _PANELS = {
-    "slash score": ("first slash", "slash below induction", "the same on random tokens"),
+    "slash score": ("strongest slash", "slash below induction", "the same on random tokens"),
     "rank one (r1)": ("r1 of its queries", "r1 of its keys"),
     "cone (cosine to the mean)": (
         "cone of its queries",

@@ -46,11 +46,11 @@ def test_a_panel_for_each_kind_with_a_rule_where_it_changed(run):
          and line.get_xdata()[0] == line.get_xdata()[1]]
         for axis in figure.axes
     ]  # fmt: skip
-    # "slash below induction" is the first slash here, so it is drawn once.
+    # "slash below induction" is the strongest slash here, so it is drawn once.
     assert rules == [[15, 15], [15, 15], [15, 15], [35], [45]]
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == [
-        "first slash, L0H1 Δ=1\nstep 15",
+        "strongest slash, L0H1 Δ=1\nstep 15",
         "the same on random tokens, L0H1 Δ=1\nstep 15",
     ]
     natural, random = figure.axes[0].lines[0], figure.axes[0].lines[2]
@@ -81,9 +81,9 @@ def test_the_table_and_the_html_hold_the_changes(run):
     assert "training on text: 2 layers of 2 heads, 50 steps, seed 0" in table
     for quantity in run.changes()["quantity"]:
         assert quantity in table
-    (row,) = [line for line in table.splitlines() if "first slash" in line]
+    (row,) = [line for line in table.splitlines() if "strongest slash" in line]
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
-        "first slash", "L0H1", "1", "0.03", "0.70", "15", "12 to 18",
+        "strongest slash", "L0H1", "1", "0.03", "0.70", "15", "12 to 18",
     ]  # fmt: skip
     html = run._repr_html_()
     assert "<svg" in html

@@ -260,7 +260,7 @@ def test_change_points_of_sigmoids(seed, middle, width):
     steps = np.arange(0, 1001, 10)
     noise = np.random.default_rng(seed).normal(0, 0.005, len(steps))
     values = 1 / (1 + np.exp(-(steps / 1000 - middle) / width)) + noise
-    found = change_point(list(steps), list(values), 0.2)
+    found = change_point(steps.tolist(), values.tolist(), 0.2)
     if math.isnan(found.step):
         assert values[-10:].mean() - values.min() < 0.2
         return
@@ -285,7 +285,7 @@ def test_changes_say_which_head_feeds_the_induction_head(run):
     frame["copying_loss"] = np.where(late[7], 2.0, 6.0)
     made = changes(sp.Emergence(frame, text.provenance), sp.Emergence(other, random.provenance))
     rows = made.set_index("quantity")
-    assert rows.loc["first slash", ["head", "offset", "step"]].tolist() == ["L1H1", 1, 1]
+    assert rows.loc["strongest slash", ["head", "offset", "step"]].tolist() == ["L1H1", 1, 1]
     assert rows.loc["slash below induction", ["head", "offset", "step"]].tolist() == ["L0H1", 2, 3]
     assert rows.loc["the same on random tokens", "step"] == 3
     assert rows.loc["induction", ["head", "step"]].tolist() == ["L1H0", 5]

@@ -51,46 +51,49 @@ class Change:
 
 
 def change_point(
-    steps: Sequence[int], values: Sequence[float], least: float, falls: bool = False
+    steps: Sequence[int], values: Sequence[float | int], least: float, falls: bool = False
 ) -> Change:
     """Return when a quantity rose (or fell) to its final level, for the last time. *Ours*.
 
     The level after is the mean of the last tenth of the measurements; the level before is the
-    lowest (highest, if it falls) value measured, which may lie after the first step. The change
-    point is where the quantity last crosses the middle of the two, linearly between measurements.
+    lowest (highest, if it falls) value measured earlier, which may lie after the first step. The
+    change point is where the quantity last crosses the middle of the two, linearly between
+    measurements. NaN values are left out, and so is a dip at the very end: what comes after the
+    last value that has three quarters of the change.
 
-    Raises TheoryError for fewer than two measurements, or other numbers of steps and values.
+    Raises TheoryError for fewer than two values that are finite, or other numbers of steps and
+    values.
     """
     at, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
-    if len(at) < 2 or len(at) != len(y):
+    finite = np.isfinite(y)
+    if len(at) != len(y) or finite.sum() < 2:
         raise TheoryError(
             f"a change point needs two or more measurements; got {len(at)} steps and {len(y)} "
-            "values"
+            f"values, of which {int(finite.sum())} are finite"
         )
-    y = -y if falls else y
+    at, y = at[finite], y[finite]
     sign = -1.0 if falls else 1.0
-    after = float(y[-max(1, len(y) // 10) :].mean())
-    lowest = int(np.nanargmin(y))
+    y = sign * y
+    n_last = max(1, len(y) // 10)
+    after = float(y[-n_last:].mean())
+    lowest = int(y[:-n_last].argmin())
     before = float(y[lowest])
     size = after - before
-    if not size >= least:
+    if not 0 < size >= least:
         return Change(math.nan, math.nan, math.nan, sign * before, sign * after)
+    end = int(np.flatnonzero(y >= before + 0.75 * size)[-1]) + 1
     crossings = [
-        _last_crossing(at[lowest:], y[lowest:], before + share * size)
+        _last_crossing(at[lowest:end], y[lowest:end], before + share * size)
         for share in (0.25, 0.5, 0.75)
     ]
     return Change(crossings[1], crossings[0], crossings[2], sign * before, sign * after)
 
 
 def _last_crossing(steps: np.ndarray, values: np.ndarray, level: float) -> float:
-    """Return where values last rise above a level, linearly between measurements."""
-    below = np.flatnonzero(~(values >= level))
-    last = int(below[-1])
-    if last + 1 == len(values):  # the very last value dips: its mean with others is above
-        last = int(below[below < len(values) - 1][-1]) if len(below) > 1 else last - 1
-    rise = values[last + 1] - values[last]
-    share = 0.5 if rise <= 0 else (level - values[last]) / rise
-    return float(steps[last] + min(max(share, 0.0), 1.0) * (steps[last + 1] - steps[last]))
+    """Return where values last rise above a level, which the last one is; linear in between."""
+    last = int(np.flatnonzero(values < level)[-1])
+    share = (level - values[last]) / (values[last + 1] - values[last])
+    return float(steps[last] + share * (steps[last + 1] - steps[last]))
 
 
 def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
@@ -98,7 +101,7 @@ def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
 
     Rows (definitions *ours*):
 
-    - first slash: the head with the highest slash score, at any offset from 1, on held-out text;
+    - strongest slash: the head with the highest slash score, at any offset from 1, on held-out text;
     - slash below induction: the head with the highest score at an offset from 1, in a layer below
       the induction head's (below the last layer if there is none); and the same head and offset on
       random tokens;
@@ -118,12 +121,12 @@ def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
 
     last = text.best(1)[lambda rows: rows["step"] == rows["step"].max()].reset_index(drop=True)
     ends = text.frame[text.frame["step"] == text.steps[-1]].reset_index(drop=True)
-    induction = ends.iloc[int(ends["prefix_matching"].argmax())]
+    induction = ends.iloc[int(ends["prefix_matching"].fillna(-1).argmax())]
     found_one = float(induction["prefix_matching"]) >= _INDUCTION
     n_layers = int(text.provenance["layers_heads_vocabulary"][0])
     top = int(induction["layer"]) if found_one else n_layers - 1
     first = last.iloc[int(last["score"].argmax())]
-    rows = [_row("first slash", text, first["name"], f"score_{first['offset']}", "score")]
+    rows = [_row("strongest slash", text, first["name"], f"score_{first['offset']}", "score")]
     below = last[last["layer"] < top]
     if len(below):
         feeding = below.iloc[int(below["score"].argmax())]

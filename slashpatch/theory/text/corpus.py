@@ -30,7 +30,8 @@ def python_text() -> dict[str, str]:
     """Return the help topics and source files that every Python has, by name.
 
     About ten million characters of English and code. It differs a little from version to version
-    of Python, so the weights of a run do too. Raises TheoryError where the source is missing.
+    of Python, so the weights of a run do too. The topics stand in `pydoc_data/topics.py` once more,
+    so training text has those that are held out. Raises TheoryError where the source is missing.
     """
     from pydoc_data.topics import topics
 
@@ -96,6 +97,16 @@ def windows(ids: Int[Tensor, "token"], length: int) -> Int[Tensor, "window pos"]
     n = len(ids) // (length - 1)
     rows = ids[: n * (length - 1)].reshape(n, length - 1)
     return torch.cat([torch.zeros(n, 1, dtype=rows.dtype), rows], dim=1)
+
+
+def chosen(rows: Int[Tensor, "window pos"], n: int) -> Int[Tensor, "_ pos"]:
+    """Return n held-out windows in a fixed random order. Raises TheoryError if there are fewer."""
+    if len(rows) < n:
+        raise TheoryError(
+            f"the held-out text has {len(rows)} sequences of {rows.shape[1]} tokens; expected {n} "
+            "or more. Use a shorter length"
+        )
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:n]]
 
 
 def with_repeat(row: Int[Tensor, "pos"], generator: torch.Generator) -> Int[Tensor, "pos"]:

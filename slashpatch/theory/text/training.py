@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,13 +14,14 @@ import torch
 from transformers import TrainerCallback
 
 from ...bridge.loading import load
-from ...data.files import require_writable, write_json
 from ...data.progress import busy, progress_over
 from ...edits import parse_edit
-from ...errors import OutputError, TheoryError
-from ...patching.patch import patch
+from ...errors import TheoryError
+from ...patching.patch import hooks, patch
 from ...scanning.callback import SlashCallback
-from .corpus import Rows, Sequences, new_tokenizer, python_text, split, token_ids, windows
+from ..settings import as_integer
+from .corpus import Rows, Sequences, chosen, new_tokenizer, python_text, split, token_ids, windows
+from .folder import alone, last_checkpoint, require_folder
 from .model import CentredEmbeddings, new_model
 from .patterns import PatternCallback
 from .run import CHECKPOINTS, MODEL, PATTERNS, RANDOM, SETTINGS, TEXT, TOKENIZER, TextRun
@@ -70,15 +70,22 @@ def train_text(
         The finished run.
 
     Raises:
-        TheoryError: Invalid settings, a folder with another run, or a loss that is not finite.
+        TheoryError: Invalid settings, a folder with another run or in which another process trains,
+            more tokens or longer sequences than the text has, or weights that are not finite.
+        OutputError: A folder that cannot be made or written to.
+        EditError, HeadError, OffsetError or ModelError: Edits that do not fit the model.
     """
     settings = _settings(settings, knobs)
+    if threads is not None:
+        threads = as_integer("threads", threads, 1, 1024)
     root = Path(folder)
-    _require_folder(root, settings, resume)
-    if (root / MODEL).exists():
-        return TextRun.load(root)
     with _threads(threads), torch.inference_mode(False), torch.enable_grad(), _quiet_trainer():
-        _train(root, settings, watch, progress)
+        if settings.edits and not (root / SETTINGS).exists():
+            hooks(load(new_model(settings)), *settings.edits)  # refused now, before minutes of work
+        require_folder(root, settings, resume)
+        with alone(root):
+            if not (root / MODEL).exists():
+                _train(root, settings, watch, progress)
     return TextRun.load(root)
 
 
@@ -96,38 +103,6 @@ def _settings(settings: TextSettings | None, knobs: dict[str, Any]) -> TextSetti
     if not isinstance(settings, TextSettings):
         raise TheoryError(f"expected a TextSettings, or its fields by name; got {settings!r}")
     return settings
-
-
-def _require_folder(root: Path, settings: TextSettings, resume: bool) -> None:
-    """Raise TheoryError for a folder with anything but this run; begin a new one in it."""
-    named = root / SETTINGS
-    if not named.exists():
-        if root.exists() and any(root.iterdir()):
-            raise TheoryError(f"{str(root)!r} holds something else already; choose a new folder")
-        _make(root)
-        write_json(named, settings.to_dict())
-        return
-    saved = TextRun.settings_of(root)
-    for name, value in settings.to_dict().items():
-        if saved.to_dict()[name] != value:
-            raise TheoryError(
-                f"{str(root)!r} holds a run whose {name} is {saved.to_dict()[name]!r}, here it is "
-                f"{value!r}; choose another folder"
-            )
-    if not resume:
-        raise TheoryError(
-            f"{str(root)!r} holds this run already; continue or load it with resume (--resume), or "
-            "choose another folder"
-        )
-
-
-def _make(folder: Path) -> None:
-    """Make a folder that files can be written to. Raises OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {str(folder)!r}: {error}") from None
-    require_writable(folder / SETTINGS)
 
 
 @contextlib.contextmanager
@@ -164,6 +139,11 @@ def _tokenizer(root: Path, texts: list[str], settings: TextSettings) -> PreTrain
     if not folder.exists():
         with busy("training a tokenizer"):
             made = new_tokenizer(texts, settings.vocabulary, settings.length)
+        if len(made) < settings.vocabulary:
+            raise TheoryError(
+                f"the text has no more than {len(made)} tokens; got vocabulary="
+                f"{settings.vocabulary}. Use a smaller one"
+            )
         unfinished = root / "tokenizer.unfinished"
         made.save_pretrained(unfinished)
         unfinished.rename(folder)
@@ -173,7 +153,7 @@ def _tokenizer(root: Path, texts: list[str], settings: TextSettings) -> PreTrain
 def _train(root: Path, settings: TextSettings, watch: bool, progress: bool | None) -> None:
     from transformers import PrinterCallback, TrainingArguments
 
-    from .trainer import PlainTrainer
+    from .trainer import FiniteWeights, PlainTrainer
 
     with busy("reading the text"):
         training, held_out = split(python_text())
@@ -181,12 +161,11 @@ def _train(root: Path, settings: TextSettings, watch: bool, progress: bool | Non
         ids = token_ids(tokenizer, training)
         rows = windows(ids, settings.length)
         held = windows(token_ids(tokenizer, held_out), settings.length)
-    draw = torch.Generator().manual_seed(0)
-    held = held[torch.randperm(len(held), generator=draw)[: _N_HELD_OUT + _N_PROMPTS]]
+    held = chosen(held, _N_HELD_OUT + _N_PROMPTS)
     model = new_model(settings)
     edits = [parse_edit(text) for text in settings.edits]
     bridge = load(model, tokenizer=tokenizer) if edits else None
-    checkpoint = _last_checkpoint(root / CHECKPOINTS)
+    checkpoint = last_checkpoint(root / CHECKPOINTS)
     arguments = TrainingArguments(
         output_dir=str(root / CHECKPOINTS),
         use_cpu=True,
@@ -215,7 +194,7 @@ def _train(root: Path, settings: TextSettings, watch: bool, progress: bool | Non
         disable_tqdm=True,
         seed=settings.seed,
     )
-    callbacks: list[Any] = [_Bar(False if watch else progress)]
+    callbacks: list[Any] = [_Bar(False if watch else progress), FiniteWeights(settings.every)]
     if settings.centred:
         counts = torch.bincount(ids, minlength=settings.vocabulary).float()
         callbacks.append(CentredEmbeddings(counts / counts.sum()))
@@ -230,12 +209,7 @@ def _train(root: Path, settings: TextSettings, watch: bool, progress: bool | Non
     )
     trainer.remove_callback(PrinterCallback)  # which would print each loss
     with patch(bridge, *edits) if bridge is not None else contextlib.nullcontext():
-        done = trainer.train(resume_from_checkpoint=checkpoint)
-    if not torch.isfinite(torch.tensor(done.training_loss)):
-        raise TheoryError(
-            f"the loss is {done.training_loss}; expected a finite number. Use a lower "
-            f"learning_rate than {settings.learning_rate:g}"
-        )
+        trainer.train(resume_from_checkpoint=checkpoint)
     _finish(root, settings, model, tokenizer)
 
 
@@ -264,23 +238,6 @@ def _measurements(
         ),
         PatternCallback(root / PATTERNS, settings, bridge),
     ]
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written whole, and delete those that were not.
-
-    The Trainer writes `trainer_state.json` last.
-    """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    for path in found:
-        try:
-            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
-        except (OSError, ValueError, KeyError):
-            step = None
-        if step == int(path.name.split("-")[1]):
-            return str(path)
-        shutil.rmtree(path)
-    return None
 
 
 def _finish(
