@@ -101,7 +101,8 @@ def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
 
     Rows (definitions *ours*):
 
-    - strongest slash: the head with the highest slash score, at any offset from 1, on held-out text;
+    - strongest slash: the head with the highest slash score in the end, at any offset from 1, on
+      held-out text;
     - slash below induction: the head with the highest score at an offset from 1, in a layer below
       the induction head's (below the last layer if there is none); and the same head and offset on
       random tokens;
