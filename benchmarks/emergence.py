@@ -162,7 +162,8 @@ def rank_table(runs):
 def settings_table(runs):
     lines = [
         "| setting | seeds | slash heads at the end, by offset | strongest slash at step "
-        "| its score | on random tokens | induction at step | prefix matching | copying loss | held-out loss |",
+        "| its score "
+        "| on random tokens | induction at step | prefix matching | copying loss | held-out loss |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     figures = {}
