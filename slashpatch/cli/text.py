@@ -35,6 +35,9 @@ def text(
     heads: Annotated[int, typer.Option(min=1, help="Heads of a layer.")] = 4,
     d_model: Annotated[int, typer.Option(min=8, help="Width of the residual stream.")] = 160,
     d_mlp: Annotated[int, typer.Option(min=8, help="Width of the MLPs.")] = 384,
+    vocabulary: Annotated[int, typer.Option(min=300, help="Tokens of the tokenizer.")] = 1024,
+    length: Annotated[int, typer.Option(min=32, help="Tokens of a sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 16,
     frequencies: Annotated[
         Frequencies, typer.Option(help="RoPE frequencies: all, or a third.")
     ] = Frequencies.all,
@@ -83,6 +86,9 @@ def text(
         heads=heads,
         d_model=d_model,
         d_mlp=d_mlp,
+        vocabulary=vocabulary,
+        length=length,
+        batch_size=batch_size,
         frequencies=frequencies.value,
         positions=positions.value,
         centred=centred,

@@ -699,6 +699,30 @@ def test_theory(call, tmp_path):
     assert all(path.stat().st_size for path in names.values())
 
 
+def test_theory_text(call, tmp_path, monkeypatch):
+    from slashpatch.theory.text import training
+
+    texts = dict(list(training.python_text().items())[:60])
+    monkeypatch.setattr(training, "python_text", lambda: texts)
+    sizes = ("--layers", 1, "--heads", 2, "--d-model", 16, "--d-mlp", 16, "--vocabulary", 300)
+    sizes += ("--length", 32, "--batch-size", 2, "--steps", 2, "--every", 1, "--threads", 1)
+    folder, plot, film = tmp_path / "run", tmp_path / "run.png", tmp_path / "run.gif"
+    arguments = ("theory", "text", folder, *sizes, "--plot", plot, "--animation", film)
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "strongest slash" in out
+    assert plot.stat().st_size > 0
+    assert film.read_bytes().startswith(b"GIF89a")
+    code, out, err = call("theory", "text", folder, *sizes, "--resume", "--json")
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    assert [row["step"] for row in record["steps"]] == [0, 1, 2]
+    assert record["settings"]["vocabulary"] == 300
+    code, out, err = call("theory", "text", folder, *sizes)
+    assert (code, out) == (2, "")
+    assert "holds this run already" in err
+
+
 def test_theory_predict(call):
     arguments = ("theory", "predict", "--length", 40, "--frequencies", "high", "--steps", 80)
     code, out, err = call(*arguments)
