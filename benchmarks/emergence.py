@@ -65,14 +65,17 @@ def train(root, part, parts):
 
 
 def steps(values):
-    """Steps over seeds: mean and Student's interval of the logarithm; or in how many seeds."""
+    """Steps over seeds: mean and Student's interval of the logarithm; fewer than 3 as they are."""
     from scipy.stats import t
 
     found = [math.log(value) for value in values if value == value]
     if not found:
         return f"never in {len(values)}"
     mean = sum(found) / len(found)
-    if len(found) < len(values) or len(found) < 2:
+    if len(found) < 3:
+        some = "" if len(found) == len(values) else f" (in {len(found)} of {len(values)})"
+        return ", ".join(f"{math.exp(value):.0f}" for value in found) + some
+    if len(found) < len(values):
         return f"{math.exp(mean):.0f} in {len(found)} of {len(values)}"
     half = t.ppf(0.975, len(found) - 1) * _deviation(found) / len(found) ** 0.5
     return f"{math.exp(mean):.0f} [{math.exp(mean - half):.0f}, {math.exp(mean + half):.0f}]"
@@ -84,9 +87,11 @@ def _deviation(values):
 
 
 def level(values, form=".2f"):
-    """Mean over seeds and half of Student's 95 % interval."""
+    """Mean over seeds and half of Student's 95 % interval; fewer than 3 seeds as they are."""
     from slashpatch.reporting.theory import over_seeds
 
+    if len(values) < 3:
+        return ", ".join(f"{value:{form}}" for value in values)
     return over_seeds(list(values), form)
 
 
@@ -229,8 +234,8 @@ def factor(logarithms, n):
         return "–"
     mean = sum(logarithms) / len(logarithms)
     some = "" if len(logarithms) == n else f" in {len(logarithms)} of {n}"
-    if len(logarithms) < 2:
-        return f"{math.exp(mean):.2f}{some or ' (one seed)'}"
+    if len(logarithms) < 3:
+        return ", ".join(f"{math.exp(value):.2f}" for value in logarithms) + some
     from scipy.stats import t
 
     half = t.ppf(0.975, len(logarithms) - 1) * _deviation(logarithms) / len(logarithms) ** 0.5
