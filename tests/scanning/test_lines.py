@@ -117,7 +117,9 @@ def test_faint_lines_are_found_over_noise(seed, offset):
     scores = noise * 0.002 / (torch.arange(400) + 2.0).sqrt()
     scores[:, 0, 2, offset] += 0.005 * (0.3 * torch.randn(8, generator=generator)).exp()
     found = sums_of(scores).find(0.05, 0.001, 1.5, 1, 0.95)
-    assert [(line.head.head, line.offset) for line in found] == [(2, offset)]
+    best, *others = [(line.head.head, line.offset) for line in found]
+    assert best == (2, offset)
+    assert len(others) <= 1  # by chance one of the other 1,599 is a line too, in few draws
 
 
 def test_planted_slashes_of_a_model_are_found_and_nothing_else():

@@ -50,7 +50,7 @@ def train_text(
 ) -> TextRun:
     """Train a small Llama on the text that comes with Python, and measure its heads meanwhile.
 
-    Transformers' model and Trainer, AdamW, next-token loss; about four minutes on two CPU cores at
+    Transformers' model and Trainer, AdamW, next-token loss; about six minutes of processor time at
     the default settings. Every `every` steps the held-out loss is taken, and `SlashCallback`
     measures slash scores, r1, the cone, band shares, prefix matching and the copying loss, on
     held-out text and on uniform random tokens.
