@@ -134,7 +134,7 @@ def order_table(tables):
 
 
 def rank_table(runs):
-    """Rank one, cone and bands of the slash head below induction, beside all other heads."""
+    """Rank one, cone and bands of the slash head below induction, beside its layer's others."""
     lines = [
         "| step | slash score | r1 of queries, keys | other heads | cosine of queries, keys to "
         "their mean | other heads | high, medium, low band |",
@@ -147,6 +147,7 @@ def rank_table(runs):
         for run, row in zip(runs, names, strict=True):
             frame = run.text.frame[run.text.frame["step"] == step].set_index("name")
             head, others = frame.loc[row["head"]], frame.drop(index=row["head"])
+            others = others[others["layer"] == head["layer"]]
             cells.setdefault("score", []).append(float(head[f"score_{row['offset']}"]))
             for column in ("r1_q", "r1_k", "cone_q", "cone_k"):
                 cells.setdefault(column, []).append(float(head[column]))
@@ -164,11 +165,49 @@ def rank_table(runs):
     return lines
 
 
+def cone_table(runs):
+    """The cone of each layer's input and the mean r1 of its heads, early and at the end."""
+    lines = ["| setting | step | layer | cosine of its input to the mean | r1 of queries, keys |"]
+    lines.append("|---|---|---|---|---|")
+    for name in ("default", "centred embeddings", "one layer"):
+        for step in (25, runs[name][0].text.steps[-1]):
+            for layer in range(runs[name][0].settings.layers):
+                rows = [
+                    frame[(frame["step"] == step) & (frame["layer"] == layer)].mean(
+                        numeric_only=True
+                    )
+                    for frame in (run.text.frame for run in runs[name])
+                ]
+                cone, *rank = (
+                    level([float(row[column]) for row in rows])
+                    for column in ("cone_x", "r1_q", "r1_k")
+                )
+                lines.append(f"| {name} | {step} | {layer} | {cone} | {', '.join(rank)} |")
+    return lines
+
+
+def new_text_loss(run):
+    """The final model's loss on held-out source files: help topics stand in the training text."""
+    import torch
+    from transformers import AutoTokenizer
+
+    import slashpatch as sp
+    from slashpatch.theory.text.corpus import chosen, python_text, split, token_ids, windows
+
+    files = {name: text for name, text in python_text().items() if not name.startswith("topic ")}
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
+    rows = chosen(windows(token_ids(tokenizer, split(files)[1]), run.settings.length), 64)
+    model = run.model()
+    with torch.no_grad(), sp.patch(model, *map(sp.parse_edit, run.settings.edits)):
+        return float(model(rows, return_type="loss"))
+
+
 def settings_table(runs):
     lines = [
         "| setting | seeds | slash heads at the end, by offset | strongest slash at step "
         "| its score "
-        "| on random tokens | induction at step | prefix matching | copying loss | held-out loss |",
+        "| on random tokens | induction at step | prefix matching | copying loss "
+        "| loss on new text |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     figures = {}
@@ -192,13 +231,14 @@ def settings_table(runs):
             "prefix_matching": [float(row["prefix_matching"]) for row in last],
             "copying_loss": [float(row["copying_loss"]) for row in last],
             "eval_loss": [float(row["eval_loss"]) for row in last],
+            "new_text_loss": [new_text_loss(run) for run in found],
         }
         now = figures[name]
         cells = [
             name, str(len(found)), "; ".join(offset or "none" for offset in offsets),
             steps(now["first_slash"]), level(now["first_slash_score"]), level(outside),
             steps(now["induction"]), level(now["prefix_matching"]),
-            level(now["copying_loss"], ".1f"), level(now["eval_loss"]),
+            level(now["copying_loss"], ".1f"), level(now["new_text_loss"]),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
@@ -293,6 +333,7 @@ def write(root):
     write_table("emergence", "default", head + default_table(tables))
     write_table("emergence", "order", order_table(tables))
     write_table("emergence", "rank", rank_table(runs["default"]))
+    write_table("emergence", "cone", cone_table(runs))
     write_table("emergence", "settings", lines)
     write_table("emergence", "paired", paired_table(runs))
     pictures = Path(__file__).parents[1] / "docs" / "pictures"

@@ -16,6 +16,7 @@ from ..data.files import require_output, written_whole
 from ..data.progress import progress_over
 from ..errors import OutputError, PlotError
 from ..scanning.result import require_kappa
+from ..theory.text.changes import INDUCTION
 from .charts.palette import CATEGORIES, SCORES
 from .style import ink, new_figure, styled
 from .text_run_figure import curve, eval_loss
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 #: Colours of slashes, induction, and the two losses.
 _SLASH, _INDUCTION, _COPYING, _HELD_OUT = (CATEGORIES[index] for index in (1, 0, 2, 6))
-#: Least prefix matching of a head that is marked as one of induction. *Ours*.
-_MATCHES = 0.2
 #: How long the last frame stays, in seconds; and pixels per inch.
 _LAST, _DPI = 3.0, 100
 _NOTE = (
@@ -189,7 +188,7 @@ def _marks(run: TextRun, kappa: float) -> dict[tuple[int, str], tuple[str, str]]
         mark = ("", "")
         if row["score"] >= kappa:
             mark = (f"Δ={row['offset']}", _SLASH)
-        if matches >= _MATCHES:
+        if matches >= INDUCTION:
             mark = ("induction", _INDUCTION)
         marks[row["step"], row["name"]] = mark
     return marks

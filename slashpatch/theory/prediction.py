@@ -21,7 +21,7 @@ from .model import ShallowTransformer
 from .reduced import ReducedLoss, pattern
 from .run import Slash, measured_offsets, read_slash
 from .settings import Settings, as_number, as_settings
-from .training import one_thread, recorded
+from .training import recorded, with_threads
 
 #: The gradient of the reduced loss is computed anew once a logit has moved by this much.
 _TOLERANCE = 0.02
@@ -87,7 +87,7 @@ def predict(
         TheoryError: Invalid settings; another task than copying, another optimizer than plain
             gradient descent; or numbers that are not finite, from a learning rate too high.
     """
-    settings = as_settings(settings, knobs)
+    settings = as_settings(Settings, settings, knobs)
     kappa = as_number("kappa", kappa, 0.0, 1.0)
     for name, known in (("task", "copying"), ("optimizer", "gd")):
         if getattr(settings, name) != known:
@@ -95,7 +95,7 @@ def predict(
                 f"the prediction is derived for {name}={known!r}; got "
                 f"{getattr(settings, name)!r}. Train the model instead: slashpatch.theory.train"
             )
-    with one_thread(), torch.no_grad():
+    with with_threads(1), torch.no_grad():
         flow = _Flow(settings)
         rates = tuple(flow.rates().tolist())
         return Prediction(settings, kappa, rates, flow.integrate(), flow.closed_form())

@@ -7,7 +7,7 @@ import math
 import numbers
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import TheoryError
 from ..maths.bands import NAMED_BANDS, band_pairs
 from ..maths.rotary import Rotary
+
+_Own = TypeVar("_Own")
 
 TASKS = ("copying", "regression")
 #: By task and optimizer; found by trial at the default settings. Gradient descent needs large rates
@@ -193,20 +195,20 @@ def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise TheoryError(f"{name} is one of {', '.join(known)}; got {value!r}")
 
 
-def as_settings(settings: Settings | None, knobs: dict[str, Any]) -> Settings:
-    """Return the settings, given whole or by their fields. Raises TheoryError for others."""
+def as_settings(kind: type[_Own], settings: _Own | None, knobs: dict[str, Any]) -> _Own:
+    """Return settings of a kind, given whole or by their fields. Raises TheoryError for others."""
     if settings is None:
-        known = [field.name for field in dataclasses.fields(Settings)]
+        known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
         unknown = sorted(set(knobs) - set(known))
         if unknown:
             raise TheoryError(
                 f"no setting {', '.join(unknown)}; expected some of {', '.join(known)}"
             )
-        return Settings(**knobs)
+        return kind(**knobs)
     if knobs:
-        raise TheoryError("give a Settings or its fields, not both")
-    if not isinstance(settings, Settings):
-        raise TheoryError(f"expected a Settings, or its fields by name; got {settings!r}")
+        raise TheoryError(f"give a {kind.__name__} or its fields, not both")
+    if not isinstance(settings, kind):
+        raise TheoryError(f"expected a {kind.__name__}, or its fields by name; got {settings!r}")
     return settings
 
 

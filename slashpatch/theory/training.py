@@ -49,7 +49,7 @@ def train(
         TheoryError: Invalid settings, a checkpoint with other settings, or a loss that is not
             finite.
     """
-    settings = as_settings(settings, knobs)
+    settings = as_settings(Settings, settings, knobs)
     if checkpoint is not None:
         if not str(checkpoint).endswith(".safetensors"):
             raise TheoryError(
@@ -58,7 +58,7 @@ def train(
         require_writable(checkpoint)
     if resume and checkpoint is None:
         raise TheoryError("resume needs a checkpoint: the file to continue from")
-    with one_thread(), torch.inference_mode(False), torch.enable_grad():
+    with with_threads(1), torch.inference_mode(False), torch.enable_grad():
         if resume and checkpoint is not None and os.path.exists(checkpoint):
             run = _resumed(settings, checkpoint)
         else:
@@ -68,10 +68,13 @@ def train(
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread: operations here are so small that more threads make them slower."""
+def with_threads(number: int | None) -> Iterator[None]:
+    """Use so many threads of torch meanwhile; None: as many as now.
+
+    One is best for the shallow transformer, whose operations are so small that more are slower.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(before if number is None else number)
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -88,28 +87,31 @@ def weights(run):
     return (run.folder / "model" / "model.safetensors").read_bytes()
 
 
+KILLED_AT_STEP_10 = """
+import json, os, signal, sys
+from slashpatch.theory.text import patterns, training
+texts = dict(list(training.python_text().items())[:60])
+training.python_text = lambda: texts
+write = patterns.PatternCallback._write
+def write_and_die(self, model, step):
+    write(self, model, step)
+    if step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+patterns.PatternCallback._write = write_and_die
+training.train_text(sys.argv[1], progress=False, threads=1, **json.loads(sys.argv[2]))
+"""
+
+
 @pytest.mark.parametrize("edited", [False, True], ids=["plain", "edited"])
 def test_a_killed_run_goes_on_bit_for_bit(small_text, tmp_path, edited):
     """SIGKILL after the first checkpoint, at step 8 of 16, and half a checkpoint left behind."""
     settings = {**TINY, "steps": 16, "centred": not edited}
     if edited:
         settings["edits"] = (f"KnockOut(({', '.join(ALL)}), offsets=1)",)
-    code = (
-        "import json, sys; from slashpatch.theory import train_text; import torch;"
-        "from slashpatch.theory.text import training as t;"
-        "texts = dict(list(t.python_text().items())[:60]);"
-        "t.python_text = lambda: texts;"
-        "train_text(sys.argv[1], progress=False, threads=1, resume=True, **json.loads(sys.argv[2]))"
-    )
-    command = [sys.executable, "-c", code]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_text(whole, progress=False, threads=1, **settings)
-    process = subprocess.Popen([*command, str(killed), json.dumps(settings)])
-    reached = killed / "patterns" / "step-00000010.safetensors"
-    while not reached.exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", KILLED_AT_STEP_10, str(killed), json.dumps(settings)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert not (killed / "model").exists()
     left = sorted((killed / "checkpoints").iterdir())
     assert left

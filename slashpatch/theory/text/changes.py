@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: down, the copying loss falls without any copying too: by up to 1.6 nats in docs/emergence.md.
 LEAST = {"score": 0.2, "rank": 0.1, "cone": 0.1, "prefix": 0.2, "copying": 2.0}
 #: Induction heads reach this prefix matching by the end, else there is none. *Ours*.
-_INDUCTION = 0.2
+INDUCTION = 0.2
 #: Quantities of one head, with the column of `Emergence.frame` and the kind of change.
 _OF_ITS_QUERIES_AND_KEYS = (
     ("r1 of its queries", "r1_q", "rank"),
@@ -123,7 +123,7 @@ def changes(text: Emergence, random: Emergence) -> pd.DataFrame:
     last = text.best(1)[lambda rows: rows["step"] == rows["step"].max()].reset_index(drop=True)
     ends = text.frame[text.frame["step"] == text.steps[-1]].reset_index(drop=True)
     induction = ends.iloc[int(ends["prefix_matching"].fillna(-1).argmax())]
-    found_one = float(induction["prefix_matching"]) >= _INDUCTION
+    found_one = float(induction["prefix_matching"]) >= INDUCTION
     n_layers = int(text.provenance["layers_heads_vocabulary"][0])
     top = int(induction["layer"]) if found_one else n_layers - 1
     first = last.iloc[int(last["score"].argmax())]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from ...edits import parse_edit
 from ...errors import TheoryError
 from ...patching.patch import hooks, patch
 from ...scanning.callback import SlashCallback
-from ..settings import as_integer
+from ..settings import as_integer, as_settings
+from ..training import with_threads
 from .corpus import Rows, Sequences, chosen, new_tokenizer, python_text, split, token_ids, windows
 from .folder import alone, last_checkpoint, require_folder
 from .model import CentredEmbeddings, new_model
@@ -75,11 +75,11 @@ def train_text(
         OutputError: A folder that cannot be made or written to.
         EditError, HeadError, OffsetError or ModelError: Edits that do not fit the model.
     """
-    settings = _settings(settings, knobs)
+    settings = as_settings(TextSettings, settings, knobs)
     if threads is not None:
         threads = as_integer("threads", threads, 1, 1024)
     root = Path(folder)
-    with _threads(threads), torch.inference_mode(False), torch.enable_grad(), _quiet_trainer():
+    with with_threads(threads), torch.inference_mode(False), torch.enable_grad(), _quiet_trainer():
         if settings.edits and not (root / SETTINGS).exists():
             hooks(load(new_model(settings)), *settings.edits)  # refused now, before minutes of work
         require_folder(root, settings, resume)
@@ -87,32 +87,6 @@ def train_text(
             if not (root / MODEL).exists():
                 _train(root, settings, watch, progress)
     return TextRun.load(root)
-
-
-def _settings(settings: TextSettings | None, knobs: dict[str, Any]) -> TextSettings:
-    if settings is None:
-        known = [field.name for field in dataclasses.fields(TextSettings)]
-        unknown = sorted(set(knobs) - set(known))
-        if unknown:
-            raise TheoryError(
-                f"no setting {', '.join(unknown)}; expected some of {', '.join(known)}"
-            )
-        return TextSettings(**knobs)
-    if knobs:
-        raise TheoryError("give a TextSettings or its fields, not both")
-    if not isinstance(settings, TextSettings):
-        raise TheoryError(f"expected a TextSettings, or its fields by name; got {settings!r}")
-    return settings
-
-
-@contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if number is None else number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
